@@ -1,0 +1,98 @@
+"""Names of backbones -> networks, for arcface_torch's ``get_model`` and for ``timm.create_model``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+import torch.nn as nn
+
+from ._timm import register_model
+from .vision_transformer import VisionTransformer
+
+_BACKBONES: dict[str, Callable[..., nn.Module]] = {}
+
+# Arguments that timm.create_model passes to every model and that mean nothing here.
+_TIMM_ARGUMENTS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+
+# Sizes. vit_n is for CPUs and quick trials; vit_t to vit_h are arcface_torch's (backbones/__init__.py there), whose
+# 9-pixel patches see the top-left 108 pixels; cvlface_* are those of the published KPRPE weights.
+_SIZES = {
+    "vit_n": {"patch_size": 14, "embed_dim": 128, "depth": 6, "num_heads": 4, "mlp_ratio": 3.0},
+    "vit_t": {"patch_size": 9, "embed_dim": 256, "depth": 12, "drop_path_rate": 0.1, "mask_ratio": 0.1},
+    "vit_s": {"patch_size": 9, "embed_dim": 512, "depth": 12, "drop_path_rate": 0.1, "mask_ratio": 0.1},
+    "vit_b": {"patch_size": 9, "embed_dim": 512, "depth": 24, "drop_path_rate": 0.1, "mask_ratio": 0.1},
+    "vit_l": {"patch_size": 9, "embed_dim": 768, "depth": 24, "drop_path_rate": 0.05, "mask_ratio": 0.05},
+    "cvlface_vit_s": {"patch_size": 8, "embed_dim": 512, "depth": 12, "num_heads": 8, "mlp_ratio": 5.0},
+    "cvlface_vit_b": {"patch_size": 8, "embed_dim": 512, "depth": 24, "num_heads": 16, "mlp_ratio": 3.0},
+}
+# Names under which arcface_torch's own configs ask for the same sizes with other regularisation.
+_ARCFACE_TORCH = {
+    "vit_t_dp005_mask0": ("vit_t", {"drop_path_rate": 0.05, "mask_ratio": 0.0}),
+    "vit_s_dp005_mask_0": ("vit_s", {"drop_path_rate": 0.05, "mask_ratio": 0.0}),
+    "vit_b_dp005_mask_005": ("vit_b", {"drop_path_rate": 0.05, "mask_ratio": 0.05}),
+    "vit_l_dp005_mask_005": ("vit_l", {"drop_path_rate": 0.05, "mask_ratio": 0.05}),
+}
+
+
+def register_backbone(name: str, build: Callable[..., nn.Module]) -> None:
+    """Make ``build(**kwargs)`` available as ``get_model(name, **kwargs)`` and ``timm.create_model(name, **kwargs)``.
+
+    Args:
+        name: not registered yet.
+        build: returns a module that maps (B, 3, 112, 112) images and (B, 5, 2) keypoints to embeddings.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _BACKBONES:
+        raise ValueError(f"backbone name {name!r} is registered already; choose another")
+    _BACKBONES[name] = build
+
+    def create(pretrained: bool = False, **kwargs) -> nn.Module:
+        if pretrained:
+            raise ValueError(f"{name} has no bundled weights; create it without pretrained and use load_weights")
+        return build(**{key: value for key, value in kwargs.items() if key not in _TIMM_ARGUMENTS})
+
+    create.__name__ = name
+    create.__module__ = __name__
+    register_model(create)
+
+
+def list_models() -> list[str]:
+    """Names that :func:`get_model` knows, sorted."""
+    return sorted(_BACKBONES)
+
+
+def get_model(name: str, dropout: float = 0.0, **kwargs) -> nn.Module:
+    """Build a backbone by name, with arcface_torch's signature.
+
+    Args:
+        name: one of :func:`list_models`, e.g. "vit_b_kprpe".
+        dropout: must be 0: it is part of arcface_torch's call, but ViTs are regularised by ``drop_path_rate``.
+        kwargs: passed on, e.g. ``num_features=512``, ``fp16=True``, ``mask_ratio=0.1``, ``num_keypoints=3``.
+
+    Returns:
+        A randomly initialised module ``(images, keypoints) -> (B, num_features)``.
+
+    Raises:
+        ValueError: unknown name, or dropout is not 0.
+    """
+    if name not in _BACKBONES:
+        near = difflib.get_close_matches(name, _BACKBONES, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(list_models())}"
+        raise ValueError(f"network must be a registered backbone, got {name!r}; {hint}")
+    if dropout != 0:
+        raise ValueError(f"dropout must be 0 for {name}, got {dropout}; use drop_path_rate")
+    return _BACKBONES[name](**kwargs)
+
+
+def _vit(settings: dict) -> Callable[..., VisionTransformer]:
+    return lambda **kwargs: VisionTransformer(**{**settings, **kwargs})
+
+
+for _name, _size in _SIZES.items():
+    for _suffix, _position in (("", None), ("_irpe", "irpe"), ("_kprpe", "kprpe")):
+        register_backbone(_name + _suffix, _vit({**_size, "position": _position}))
+for _name, (_base, _changes) in _ARCFACE_TORCH.items():
+    register_backbone(_name, _vit({**_SIZES[_base], **_changes}))

@@ -1,0 +1,1 @@
+"""Deployment: published weights in, ONNX files and model packs out."""

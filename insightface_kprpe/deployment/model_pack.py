@@ -1,0 +1,128 @@
+"""FaceAnalysis model packs: a folder of ONNX files that the stock ``insightface`` loads by name.
+
+::
+
+    ROOT/models/NAME/
+      detection.onnx              SCRFD layout: 9 or 15 outputs, with landmarks
+      recognition.onnx            images -> embedding; what the stock loader uses
+      keypoints/recognition.onnx  images + keypoints -> embedding; used after insightface_kprpe.register()
+      pack.json                   SHA-256, licence and origin of every file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import onnx
+
+from ..files import atomic_folder
+from .onnx_export import read_metadata
+
+DETECTION, RECOGNITION, MANIFEST = "detection.onnx", "recognition.onnx", "pack.json"
+_DETECTOR_OUTPUTS = (9, 15)  # SCRFD with landmarks, on 3 or 5 strides
+
+
+class PackError(ValueError):
+    """A file does not fit a pack; the message says which and why. Nothing was written."""
+
+
+def build(
+    recognition: str | Path,
+    detector: str | Path,
+    keypoint_recognition: str | Path | None = None,
+    name: str = "kprpe",
+    root: str | Path = "~/.insightface",
+    detector_licence: str = "unknown",
+) -> Path:
+    """Build a pack for ``FaceAnalysis(name=NAME, root=ROOT)`` and check that the stock loader takes it as intended.
+
+    Args:
+        recognition: image-only ONNX file (``export_onnx(net, path, image_only=True)``).
+        detector: face detector in InsightFace's SCRFD layout.
+        keypoint_recognition: two-input ONNX file of the same network, for users of ``register()``.
+        name: of the pack.
+        root: InsightFace's root folder; the pack goes to ``root/models/name``, replacing one of that name.
+        detector_licence: of the detector file, for the record.
+
+    Returns:
+        The pack's folder.
+
+    Raises:
+        PackError: a file is missing or damaged, or the stock loader would take it for something else.
+    """
+    if not name or Path(name).name != name or name.startswith("."):
+        raise PackError(f"name must be a plain folder name, got {name!r}")
+    sources = {DETECTION: Path(detector), RECOGNITION: Path(recognition)}
+    _check_detector(sources[DETECTION])
+    _check_recognition(sources[RECOGNITION])
+    if keypoint_recognition is not None:
+        twin = f"keypoints/{RECOGNITION}"
+        sources[twin] = Path(keypoint_recognition)
+        if (inputs := read_metadata(sources[twin]).get("inputs")) != "images+keypoints":
+            raise PackError(f"{sources[twin]} must be exported with inputs images and keypoints, got {inputs or 'none'}")
+    folder = Path(root).expanduser() / "models" / name
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        raise PackError(f"{folder} exists and was not built by this package; choose another name or remove it")
+    with atomic_folder(folder) as temporary:
+        records = {}
+        for target, source in sources.items():
+            (temporary / target).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, temporary / target)
+            records[target] = {
+                "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+                "source": source.name,
+                "licence": read_metadata(source).get("licence", detector_licence),
+            }
+        (temporary / MANIFEST).write_text(json.dumps({"name": name, "files": records}, indent=2) + "\n")
+    return folder
+
+
+def _check_detector(path: Path) -> None:
+    graph = _load_graph(path, "detector")
+    outputs = len(graph.output)
+    if outputs not in _DETECTOR_OUTPUTS:
+        raise PackError(
+            f"detector {path} must have 9 or 15 outputs (scores, boxes and landmarks of 3 or 5 strides), got {outputs}: "
+            + ("it gives no landmarks, and faces cannot be aligned" if outputs >= 5 else "it is no SCRFD-style detector")
+        )
+    _check_route(path, "detection")
+
+
+def _check_recognition(path: Path) -> None:
+    graph = _load_graph(path, "recognition")
+    initializers = {initializer.name for initializer in graph.initializer}
+    inputs = [value.name for value in graph.input if value.name not in initializers]
+    if len(inputs) != 1 or len(graph.output) != 1:
+        raise PackError(
+            f"recognition {path} must have one input and one output for the stock loader, got {len(inputs)} and "
+            f"{len(graph.output)}; export it with image_only=True"
+        )
+    route = _check_route(path, "recognition")
+    expected = read_metadata(path)
+    if expected and (route.input_mean, route.input_std) != (float(expected["mean"]), float(expected["std"])):
+        names = [node.name for node in graph.node[:8] if node.name.startswith(("Sub", "Mul", "_minus", "_mul"))]
+        raise PackError(
+            f"recognition {path}: the stock loader would feed it with mean {route.input_mean} and std {route.input_std} "
+            f"because of the node names {names} among the first eight; rename these nodes"
+        )
+
+
+def _check_route(path: Path, task: str):
+    from ..model_zoo import stock_route
+
+    route = stock_route(path)
+    if route.task != task:
+        raise PackError(f"{path} must be routed as {task} by insightface.model_zoo, it takes it for {route.kind}")
+    return route
+
+
+def _load_graph(path: Path, role: str) -> onnx.GraphProto:
+    if not path.is_file():
+        raise PackError(f"{role} must be an ONNX file, {path} does not exist")
+    try:
+        return onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:
+        raise PackError(f"{role} must be an ONNX file, {path} is not ({type(error).__name__})") from error

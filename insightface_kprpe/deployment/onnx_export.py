@@ -1,0 +1,184 @@
+"""Networks -> ONNX files that say how to feed them, checked against torch before they are published."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+import torch.nn as nn
+
+from ..backbones.relative_position import canonical_keypoints
+from ..files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+# 18 is the first with the operators that torch's exporter targets, and old enough for onnxruntime 1.14 and TensorRT 8.6.
+OPSET = 18
+METADATA_PREFIX = "insightface_kprpe."
+MINIMAL_COSINE = 0.9999
+KEYPOINT_CONVENTION = (
+    "(batch, 5, 2) float32, x y in [0, 1] of the input crop (pixel / 112): left eye, right eye, nose, left mouth corner, "
+    "right mouth corner as seen in the image"
+)
+
+
+class ExportError(RuntimeError):
+    """The exported file does not compute what the network computes; nothing was written."""
+
+
+class ExportReport(NamedTuple):
+    """What was written and how close it is to torch."""
+
+    path: Path
+    inputs: tuple[str, ...]
+    cosine: float  # smallest over all batches tried
+    metadata: dict[str, str]
+
+
+class ImageOnly(nn.Module):
+    """A KPRPE network for hosts that pass images alone: every face is taken for a perfectly aligned one.
+
+    Args:
+        net: ``(images, keypoints) -> embeddings``.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("keypoints", canonical_keypoints(1).clone(), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, 112, 112) float RGB in [-1, 1] -> (B, D)."""
+        return self.net(images, self.keypoints.expand(images.shape[0], -1, -1))
+
+
+def needs_keypoints(net: nn.Module) -> bool:
+    """Whether the network looks at keypoints at all."""
+    return getattr(net, "position", None) == "kprpe"
+
+
+def export_onnx(
+    net: nn.Module,
+    path: str | Path,
+    image_only: bool = False,
+    licence: str = "unknown",
+    metadata: Mapping[str, str] | None = None,
+) -> ExportReport:
+    """Export a recognition network with a dynamic batch and check it in onnxruntime.
+
+    Input ``images`` is (batch, 3, 112, 112) float32 RGB in [-1, 1], ``keypoints`` (where there is one) is
+    (batch, 5, 2) float32 in [0, 1], output ``embedding`` is (batch, D) float32, not normalised.
+
+    Args:
+        net: a backbone.
+        path: where to write; appears only when all checks have passed.
+        image_only: leave the keypoints input out and use the canonical template, so that InsightFace's stock loader
+            takes the file. Networks without keypoints are always exported so.
+        licence: of the weights; stored in the file.
+        metadata: more entries to store in the file.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ExportError: the file's embeddings differ from torch's, or do not depend on the keypoints.
+    """
+    two_inputs = needs_keypoints(net) and not image_only
+    inputs = ("images", "keypoints") if two_inputs else ("images",)
+    size = getattr(net, "img_size", 112)
+    entries = {
+        "inputs": "+".join(inputs),
+        "colour_order": "RGB",
+        "mean": "127.5",
+        "std": "127.5",
+        "keypoint_convention": KEYPOINT_CONVENTION if two_inputs else "none: faces must be aligned to the template",
+        "licence": licence,
+        **(metadata or {}),
+    }
+    with _eval_on_cpu(net), atomic_path(path) as temporary:
+        module = net if two_inputs or not needs_keypoints(net) else ImageOnly(net).eval()
+        example = _example(2, size)[: len(inputs)]
+        batch = torch.export.Dim("batch", min=1, max=65536)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                example,
+                dynamo=True,
+                input_names=inputs,
+                output_names=["embedding"],
+                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                opset_version=OPSET,
+                verbose=False,
+            )
+        model = program.model_proto
+        for key, value in entries.items():
+            model.metadata_props.add(key=METADATA_PREFIX + key, value=str(value))
+        onnx.save(model, str(temporary))
+        cosine = _check(module, temporary, inputs, size)
+    logger.info("%s: %s, opset %d, cosine to torch >= %.6f", path, " + ".join(inputs), OPSET, cosine)
+    return ExportReport(Path(path), inputs, cosine, entries)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What :func:`export_onnx` stored in a file; empty for other ONNX files."""
+    model = onnx.load(str(path), load_external_data=False)
+    prefix = METADATA_PREFIX
+    return {p.key[len(prefix) :]: p.value for p in model.metadata_props if p.key.startswith(prefix)}
+
+
+def _example(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    images = torch.rand(batch, 3, size, size, generator=generator) * 2 - 1
+    noise = torch.randn(batch, 5, 2, generator=generator) * 0.05
+    return images, canonical_keypoints(batch) + noise
+
+
+def _check(module: nn.Module, path: Path, inputs: tuple[str, ...], size: int) -> float:
+    """Smallest cosine between torch's and the file's embeddings over batches of 1, 2 and 32."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    cosines = []
+    for batch in (1, 2, 32):
+        example = _example(batch, size)[: len(inputs)]
+        with torch.no_grad():
+            expected = module(*example).numpy()
+        feeds = {name: value.numpy() for name, value in zip(inputs, example, strict=True)}
+        got = session.run(["embedding"], feeds)[0]
+        if got.shape != expected.shape or not np.isfinite(got).all():
+            raise ExportError(f"batch of {batch}: embeddings are {got.shape}, expected finite {expected.shape}")
+        norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
+        cosines.append(float(((got * expected).sum(1) / norms).min()))
+    if min(cosines) < MINIMAL_COSINE:
+        raise ExportError(f"embeddings differ from torch: cosine {min(cosines):.6f}, at least {MINIMAL_COSINE} expected")
+    if "keypoints" in inputs:
+        moved = session.run(["embedding"], {**feeds, "keypoints": feeds["keypoints"][:, ::-1].copy()})[0]
+        if np.abs(moved - got).max() <= 1e-6 * np.abs(got).max():
+            raise ExportError(
+                "changing the keypoints does not change the embeddings: the network's keypoint_linear is all zeros "
+                "(an untrained network?) or the export lost it"
+            )
+    return min(cosines)
+
+
+@contextlib.contextmanager
+def _eval_on_cpu(net: nn.Module) -> Iterator[None]:
+    """Eval mode on the CPU, with attention written out: torch's exporter mistakes the layout of the fused kernel."""
+    device, was_training = next(net.parameters()).device, net.training
+    fused = [(module, module.fused_attn) for module in net.modules() if hasattr(module, "fused_attn")]
+    for module, _ in fused:
+        module.fused_attn = False
+    net.eval().cpu()
+    try:
+        yield
+    finally:
+        for module, value in fused:
+            module.fused_attn = value
+        net.train(was_training).to(device)

@@ -1,0 +1,155 @@
+"""Template fusion: how much each image of a template counts, and the pooling per media and then per template.
+
+Each method is a function that returns one weight per image, by which ``pool_templates`` multiplies the image's unit
+embedding: ones give the average, the embedding's own length gives Eq. 16, ``landmark_weights`` gives Eq. 18.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from .metrics import inverse_norms
+from ..geometry import CANONICAL_KEYPOINTS
+
+logger = logging.getLogger(__name__)
+
+FUSION_METHODS = ("average", "norm", "detector", "norm_detector", "landmark")
+
+
+def norm_weights(embeddings: np.ndarray) -> np.ndarray:
+    """Weight by the length of the embedding, the mean of raw embeddings (paper, Eq. 16).
+
+    Args:
+        embeddings: (N, D) float, as the backbone gives them.
+
+    Returns:
+        (N,) float64.
+    """
+    inverse = inverse_norms(embeddings)
+    return np.divide(1.0, inverse, out=np.zeros_like(inverse), where=inverse > 0)
+
+
+def landmark_weights(keypoints: np.ndarray, score: np.ndarray, h: float = 0.2) -> np.ndarray:
+    """Weight by how well a face is aligned and how sure the aligner is of it (paper, Eq. 17 and 18).
+
+    ``d = (h - min(distance, h)) / h``, weight ``d * score``. The text writes the distance as one norm over all
+    coordinates; here it is, as in the authors' code, the mean over the five points of each one's distance to its
+    canonical place.
+
+    Args:
+        keypoints: (N, 5, 2) float, xy in [0, 1] of the crop, as the aligner predicts them.
+        score: (N,) float in [0, 1], face score.
+        h: distance in [0, 1] of the crop from which on an image no longer counts.
+
+    Returns:
+        (N,) float64 in [0, 1].
+
+    Raises:
+        ValueError: shapes do not fit, or keypoints are not finite or look like pixels.
+    """
+    keypoints, score = np.asarray(keypoints, dtype=np.float64), np.asarray(score, dtype=np.float64)
+    if keypoints.ndim != 3 or keypoints.shape[1:] != (5, 2) or score.shape != keypoints.shape[:1]:
+        raise ValueError(f"keypoints must be (N, 5, 2) and score (N,), got {keypoints.shape} and {score.shape}")
+    if not np.isfinite(keypoints).all() or (keypoints.size and np.abs(np.median(keypoints)) > 2):
+        raise ValueError("keypoints must be finite xy in [0, 1] of the crop; divide pixels by the side of the crop")
+    if not h > 0:
+        raise ValueError(f"h must be above 0, got {h}")
+    distance = np.linalg.norm(keypoints - CANONICAL_KEYPOINTS, axis=-1).mean(-1)
+    return (h - np.minimum(distance, h)) / h * score
+
+
+def fusion_weights(
+    method: str,
+    embeddings: np.ndarray,
+    keypoints: np.ndarray | None = None,
+    landmark_score: np.ndarray | None = None,
+    detector_score: np.ndarray | None = None,
+) -> np.ndarray:
+    """The weights of one of ``FUSION_METHODS`` by name, for tables that compare them.
+
+    Args:
+        method: ``average``, ``norm``, ``detector``, ``norm_detector`` (InsightFace's default for IJB) or ``landmark``.
+        embeddings: (N, D) float, as the backbone gives them.
+        keypoints: (N, 5, 2) float, xy in [0, 1]; for ``landmark``.
+        landmark_score: (N,) face score of the aligner; for ``landmark``.
+        detector_score: (N,) face score of the detector that cut the images; for ``detector`` and ``norm_detector``.
+
+    Returns:
+        (N,) float64 weights of the unit embeddings.
+
+    Raises:
+        ValueError: an unknown method, or the method needs something that is absent.
+    """
+    if method not in FUSION_METHODS:
+        raise ValueError(f"method must be one of {', '.join(FUSION_METHODS)}, got {method!r}")
+    if "detector" in method and detector_score is None:
+        raise ValueError(f"fusion {method!r} needs detector_score, one for each image")
+    if method == "landmark" and (keypoints is None or landmark_score is None):
+        raise ValueError(
+            "fusion 'landmark' needs keypoints and landmark_score; embed with a backbone that predicts them"
+        )
+    if method == "landmark":
+        return landmark_weights(keypoints, landmark_score)
+    weights = norm_weights(embeddings) if "norm" in method else np.ones(len(embeddings))
+    return weights * np.asarray(detector_score, dtype=np.float64) if "detector" in method else weights
+
+
+def pool_templates(
+    embeddings: np.ndarray, templates: np.ndarray, medias: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """One unit embedding for each template: mean over the images of a media, then sum over the medias of a template.
+
+    A template whose images all weigh nothing would have no embedding; its images are then weighted equally.
+
+    Args:
+        embeddings: (N, D) float as the backbone gives them; may be a memory map.
+        templates: (N,) int, template of each image.
+        medias: (N,) int, media of each image (all frames of one video share it), counted within its template.
+        weights: (N,) float >= 0, multiplies the unit embedding. None leaves embeddings as they are, so that they weigh
+            by their length (Eq. 16).
+
+    Returns:
+        (T, D) float64 unit embeddings (a zero row where all images of a template are zero), and (T,) the templates in
+        ascending order.
+
+    Raises:
+        ValueError: shapes do not fit, embeddings are not finite, or a weight is negative or not finite.
+    """
+    templates, medias = np.asarray(templates), np.asarray(medias)
+    inverse = inverse_norms(embeddings)
+    count = len(inverse)
+    if templates.shape != (count,) or medias.shape != (count,) or not count:
+        raise ValueError(
+            f"templates and medias must be ({count},), one for each embedding, got {templates.shape}, {medias.shape}"
+        )
+    coefficients = np.ones(count) if weights is None else inverse * _checked(weights, count)
+
+    order = np.lexsort((medias, templates))
+    new_template, new_media = (np.append(True, ids[order][1:] != ids[order][:-1]) for ids in (templates, medias))
+    new_media |= new_template
+    images_in_media = np.diff(np.append(np.flatnonzero(new_media), count))
+    equal = 1 / np.repeat(images_in_media, images_in_media)  # share of each image in its media, in the new order
+    shares = coefficients[order] * equal
+    starts = np.flatnonzero(new_template)
+    pooled = np.empty((len(starts), embeddings.shape[1]))
+    weightless = 0
+    for row, (start, end) in enumerate(zip(starts, np.append(starts[1:], count), strict=True)):
+        images, share = order[start:end], shares[start:end]
+        if not share.any():
+            share, weightless = equal[start:end] * inverse[images], weightless + 1
+        pooled[row] = share @ embeddings[images].astype(np.float64)
+    if weightless:
+        logger.warning("%d of %d templates have no image with a weight above 0: averaged", weightless, len(starts))
+    pooled *= inverse_norms(pooled)[:, None]
+    return pooled, templates[order[starts]]
+
+
+def _checked(weights: np.ndarray, count: int) -> np.ndarray:
+    weights = np.asarray(weights, dtype=np.float64)
+    if weights.shape != (count,):
+        raise ValueError(f"weights must be ({count},), one for each embedding, got shape {weights.shape}")
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise ValueError("weights must be finite and not negative; look at the scores they were made of")
+    return weights

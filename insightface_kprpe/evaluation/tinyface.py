@@ -1,0 +1,108 @@
+"""TinyFace: 1:N identification of native low-resolution faces among distractors, and the files of its test set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .metrics import rank_k
+from .search import search
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+DISTRACTOR_ID = -100
+
+
+class TinyFaceSet(NamedTuple):
+    """Images of the TinyFace test set and who is on them."""
+
+    probe_paths: list[Path]
+    probe_ids: np.ndarray  # (P,) int64
+    gallery_paths: list[Path]  # matches, then distractors
+    gallery_ids: np.ndarray  # (G,) int64, DISTRACTOR_ID for distractors
+
+
+def identification(
+    probe: np.ndarray,
+    gallery: np.ndarray,
+    probe_ids: Sequence,
+    gallery_ids: Sequence,
+    ranks: Sequence[int] = (1, 5, 20),
+) -> dict[str, float]:
+    """Closed-set identification by cosine: is one of the probe's images among the first k of the gallery?
+
+    Args:
+        probe: (P, D) float, need not be normalised.
+        gallery: (G, D) float, matches and distractors.
+        probe_ids: (P,) identities, integers or strings; a probe whose identity is not in the gallery is left out.
+        gallery_ids: (G,) identities; a distractor has one that no probe has.
+        ranks: the k.
+
+    Returns:
+        ``rank_1`` and so on, percent of the probes. An other image that ties with the right one ranks before it.
+
+    Raises:
+        ValueError: shapes do not fit, values are not finite, or no probe is in the gallery.
+    """
+    matches = search(probe, gallery, probe_ids, gallery_ids)
+    return {f"rank_{rank}": value for rank, value in rank_k(matches, ranks).items()}
+
+
+def read_tinyface(folder: str | Path) -> TinyFaceSet:
+    """List the images of a TinyFace test set.
+
+    Identities come from the official lists ``probe_img_ID_pairs.mat`` and ``gallery_match_img_ID_pairs.mat`` where they
+    are in the folder, else from the file names (``ID_n.png``).
+
+    Args:
+        folder: the folder that holds ``Probe``, ``Gallery_Match`` and ``Gallery_Distractor``, or the one above it
+            that holds ``Testing_Set``.
+
+    Raises:
+        FileNotFoundError: a sub-folder is missing or has no images.
+        ValueError: a file name does not begin with an identity, or a list is malformed.
+    """
+    folder = Path(folder)
+    folder = folder / "Testing_Set" if (folder / "Testing_Set").is_dir() else folder
+    probe_paths, probe_ids = _read_list(folder, "Probe", "probe")
+    match_paths, match_ids = _read_list(folder, "Gallery_Match", "gallery_match")
+    distractors = _images(folder / "Gallery_Distractor")
+    gallery_ids = np.concatenate([match_ids, np.full(len(distractors), DISTRACTOR_ID)])
+    return TinyFaceSet(probe_paths, probe_ids, match_paths + distractors, gallery_ids)
+
+
+def _images(folder: Path) -> list[Path]:
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f"no images in {folder}; expected Probe, Gallery_Match and Gallery_Distractor")
+    return paths
+
+
+def _read_list(folder: Path, images: str, name: str) -> tuple[list[Path], np.ndarray]:
+    """The images of one sub-folder and their identities."""
+    paths = _images(folder / images)
+    mat = folder / f"{name}_img_ID_pairs.mat"
+    if not mat.is_file():
+        return paths, np.array([_identity(path) for path in paths])
+    from scipy.io import loadmat  # reads no Python objects
+
+    table, key = loadmat(mat), name.split("_")[0]
+    if f"{key}_set" not in table or f"{key}_ids" not in table:
+        raise ValueError(f"{mat} must hold {key}_set and {key}_ids, got {sorted(k for k in table if k[0] != '_')}")
+    names = [str(np.ravel(cell)[0]) for cell in table[f"{key}_set"].ravel()]
+    ids = table[f"{key}_ids"].ravel().astype(np.int64)
+    if len(names) != len(ids):
+        raise ValueError(f"{mat} must hold one identity for each image, got {len(ids)} for {len(names)}")
+    by_stem = {path.stem: path for path in paths}  # aligned copies of the set may have another suffix
+    return [by_stem.get(Path(image).stem, folder / images / image) for image in names], ids
+
+
+def _identity(path: Path) -> int:
+    identity = path.stem.split("_")[0]
+    if not identity.isdigit():
+        raise ValueError(
+            f"the name of {path} must be ID_n with a number for ID; or put the .mat lists beside {path.parent}"
+        )
+    return int(identity)

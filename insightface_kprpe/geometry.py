@@ -1,0 +1,158 @@
+"""Where a face's five points are, and how they move: template, similarity transform, crop, mirroring.
+
+Two units are used and never mixed. ``landmarks_px`` are pixels of some image. ``keypoints`` are xy in [0, 1] of the
+very crop that a network sees (pixel / side). The order is left eye, right eye, nose, left mouth corner, right mouth
+corner *as seen in the image*.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+# The five points that InsightFace aligns every face to, in pixels of a 112x112 crop.
+ARCFACE_TEMPLATE_112 = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]],
+    dtype=np.float32,
+)
+# The same as keypoints: what an aligned crop has when nobody measured its landmarks.
+CANONICAL_KEYPOINTS = ARCFACE_TEMPLATE_112 / 112.0
+CANONICAL_KEYPOINTS.setflags(write=False)
+ARCFACE_TEMPLATE_112.setflags(write=False)
+
+# Which keypoint each one becomes when the image is mirrored.
+MIRROR_ORDER = (1, 0, 2, 4, 3)
+
+# By number of landmarks: which ones each of the five points is the mean of.
+_FIVE_OF = {
+    5: ((0,), (1,), (2,), (3,), (4,)),
+    68: (range(36, 42), range(42, 48), (30,), (48,), (54,)),
+    98: ((96,), (97,), (57,), (76,), (82,)),
+}
+
+
+def similarity_transform(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Least-squares similarity (rotation, uniform scale, shift; no reflection) from one point set to another.
+
+    Closed form: with centred points as complex numbers, scale and rotation are one complex quotient.
+
+    Args:
+        source: (..., P, 2) float, P >= 2 points.
+        target: float, broadcastable to ``source``, in any unit.
+
+    Returns:
+        (..., 2, 3) float matrix M with ``target ~ M[:, :2] @ source + M[:, 2]``. Where all source points coincide there
+        is no scale or rotation to find: M then shrinks everything to the mean of ``target``, finite but not invertible.
+    """
+    source_mean, target_mean = source.mean(-2, keepdim=True), target.mean(-2, keepdim=True)
+    x, y = (source - source_mean).unbind(-1)
+    u, v = (target - target_mean).unbind(-1)
+    spread = (x * x + y * y).sum(-1).clamp_min(torch.finfo(source.dtype).tiny)
+    a = (x * u + y * v).sum(-1) / spread
+    b = (x * v - y * u).sum(-1) / spread
+    linear = torch.stack([torch.stack([a, -b], -1), torch.stack([b, a], -1)], -2)  # (..., 2, 2)
+    shift = target_mean.squeeze(-2) - (linear @ source_mean.squeeze(-2).unsqueeze(-1)).squeeze(-1)
+    return torch.cat([linear, shift.unsqueeze(-1)], -1)
+
+
+def theta_from_similarity(
+    similarity: torch.Tensor, source_size: int | tuple[int, int], target_size: int
+) -> torch.Tensor:
+    """The matrix that ``affine_grid`` needs to warp by a similarity: its inverse, in units of half the image.
+
+    Args:
+        similarity: (..., 2, 3) float, from pixels of the source to pixels of the target.
+        source_size: side of the source in pixels, or its (width, height).
+        target_size: side of the square target in pixels.
+
+    Returns:
+        (..., 2, 3) float, from [-1, 1] of the target to [-1, 1] of the source, where -1 and 1 are the edges (0 and 1
+        of a keypoint). A similarity without scale has no inverse; the result is then finite but means nothing.
+    """
+    width, height = (source_size, source_size) if isinstance(source_size, int) else source_size
+    a, b = similarity[..., 0, 0], similarity[..., 1, 0]
+    squared_scale = (a * a + b * b).clamp_min(torch.finfo(similarity.dtype).tiny)
+    a, b = a / squared_scale, b / squared_scale
+    inverse = torch.stack([torch.stack([a, b], -1), torch.stack([-b, a], -1)], -2)  # (..., 2, 2)
+    centre = (inverse @ (target_size / 2 - similarity[..., 2:])).squeeze(-1)  # source pixel at the target's centre
+    half_source = similarity.new_tensor([width / 2, height / 2])
+    linear = inverse * (target_size / 2) / half_source[:, None]
+    return torch.cat([linear, (centre / half_source - 1).unsqueeze(-1)], -1)
+
+
+def estimate_alignment(landmarks_px: np.ndarray, size: int = 112) -> np.ndarray:
+    """The matrix that InsightFace's ``norm_crop`` warps with.
+
+    Args:
+        landmarks_px: (5, 2) landmarks in pixels of the picture.
+        size: side of the crop in pixels; the template scales with it.
+
+    Returns:
+        (2, 3) float64 matrix from picture pixels to crop pixels.
+
+    Raises:
+        ValueError: the landmarks are not (5, 2) finite numbers.
+    """
+    landmarks_px = np.asarray(landmarks_px, dtype=np.float64)
+    if landmarks_px.shape != (5, 2) or not np.isfinite(landmarks_px).all():
+        raise ValueError(f"landmarks_px must be (5, 2) finite pixels of the picture, got shape {landmarks_px.shape}")
+    template = torch.from_numpy(ARCFACE_TEMPLATE_112.astype(np.float64) * (size / 112.0))
+    return similarity_transform(torch.from_numpy(landmarks_px), template).numpy()
+
+
+def align_face(image: np.ndarray, landmarks_px: np.ndarray, size: int = 112) -> tuple[np.ndarray, np.ndarray]:
+    """Warp a face onto the template.
+
+    Args:
+        image: (H, W, 3) uint8.
+        landmarks_px: (5, 2) landmarks in pixels of ``image``.
+        size: side of the crop in pixels.
+
+    Returns:
+        The (size, size, 3) uint8 crop (black outside the picture), and the landmarks as (5, 2) float32 keypoints in
+        [0, 1] of that crop.
+    """
+    import cv2
+
+    matrix = estimate_alignment(landmarks_px, size)
+    crop = cv2.warpAffine(image, matrix, (size, size), borderValue=0.0)
+    return crop, (transform_points(landmarks_px, matrix) / size).astype(np.float32)
+
+
+def transform_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Map (..., 2) points through a (2, 3) matrix (both in the same unit)."""
+    return np.asarray(points) @ matrix[:, :2].T + matrix[:, 2]
+
+
+def mirror_keypoints(keypoints):
+    """Keypoints of the mirrored crop: x becomes 1 - x, and left and right points change places.
+
+    Args:
+        keypoints: (..., 5, 2) float tensor or array, xy in [0, 1] of the crop.
+
+    Returns:
+        A new tensor or array of the same kind and shape.
+    """
+    mirrored = keypoints[..., list(MIRROR_ORDER), :]  # advanced indexing copies
+    mirrored[..., 0] = 1 - mirrored[..., 0]
+    return mirrored
+
+
+def to_five_points(landmarks):
+    """The five points that KPRPE and alignment use, from the landmarks of other annotation schemes.
+
+    Args:
+        landmarks: (..., P, 2) float tensor or array in any unit. P = 68 (300-W: an eye is the mean of its six points),
+            98 (WFLW: points 96, 97, 57, 76, 82, as in the paper's supplementary section 6), or 5 already.
+
+    Returns:
+        (..., 5, 2) tensor or array of the same kind.
+
+    Raises:
+        ValueError: another number of points.
+    """
+    count = landmarks.shape[-2]
+    if count not in _FIVE_OF:
+        raise ValueError(f"landmarks must be (..., P, 2) with P = 5, 68 or 98, got shape {tuple(landmarks.shape)}")
+    points = [landmarks[..., list(group), :].mean(-2) for group in _FIVE_OF[count]]
+    return torch.stack(points, -2) if isinstance(landmarks, torch.Tensor) else np.stack(points, -2)

@@ -1,0 +1,69 @@
+"""Every key that a config may set, its default, meaning and unit. A config file states only what differs.
+
+A config is a python file with ``config = edict()``, as in arcface_torch; its own files work here unchanged.
+Values on the command line win: ``train_v2.py CONFIG lr=0.0005 val_targets="('lfw',)"``.
+"""
+
+from easydict import EasyDict as edict
+
+config = edict()
+
+# --- data -----------------------------------------------------------------------------------------------------------
+config.rec = "synthetic"  # folder with train.rec and train.idx | folder with one sub-folder of images a person | "synthetic"
+config.num_classes = 0  # people; 0: count them in the data
+config.num_image = 0  # images; synthetic data draws this many, other data is counted
+config.num_workers = 2  # reader processes a rank
+config.val_targets = ()  # names of .bin sets in the folder of `rec`, paths of .bin files, or "synthetic"
+config.verify_at_start = False  # also verify before the first step
+
+# --- network --------------------------------------------------------------------------------------------------------
+config.network = "vit_b_kprpe"  # a name of insightface_kprpe.list_models()
+config.network_kwargs = {}  # passed to it, e.g. {"drop_path_rate": 0.1, "mask_ratio": 0.1, "num_keypoints": 3}
+config.embedding_size = 512
+config.gradient_checkpointing = False  # less memory, about a third more time
+
+# --- loss -----------------------------------------------------------------------------------------------------------
+config.loss = "margin"  # "margin": ArcFace or CosFace, by margin_list | "adaface"
+config.margin_list = (1.0, 0.5, 0.0)  # (1, m2, 0): ArcFace with angle m2 in radians | (1, 0, m3): CosFace
+config.interclass_filtering_threshold = 0.0  # cosine above which another class is taken for label noise; 0: off
+config.adaface_m = 0.4  # margin
+config.adaface_h = 0.333  # how strongly the margin follows quality
+config.adaface_t_alpha = 0.01  # weight of the newest batch in the norm statistics
+config.sample_rate = 1.0  # PartialFC: share of the class centers that take part in a step, in (0, 1]
+
+# --- optimisation ---------------------------------------------------------------------------------------------------
+config.batch_size = 128  # images a rank and forward pass
+config.gradient_acc = 1  # forward passes an optimizer step; the step's batch is batch_size * ranks * gradient_acc
+config.optimizer = "adamw"  # "adamw" | "sgd"
+config.lr = 0.001  # peak learning rate
+config.momentum = 0.9  # SGD only
+config.weight_decay = 0.05
+config.scheduler = "polynomial"  # after warm-up: "polynomial" (linear to 0) | "cosine" | "step"
+config.decay_epochs = ()  # scheduler "step": the rate is divided by 10 at each, e.g. (10, 16, 22)
+config.num_epoch = 20
+config.warmup_epoch = 0.0  # epochs of linear warm-up
+config.clip_grad = 5.0  # largest gradient norm of the backbone
+config.fp16 = False  # arcface_torch's way to ask for precision = "fp16"
+config.precision = None  # "fp32" | "fp16" (with loss scaling) | "bf16"; None: by fp16
+config.seed = 2048
+
+# --- run ------------------------------------------------------------------------------------------------------------
+config.output = None  # folder for logs, checkpoints and model.pt; None: work_dirs/<name of the config file>
+config.resume = False  # continue from the newest checkpoint in output, if there is one
+config.frequent = 10  # optimizer steps between log lines
+config.verbose = 2000  # optimizer steps between verifications (there is always one at the end)
+config.tensorboard = False  # also write TensorBoard events (extra "tensorboard")
+
+# --- keys of arcface_torch's configs that are accepted and have no effect here ---------------------------------------
+config.save_all_states = True  # every checkpoint holds all states
+config.dali = False
+config.dali_aug = False
+config.using_wandb = False
+config.wandb_key = None
+config.wandb_entity = None
+config.wandb_project = None
+config.wandb_log_all = True
+config.wandb_resume = False
+config.save_artifacts = False
+config.suffix_run_name = None
+config.notes = None

@@ -1,0 +1,23 @@
+"""A small KPRPE ViT on drawn faces: the whole path in minutes, on a laptop.
+
+Command: torchrun --nproc_per_node=2 train_v2.py recognition_configs/quickstart.py
+Needs:   2 CPU cores; no data (faces are drawn), no GPU.
+Result:  see the README; the faces are synthetic, the accuracy says nothing about real ones.
+"""
+
+from easydict import EasyDict as edict
+
+config = edict()
+config.rec = "synthetic"
+config.num_classes = 100
+config.num_image = 3000
+config.val_targets = ("synthetic",)
+config.network = "vit_n_kprpe"
+config.embedding_size = 128
+config.loss = "adaface"
+config.batch_size = 32
+config.lr = 0.002
+config.scheduler = "cosine"
+config.warmup_epoch = 1.0
+config.num_epoch = 20
+config.num_workers = 1

@@ -1,0 +1,30 @@
+"""Fixtures for all tests: reference vectors and real faces where they are at hand, else a skip that says so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SHARED = Path(os.environ.get("KPRPE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of development data beside the checkout (not part of the project)."""
+    if not SHARED.is_dir():
+        pytest.skip(f"development data not found at {SHARED} (set KPRPE_SHARED to its folder)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden(shared):
+    """``golden("vit.npz")`` loads one file of reference vectors as a dict of arrays."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(shared / "golden" / name, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+
+    return load
