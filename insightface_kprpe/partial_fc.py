@@ -130,9 +130,12 @@ class PartialFC(nn.Module):
         if self.num_sampled < self.num_local:
             index, labels = self._sample(labels)
             centers = centers[index]
-        norms = embeddings.float().norm(dim=1)
-        logits = F.linear(F.normalize(embeddings), F.normalize(centers)).float().clamp(-1, 1)
-        return _ShardedCrossEntropy.apply(self.margin_loss(logits, labels, norms), labels)
+        # In half precision the scaled logits would be off by 0.1 and more.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = embeddings.float()
+            logits = F.linear(F.normalize(embeddings), F.normalize(centers)).clamp(-1, 1)
+            logits = self.margin_loss(logits, labels, embeddings.norm(dim=1))
+            return _ShardedCrossEntropy.apply(logits, labels)
 
     @torch.no_grad()
     def _sample(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

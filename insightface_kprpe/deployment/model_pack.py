@@ -14,12 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import onnx
+import torch.nn as nn
 
 from ..files import atomic_folder
-from .onnx_export import read_metadata
+from .onnx_export import export_onnx, needs_keypoints, read_metadata
 
 DETECTION, RECOGNITION, MANIFEST = "detection.onnx", "recognition.onnx", "pack.json"
 _DETECTOR_OUTPUTS = (9, 15)  # SCRFD with landmarks, on 3 or 5 strides
@@ -78,6 +80,24 @@ def build(
             }
         (temporary / MANIFEST).write_text(json.dumps({"name": name, "files": records}, indent=2) + "\n")
     return folder
+
+
+def build_from_network(
+    net: nn.Module,
+    detector: str | Path,
+    name: str = "kprpe",
+    root: str | Path = "~/.insightface",
+    licence: str = "unknown",
+    detector_licence: str = "unknown",
+) -> Path:
+    """Export a network in the forms that a pack holds, and build the pack; see :func:`build`."""
+    with tempfile.TemporaryDirectory() as folder:
+        image_only, two_inputs = Path(folder) / "image_only.onnx", Path(folder) / "keypoints.onnx"
+        export_onnx(net, image_only, image_only=True, licence=licence)
+        if needs_keypoints(net):
+            export_onnx(net, two_inputs, licence=licence)
+        twin = two_inputs if needs_keypoints(net) else None
+        return build(image_only, detector, twin, name, root, detector_licence)
 
 
 def _check_detector(path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+
+from ..backbones import get_model
 
 logger = logging.getLogger(__name__)
 
@@ -93,3 +96,17 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, torch.Tensor]
         raise ValueError(f"{name} does not fit this {type(net).__name__}: {shown}")
     net.load_state_dict(state)
     return net
+
+
+def load_run(folder: str | Path) -> nn.Module:
+    """The network that a training run left in its output folder (``config.json`` and ``model.pt``), in eval mode.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() or not (folder / "model.pt").is_file():
+        raise ValueError(f"model must be the output folder of a training run (config.json and model.pt), got {folder}")
+    config = json.loads((folder / "config.json").read_text())
+    net = get_model(config["network"], num_features=config["embedding_size"], **config["network_kwargs"])
+    return load_weights(net, folder / "model.pt").eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.resources
+import json
 import os
 import runpy
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> edict:
     """Read a config file over ``base.py``, apply ``key=value`` overrides and check every key, type and choice.
 
     Args:
-        path: a config file, or the name of one that comes with this package (e.g. "quickstart").
+        path: a config file, a run's ``config.json``, or the name of a config that comes with this package (e.g. "quickstart").
         overrides: strings ``key=value``; values are python literals, anything else is taken as a string.
 
     Returns:
@@ -68,10 +69,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> edict:
 
 
 def dump_config(config: edict, path: str | Path) -> None:
-    """Write the merged config as a config file that gives the same run."""
-    lines = ["from easydict import EasyDict as edict", "", "config = edict()"]
-    lines += [f"config.{key} = {dict(value) if isinstance(value, dict) else value!r}" for key, value in config.items()]
-    write_atomically(path, "\n".join(lines).encode() + b"\n")
+    """Write the merged config as JSON; :func:`load_config` reads it back for the same run."""
+    write_atomically(path, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _find(path: str | Path) -> Path:
@@ -87,6 +86,8 @@ def _find(path: str | Path) -> Path:
 
 def _run(path: Path) -> dict[str, Any]:
     try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
         namespace = runpy.run_path(str(path))
     except Exception as error:
         raise ConfigError(f"{path} cannot be run as a config: {type(error).__name__}: {error}") from error

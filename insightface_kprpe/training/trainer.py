@@ -92,7 +92,7 @@ def train(config: edict) -> dict[str, float]:
         step = state.resume(output) if config.resume else 0
 
         if rank == 0:
-            dump_config(config, output / "config.py")
+            dump_config(config, output / "config.json")
             metrics = Metrics(output, config.tensorboard, step)
             sets = [open_verification(target, config.rec) for target in config.val_targets]
             verification = Verification(sets, metrics)

@@ -1,0 +1,33 @@
+# make quickstart   everything once on drawn faces: train, verify, export, recognise
+# make test         the whole test suite
+# make lint         ruff
+
+PYTHON ?= python3
+# The version the suite was last run with. Any torch >= 2.6 will do: make test TORCH=torch==2.6.0
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: quickstart test lint clean
+
+quickstart: .venv/installed
+	$(BIN)/insightface-kprpe quickstart
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --upgrade pip
+	$(BIN)/pip install "$(TORCH)" --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install "$(TORCH)" --editable .[test]
+	touch $@
+
+clean:
+	rm -rf .venv work_dirs

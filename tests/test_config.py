@@ -1,0 +1,113 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from insightface_kprpe.training.config import ConfigError, configs_folder, dump_config, load_config
+
+ARCFACE_TORCH_STYLE = """
+from easydict import EasyDict as edict
+
+config = edict()
+config.margin_list = (1.0, 0.0, 0.4)
+config.network = "vit_t_dp005_mask0"
+config.resume = False
+config.output = None
+config.embedding_size = 512
+config.sample_rate = 1
+config.fp16 = True
+config.weight_decay = 0.1
+config.batch_size = 512
+config.optimizer = "adamw"
+config.lr = 0.001
+config.verbose = 2000
+config.dali = False
+config.rec = "/train_tmp/WebFace42M"
+config.num_classes = 2059906
+config.num_image = 42474557
+config.num_epoch = 40
+config.warmup_epoch = config.num_epoch // 10
+config.val_targets = ["lfw", "agedb_30"]
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text):
+        path = tmp_path / "my_run.py"
+        path.write_text("from easydict import EasyDict as edict\nconfig = edict()\n" + text)
+        return path
+
+    return write
+
+
+def test_a_config_in_arcface_torchs_style_works_unchanged(tmp_path):
+    path = tmp_path / "wf42m.py"
+    path.write_text(ARCFACE_TORCH_STYLE)
+    config = load_config(path)
+    assert config.output == str(Path("work_dirs") / "wf42m")
+    assert config.precision == "fp16" and config.loss == "margin"
+    assert config.warmup_epoch == 4.0 and isinstance(config.sample_rate, float)
+    assert config.val_targets == ("lfw", "agedb_30")
+    assert config.clip_grad == 5.0  # from base.py
+
+
+def test_overrides_win_and_take_the_type_of_the_default(config_file):
+    config = load_config(
+        config_file("config.lr = 0.1"),
+        ["lr=1", "rec=/data/a b", "val_targets=('lfw',)", "resume=True", "network_kwargs={'num_keypoints': 3}"],
+    )
+    assert config.lr == 1.0 and isinstance(config.lr, float)
+    assert (config.rec, config.val_targets, config.resume) == ("/data/a b", ("lfw",), True)
+    assert config.network_kwargs == {"num_keypoints": 3}
+    assert load_config(config_file(""), ["val_targets=lfw"]).val_targets == ("lfw",)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("config.learning_rte = 1", [], "unknown config key 'learning_rte'"),
+        ("config.bach_size = 1", [], "did you mean batch_size"),
+        ("config.batch_size = 1.5", [], "batch_size must be int"),
+        ("config.resume = 1", [], "resume must be bool"),
+        ("config.rec = 3", [], "rec must be str"),
+        ("", ["lr"], "must be key=value"),
+        ("", ["optimizer=lamb"], "optimizer must be one of"),
+        ("", ["precision=int8"], "precision must be one of"),
+        ("", ["sample_rate=0"], "sample_rate"),
+        ("", ["gradient_acc=0"], "gradient_acc must be positive"),
+        ("", ["scheduler=step"], "decay_epochs"),
+        ("1 / 0", [], "ZeroDivisionError"),
+        ("del config", [], "must define"),
+    ],
+)
+def test_mistakes_are_named(config_file, text, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file(text), overrides)
+
+
+def test_a_missing_file_lists_the_shipped_configs():
+    with pytest.raises(ConfigError, match="quickstart"):
+        load_config("no_such_config.py")
+
+
+def test_the_dumped_config_gives_the_same_run(config_file, tmp_path):
+    config = load_config(config_file("config.lr = 0.5"), ["margin_list=(1.0,0.0,0.35)"])
+    dump_config(config, tmp_path / "out" / "config.json")
+    assert load_config(tmp_path / "out" / "config.json") == config
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["lr"] == 0.5
+
+
+@pytest.mark.parametrize("path", sorted(configs_folder().glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_its_network_exists(path):
+    import torch
+
+    import insightface_kprpe as ik
+
+    config = load_config(path)
+    assert load_config(path.stem).lr == config.lr  # by name too
+    with torch.device("meta"):
+        ik.get_model(config.network, num_features=config.embedding_size, **config.network_kwargs)
+    header = path.read_text().split('"""')[1]
+    if path.stem != "base":
+        assert "Command:" in header and "Result:" in header

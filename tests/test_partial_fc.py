@@ -1,0 +1,120 @@
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from distributed import run_on_ranks
+from torch.nn.parallel import DistributedDataParallel
+
+from insightface_kprpe.losses import AdaFace, ArcFace, CosFace
+from insightface_kprpe.partial_fc import PartialFC, shard_range
+
+CLASSES, SIZE, BATCH = 7, 8, 6
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(BATCH, 5, generator=generator)
+    labels = torch.tensor([0, 6, 3, 3, 5, 1])
+    centers = torch.randn(CLASSES, SIZE, generator=generator)
+    weight = torch.randn(SIZE, 5, generator=generator) * 8
+    return images, labels, centers, weight
+
+
+def run(rank, world_size, margin):
+    """Loss and gradients of one step, the batch shared among the ranks."""
+    images, labels, centers, weight = data()
+    loss = {"adaface": AdaFace, "arcface": ArcFace}[margin]()
+    partial_fc = PartialFC(loss, SIZE, CLASSES)
+    first, count = shard_range(CLASSES, rank, world_size)
+    backbone = nn.Linear(5, SIZE, bias=False)
+    with torch.no_grad():
+        partial_fc.class_centers.copy_(centers[first : first + count])
+        backbone.weight.copy_(weight)
+    network = DistributedDataParallel(backbone) if world_size > 1 else backbone
+    share = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+    value = partial_fc(network(images[share]), labels[share])
+    value.backward()
+    return {
+        "loss": value.detach(),
+        "backbone": backbone.weight.grad,
+        "centers": partial_fc.class_centers.grad,
+        **loss.state_dict(),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("margin", ["arcface", "adaface"])
+def test_two_ranks_equal_one(margin):
+    one = run(0, 1, margin)
+    two = run_on_ranks(run, 2, 2, margin)
+    for key in one.keys() - {"centers"}:  # losses, backbone gradients, AdaFace's statistics: equal on all ranks
+        for rank in two:
+            torch.testing.assert_close(rank[key], one[key], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([rank["centers"] for rank in two]), one["centers"], atol=1e-5, rtol=1e-5)
+
+
+def test_one_rank_equals_a_plain_softmax():
+    images, labels, centers, _ = data()
+    embeddings = torch.randn(BATCH, SIZE).requires_grad_()
+    partial_fc = PartialFC(CosFace(), SIZE, CLASSES)
+    partial_fc.class_centers.data.copy_(centers)
+    value = partial_fc(embeddings, labels)
+    value.backward()
+
+    plain = embeddings.detach().clone().requires_grad_()
+    weight = centers.clone().requires_grad_()
+    logits = F.normalize(plain) @ F.normalize(weight).T
+    expected = F.cross_entropy(64 * (logits - 0.4 * F.one_hot(labels, CLASSES)), labels)
+    expected.backward()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(embeddings.grad, plain.grad)
+    torch.testing.assert_close(partial_fc.class_centers.grad, weight.grad)
+
+
+def test_sampling_keeps_the_positives_and_only_moves_sampled_centers():
+    torch.manual_seed(0)
+    partial_fc = PartialFC(CosFace(), SIZE, 100, sample_rate=0.1)
+    labels = torch.tensor([3, 99, 3, 42])
+    for _ in range(20):
+        index, mapped = partial_fc._sample(labels)
+        assert len(index) == 10 and len(index.unique()) == 10
+        assert torch.equal(index[mapped], labels)
+    given = labels.clone()
+    partial_fc(torch.randn(4, SIZE), labels).backward()
+    assert torch.equal(labels, given)
+    assert (partial_fc.class_centers.grad.abs().sum(1) > 0).sum() <= 10
+
+
+def test_more_positives_than_the_sample_has_room_for():
+    partial_fc = PartialFC(CosFace(), SIZE, 20, sample_rate=0.1)
+    labels = torch.arange(10)
+    index, mapped = partial_fc._sample(labels)
+    assert torch.equal(index[mapped], labels)
+    assert partial_fc(torch.randn(10, SIZE), labels).isfinite()
+
+
+def test_labels_of_other_ranks_are_kept_apart_when_sampling():
+    partial_fc = PartialFC(CosFace(), SIZE, 20, sample_rate=0.5)
+    _, mapped = partial_fc._sample(torch.tensor([-1, 4, -1]))
+    assert mapped[0] == mapped[2] == -1 and mapped[1] >= 0
+
+
+def test_logits_stay_in_float32_under_autocast():
+    images, labels, _, _ = data()
+    partial_fc = PartialFC(CosFace(), SIZE, CLASSES)
+    embeddings = torch.randn(BATCH, SIZE)
+    expected = partial_fc(embeddings, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(partial_fc(embeddings, labels), expected)
+
+
+@pytest.mark.parametrize(("classes", "ranks"), [(7, 2), (5, 3), (8, 4)])
+def test_shards_cover_every_class_once(classes, ranks):
+    ranges = [shard_range(classes, rank, ranks) for rank in range(ranks)]
+    assert [c for first, count in ranges for c in range(first, first + count)] == list(range(classes))
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.5])
+def test_bad_sample_rate(rate):
+    with pytest.raises(ValueError, match="sample_rate"):
+        PartialFC(CosFace(), SIZE, CLASSES, sample_rate=rate)
