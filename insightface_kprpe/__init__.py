@@ -16,7 +16,8 @@ from .partial_fc import PartialFC
 if TYPE_CHECKING:
     from . import evaluation, geometry
     from .backbones import relative_position
-    from .data.recordio import RecordReader, RecordWriter
+    from .data.record_writer import RecordWriter
+    from .data.recordio import RecordReader
     from .deployment import model_pack
     from .deployment.onnx_export import export_onnx
     from .deployment.weights import load_weights
@@ -27,7 +28,7 @@ __version__ = "0.1.0"
 # Public name -> (module, attribute); no attribute: the module itself.
 _LAZY = {
     "RecordReader": (".data.recordio", "RecordReader"),
-    "RecordWriter": (".data.recordio", "RecordWriter"),
+    "RecordWriter": (".data.record_writer", "RecordWriter"),
     "evaluation": (".evaluation", None),
     "export_onnx": (".deployment.onnx_export", "export_onnx"),
     "geometry": (".geometry", None),

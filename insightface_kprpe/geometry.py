@@ -72,12 +72,11 @@ def theta_from_similarity(
     width, height = (source_size, source_size) if isinstance(source_size, int) else source_size
     a, b = similarity[..., 0, 0], similarity[..., 1, 0]
     squared_scale = (a * a + b * b).clamp_min(torch.finfo(similarity.dtype).tiny)
-    a, b = a / squared_scale, b / squared_scale
-    inverse = torch.stack([torch.stack([a, b], -1), torch.stack([-b, a], -1)], -2)  # (..., 2, 2)
-    centre = (inverse @ (target_size / 2 - similarity[..., 2:])).squeeze(-1)  # source pixel at the target's centre
-    half_source = similarity.new_tensor([width / 2, height / 2])
-    linear = inverse * (target_size / 2) / half_source[:, None]
-    return torch.cat([linear, (centre / half_source - 1).unsqueeze(-1)], -1)
+    a, b = a / squared_scale, b / squared_scale  # the inverse is [[a, b], [-b, a]]
+    x, y = target_size / 2 - similarity[..., 0, 2], target_size / 2 - similarity[..., 1, 2]
+    row_x = [a * target_size / width, b * target_size / width, 2 * (a * x + b * y) / width - 1]
+    row_y = [-b * target_size / height, a * target_size / height, 2 * (a * y - b * x) / height - 1]
+    return torch.stack([torch.stack(row_x, -1), torch.stack(row_y, -1)], -2)
 
 
 def estimate_alignment(landmarks_px: np.ndarray, size: int = 112) -> np.ndarray:

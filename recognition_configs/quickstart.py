@@ -19,5 +19,5 @@ config.batch_size = 32
 config.lr = 0.002
 config.scheduler = "cosine"
 config.warmup_epoch = 1.0
-config.num_epoch = 20
+config.num_epoch = 8
 config.num_workers = 1

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..geometry import CANONICAL_KEYPOINTS, mirror_keypoints
+from .image_codec import decode_image
 from .landmark_csv import read_landmark_csv
 from .recordio import RecordReader
 from .synthetic import SyntheticFaces
@@ -72,21 +73,25 @@ class FolderFaces:
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
-        people = sorted(path for path in folder.iterdir() if path.is_dir())
-        files = [sorted(f for f in person.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) for person in people]
-        people, files = zip(*[(p, f) for p, f in zip(people, files, strict=True) if f], strict=True) if any(files) else ((), ())
-        if not files:
+        people = {
+            person.name: sorted(file for file in person.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            for person in sorted(folder.iterdir())
+            if person.is_dir()
+        }
+        people = {name: files for name, files in people.items() if files}
+        if not people:
             raise ValueError(f"rec must be a folder with one sub-folder of images a person, got {folder} without images")
-        self.names = [person.name for person in people]
-        self.paths = [path for images in files for path in images]
-        self.labels = np.repeat(np.arange(len(people), dtype=np.int64), [len(images) for images in files])
+        self.paths = [path for files in people.values() for path in files]
+        self.labels = np.repeat(np.arange(len(people), dtype=np.int64), [len(files) for files in people.values()])
         self.keypoints = _landmarks_beside(folder, len(self.paths))
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        image = cv2.imread(str(self.paths[index]), cv2.IMREAD_COLOR)
-        if image is None:
-            raise ValueError(f"{self.paths[index]} is not a readable image; remove or replace it")
-        return image[..., ::-1], None if self.keypoints is None else self.keypoints[index]
+        path = self.paths[index]
+        try:
+            image = decode_image(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; remove or replace it") from error
+        return image, None if self.keypoints is None else self.keypoints[index]
 
 
 class DrawnFaces:

@@ -10,8 +10,8 @@ import logging
 
 import numpy as np
 
-from .metrics import inverse_norms
 from ..geometry import CANONICAL_KEYPOINTS
+from .metrics import inverse_norms
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def pool_templates(
     Raises:
         ValueError: shapes do not fit, embeddings are not finite, or a weight is negative or not finite.
     """
-    templates, medias = np.asarray(templates), np.asarray(medias)
+    embeddings, templates, medias = np.asarray(embeddings), np.asarray(templates), np.asarray(medias)
     inverse = inverse_norms(embeddings)
     count = len(inverse)
     if templates.shape != (count,) or medias.shape != (count,) or not count:

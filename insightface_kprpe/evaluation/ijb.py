@@ -13,7 +13,7 @@ from .metrics import rank_k, tpir_at_fpir, tpr_at_fpr
 from .search import search
 
 FPRS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-SCORE_BLOCK_BYTES = 1 << 27
+SCORE_BLOCK_BYTES = 1 << 26
 # One pair costs about as much time as this many entries of a matrix product over the same templates.
 PRODUCT_ENTRIES_PER_PAIR = 64
 # Template numbers within such a range are looked up in a table, others searched (ten times slower).
@@ -53,11 +53,11 @@ def verification_scores(
     Returns:
         (pairs,) float64.
     """
-    features, known = pool_templates(embeddings, templates, medias, weights)
+    pooled, known = pool_templates(embeddings, templates, medias, weights)
     first, second = _positions(known, p1, "p1"), _positions(known, p2, "p2")
-    if first.shape != second.shape:
-        raise ValueError(f"p1 and p2 must have one length, got {len(first)} and {len(second)}")
-    return _pair_scores(features, first, second)
+    if first.shape != second.shape or not len(first):
+        raise ValueError(f"p1 and p2 must have one length above 0, got {len(first)} and {len(second)}")
+    return _pair_scores(pooled, first, second)
 
 
 def verification(
@@ -125,12 +125,12 @@ def identification(
     Raises:
         ValueError: as for ``verification``, and where a gallery holds no probe's subject or all of them.
     """
-    features, known = pool_templates(embeddings, templates, medias, weights)
-    probe_features = features[_positions(known, probe.templates, "probe")]
+    pooled, known = pool_templates(embeddings, templates, medias, weights)
+    probe_embeddings = pooled[_positions(known, probe.templates, "probe")]
     results = {}
     for name, gallery in galleries.items():
-        gallery_features = features[_positions(known, gallery.templates, f"gallery {name}")]
-        matches = search(probe_features, gallery_features, probe.subjects, gallery.subjects)
+        gallery_embeddings = pooled[_positions(known, gallery.templates, f"gallery {name}")]
+        matches = search(probe_embeddings, gallery_embeddings, probe.subjects, gallery.subjects)
         results[name] = {f"rank_{rank}": value for rank, value in rank_k(matches, ranks).items()}
         results[name] |= {f"tpir_at_fpir_{point.target}": point.tpr for point in tpir_at_fpir(matches, fpirs)}
     keys = next(iter(results.values()))
@@ -138,20 +138,21 @@ def identification(
 
 
 def _positions(known: np.ndarray, wanted: np.ndarray, name: str) -> np.ndarray:
-    """Where each wanted template stands among the known ones (ascending), as int32."""
+    """Where each wanted template stands among the known ones (ascending), in the smallest type that holds it."""
     wanted = np.asarray(wanted)
     if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
         raise ValueError(f"{name} must be a list of template numbers, got {wanted.dtype} of shape {wanted.shape}")
+    smallest = np.min_scalar_type(len(known))
     offset = wanted.astype(np.int64) - int(known[0])
     span = int(known[-1]) - int(known[0]) + 1
     if span <= LOOKUP_SPAN:
-        table = np.full(span + 1, -1, dtype=np.int32)  # the last entry stands for everything outside
+        table = np.full(span + 1, len(known), dtype=smallest)  # the last entry stands for everything outside
         table[known - known[0]] = np.arange(len(known))
         offset[(offset < 0) | (offset >= span)] = span
         position = table[offset]
-        unknown = position < 0
+        unknown = position == len(known)
     else:
-        position = np.minimum(np.searchsorted(known, wanted), len(known) - 1).astype(np.int32)
+        position = np.minimum(np.searchsorted(known, wanted), len(known) - 1).astype(smallest)
         unknown = known[position] != wanted
     if unknown.any():
         missing = np.unique(wanted[unknown])
@@ -160,40 +161,48 @@ def _positions(known: np.ndarray, wanted: np.ndarray, name: str) -> np.ndarray:
     return position
 
 
-def _pair_scores(features: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def _pair_scores(pooled: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Dot products of pairs of rows, read from blocks of the matrix of all rows with all rows.
 
     Templates of the side with fewer different ones come first and each pair is turned so that its earlier template
     gives the row. Where galleries meet probes only the galleries' rows are computed; otherwise half the matrix is.
+    The arguments are overwritten.
     """
-    used = [np.bincount(side, minlength=len(features)) > 0 for side in (first, second)]
+    used = [np.bincount(side, minlength=len(pooled)) > 0 for side in (first, second)]
     lead, other = sorted(used, key=np.count_nonzero)
     order = np.concatenate([np.flatnonzero(lead), np.flatnonzero(other & ~lead)])
-    features = features[order]
-    rank = np.empty(len(lead), dtype=np.int32)
-    rank[order] = np.arange(len(order), dtype=np.int32)
-    first, second = rank[first], rank[second]
-    row, column = np.minimum(first, second), np.maximum(first, second)
-    del first, second
+    pooled[: len(order)] = pooled[order]
+    pooled = pooled[: len(order)]
+    rank = np.empty(len(lead), dtype=first.dtype)
+    rank[order] = np.arange(len(order))
+    rank.take(first, out=first)
+    rank.take(second, out=second)
+    turned = np.flatnonzero(first > second)
+    first[turned], second[turned] = second[turned], first[turned]
 
-    step = max(64, SCORE_BLOCK_BYTES // (8 * len(features)), len(features) >> 15)
-    block = (row // step).astype(np.uint16)
-    pairs = np.argsort(block, kind="stable")  # 16-bit numbers are sorted by radix, in linear time
-    ends = np.bincount(block).cumsum()
-    scores = np.empty(len(row))
-    for number, (begin, end) in enumerate(zip(np.append(0, ends), ends, strict=False)):
-        if begin == end:
+    step = min(len(pooled), max(64, SCORE_BLOCK_BYTES // (8 * len(pooled)), len(pooled) >> 15))
+    starts = np.arange(0, len(pooled), step)
+    block = (first // step).astype(np.uint16)  # few bits: sorted by radix, in linear time
+    pairs = np.argsort(block, kind="stable")
+    ends = np.searchsorted(block, np.arange(len(starts)), side="right", sorter=pairs)
+    pairs = pairs.astype(np.min_scalar_type(len(pairs)))  # half the memory
+    buffer = np.empty(step * len(pooled))  # one for all blocks: fresh memory would cost more time than the product
+    scores = np.empty(len(first))
+    for start, begin, end in zip(starts, np.append(0, ends), ends, strict=False):
+        chosen = pairs[begin:end]
+        if not len(chosen):
             continue
-        chosen, start = pairs[begin:end], number * step
-        rows, columns = row[chosen], column[chosen]
-        height, width = rows.max() + 1 - start, len(features) - start
+        rows, columns = first[chosen].astype(np.intp) - start, second[chosen].astype(np.intp) - start
+        height, width = int(rows.max()) + 1, len(pooled) - start
         if height * width <= PRODUCT_ENTRIES_PER_PAIR * len(chosen):
-            product = features[start : start + height] @ features[start:].T
-            scores[chosen] = product[rows - start, columns - start]
+            product = buffer[: height * width].reshape(height, width)
+            np.matmul(pooled[start : start + height], pooled[start:].T, out=product)
+            scores[chosen] = buffer.take(rows * width + columns)
         else:
             for part in range(0, len(chosen), 8192):
                 take = slice(part, part + 8192)
-                scores[chosen[take]] = np.einsum("pd,pd->p", features[rows[take]], features[columns[take]])
+                a, b = pooled[start + rows[take]], pooled[start + columns[take]]
+                scores[chosen[take]] = np.einsum("pd,pd->p", a, b)
     return scores
 
 

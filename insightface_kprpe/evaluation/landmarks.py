@@ -6,9 +6,7 @@ ground-truth box: "KeyPoint Relative Position Encoding for Face Recognition" (CV
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +18,7 @@ from tqdm import tqdm
 
 from insightface_kprpe.data.landmark_augmentation import gaussian_blur, lower_resolution, to_float
 from insightface_kprpe.data.landmark_dataset import LandmarkDataset
+from insightface_kprpe.files import atomic_path, write_atomically
 
 POINT_NAMES = ("left eye", "right eye", "nose", "left mouth", "right mouth")
 FAILURE_THRESHOLD = 0.1  # an image above this NME has failed; the curve ends there, as in the paper's Fig. 8
@@ -156,20 +155,13 @@ def robustness(predict: Predict, dataset: LandmarkDataset, **options) -> dict[st
     for side in (32, 24, 16):
         conditions[f"down-sampled to {side} px"] = dataset, lambda images, side=side: lower_resolution(images, side)
     for angle in (-30, -15, 15, 30):
-        conditions[f"rotated {angle:+} degrees"] = _recropped(dataset, rotation=angle), None
+        conditions[f"rotated {angle:+} degrees"] = dataset.recropped(rotation=angle), None
     for shift in ((-0.1, 0.0), (0.1, 0.0), (0.0, -0.1), (0.0, 0.1), (0.2, 0.2)):
-        conditions["shifted x {:+.0%}, y {:+.0%}".format(*shift)] = _recropped(dataset, shift=shift), None
+        conditions["shifted x {:+.0%}, y {:+.0%}".format(*shift)] = dataset.recropped(shift=shift), None
     return {
         name: evaluate_landmarks(predict, variant, degrade=degrade, description=name, **options)
         for name, (variant, degrade) in conditions.items()
     }
-
-
-def _recropped(dataset: LandmarkDataset, **crop) -> LandmarkDataset:
-    """The same labels with other crops."""
-    variant = copy.copy(dataset)
-    vars(variant).update(crop)
-    return variant
 
 
 def write_report(
@@ -187,8 +179,6 @@ def write_report(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     document = {
         "unit": "errors are fractions of sqrt(box width * box height); rates and curves are percent of images",
         "curve_thresholds": CURVE_THRESHOLDS.tolist(),
@@ -198,10 +188,8 @@ def write_report(
             for name, table in (conditions or {}).items()
         },
     }
-    temporary = folder / f".landmarks.json.{os.getpid()}"
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "landmarks.json")
-    plot_curves(results, folder / "landmarks.png")
+    write_atomically(Path(folder) / "landmarks.json", (json.dumps(document, indent=1) + "\n").encode())
+    plot_curves(results, Path(folder) / "landmarks.png")
 
 
 def plot_curves(results: Mapping[str, LandmarkResult], path: str | Path) -> None:
@@ -221,7 +209,5 @@ def plot_curves(results: Mapping[str, LandmarkResult], path: str | Path) -> None
     axes.set(xlabel="NME", ylabel="images (%)", xlim=(0, FAILURE_THRESHOLD), ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, dpi=150, format="png")
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

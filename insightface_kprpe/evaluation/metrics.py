@@ -68,10 +68,7 @@ def inverse_norms(embeddings: np.ndarray, name: str = "embeddings") -> np.ndarra
     embeddings = np.asarray(embeddings)
     if embeddings.ndim != 2:
         raise ValueError(f"{name} must be (N, D), got shape {embeddings.shape}")
-    squares = np.empty(len(embeddings))
-    for start in range(0, len(embeddings), 4096):  # in blocks: a float64 copy of everything would not fit
-        block = embeddings[start : start + 4096].astype(np.float64)
-        squares[start : start + 4096] = np.einsum("nd,nd->n", block, block)
+    squares = np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64)
     if not np.isfinite(squares).all():
         bad = np.flatnonzero(~np.isfinite(squares))
         raise ValueError(
@@ -180,6 +177,7 @@ def tpr_at_fpr(
 
 
 def _split(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Copies of the positives' and the negatives' scores, after checks."""
     scores = np.asarray(scores)
     if scores.ndim != 1:
         raise ValueError(f"scores must be (N,), got shape {scores.shape}")
@@ -190,10 +188,14 @@ def _split(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _roc_head(positives: np.ndarray, negatives: np.ndarray, count: int) -> Roc:
-    """The ROC from its strict end down to about ``count`` false positives; all of it if that is all negatives."""
+    """The ROC from its strict end down to about ``count`` false positives; all of it if that is all negatives.
+
+    Reorders ``negatives`` in place.
+    """
     whole = count == len(negatives)
     if not whole:
-        negatives = np.partition(negatives, len(negatives) - count)[-count:]
+        negatives.partition(len(negatives) - count)
+        negatives = negatives[-count:]
         cut = negatives.min()  # of the scores equal to it some were left behind
         positives, negatives = positives[positives > cut], negatives[negatives > cut]
     scores = np.concatenate([positives, negatives])
@@ -285,26 +287,3 @@ def tpir_at_fpir(matches: Matches, fpirs: Sequence[float] = (0.01, 0.1), rank: i
         reached = float((impostors >= threshold).mean())
         points.append(OperatingPoint(fpir, reached, float(100.0 * found.sum() / has_mate.sum()), float(threshold)))
     return points
-
-
-def nme(predicted: np.ndarray, target: np.ndarray, box_size: np.ndarray) -> float:
-    """Normalised mean error: mean over points and faces of the distance over the side of the face's box.
-
-    Args:
-        predicted: (N, P, 2) float landmarks.
-        target: (N, P, 2) float, in the same unit.
-        box_size: (N, 2) float, width and height of the ground-truth boxes in that unit; the side is sqrt(w * h).
-
-    Raises:
-        ValueError: shapes do not fit or a box is empty.
-    """
-    predicted, target, box_size = (np.asarray(values, dtype=np.float64) for values in (predicted, target, box_size))
-    if predicted.shape != target.shape or predicted.ndim != 3 or box_size.shape != (len(predicted), 2):
-        raise ValueError(
-            "predicted and target must be (N, P, 2) and box_size (N, 2), "
-            f"got {predicted.shape}, {target.shape} and {box_size.shape}"
-        )
-    side = np.sqrt(box_size.prod(1))
-    if not (side > 0).all():
-        raise ValueError("box_size must be positive widths and heights, got an empty box")
-    return float((np.linalg.norm(predicted - target, axis=-1) / side[:, None]).mean())

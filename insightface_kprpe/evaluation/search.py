@@ -21,12 +21,13 @@ def match_scores(scores: np.ndarray, is_mate: np.ndarray) -> Matches:
     Raises:
         ValueError: shapes differ or scores are not finite.
     """
-    scores, is_mate = np.array(scores), np.asarray(is_mate, dtype=bool)  # scores are copied: _reduce writes into them
+    scores, is_mate = np.asarray(scores), np.asarray(is_mate, dtype=bool)
     if scores.ndim != 2 or scores.shape != is_mate.shape or not scores.size:
         raise ValueError(f"scores and is_mate must both be (P, G), got {scores.shape} and {is_mate.shape}")
     if not np.isfinite(scores).all():
         raise ValueError("scores must be finite, got NaN or Inf")
-    return _reduce(scores, *np.nonzero(is_mate))
+    copied = scores.astype(np.result_type(scores, np.float32))
+    return _reduce(copied, *np.nonzero(is_mate))
 
 
 def search(

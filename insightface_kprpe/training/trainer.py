@@ -102,9 +102,7 @@ def train(config: edict) -> dict[str, float]:
             logger.info("%s", _summary(config, dataset, backbone, world_size, device, total_steps))
         network = backbone
         if world_size > 1:
-            network = DistributedDataParallel(
-                backbone, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-            )
+            network = DistributedDataParallel(backbone, device_ids=[device] if device.type == "cuda" else None)
         loader = DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -112,6 +110,7 @@ def train(config: edict) -> dict[str, float]:
             pin_memory=device.type == "cuda",
             persistent_workers=config.num_workers > 0,
             worker_init_fn=_start_worker,
+            generator=torch.Generator().manual_seed(config.seed),  # else every epoch takes a number from the global one
         )
         accuracies: dict[str, float] = {}
         if rank == 0 and config.verify_at_start:

@@ -1,0 +1,178 @@
+"""Batch augmentation of face crops that moves landmarks and box with the pixels, on any device."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from insightface_kprpe.data.landmark_dataset import UNKNOWN, FaceSample
+from insightface_kprpe.geometry import mirror_keypoints
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels to float in [-1, 1]; float images, which are in that range already, as they are."""
+    return images if images.is_floating_point() else images.float() / 127.5 - 1
+
+
+def gaussian_blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Blur (B, 3, H, W) images by a Gaussian of ``sigma`` pixels; edges are repeated."""
+    radius = max(1, math.ceil(3 * sigma))
+    offsets = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma).square())
+    kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
+    padded = F.pad(images, [radius] * 4, mode="replicate")
+    return F.conv2d(F.conv2d(padded, kernel, groups=3), kernel.mT, groups=3)
+
+
+def lower_resolution(images: torch.Tensor, side: int) -> torch.Tensor:
+    """What (B, 3, S, S) images look like when the crop had only ``side`` pixels a side: averaged down, blown up."""
+    small = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+    return F.interpolate(small, size=images.shape[-2:], mode="bilinear")
+
+
+class LandmarkAugmentation:
+    """Mirror, scale, shift, rotation, colour, blur and low resolution, and some images without a face.
+
+    Mirroring, scale, shift and rotation are one matrix, by which pixels (one bilinear sampling), keypoints and box
+    move. What comes from outside the crop is black.
+
+    Args:
+        mirror: probability.
+        scale: range of the factor by which the face grows.
+        shift: largest move along x and y, as a fraction of the crop's side.
+        rotation: largest angle, in degrees.
+        color: largest relative change of brightness, contrast and saturation.
+        gray: probability of a gray image.
+        blur: probability; the Gaussian's sigma is 0.5 to 3 pixels, one draw for the batch.
+        low_resolution: probability; to 16 to 96 pixels a side, one draw for the batch.
+        faceless: probability of an image without a face: plain with noise, or a crop whose 4 x 4 tiles are shuffled.
+            They teach the score to be low; without them every image that the network ever sees has a face.
+    """
+
+    def __init__(
+        self,
+        mirror: float = 0.5,
+        scale: tuple[float, float] = (0.7, 1.2),
+        shift: float = 0.1,
+        rotation: float = 30.0,
+        color: float = 0.3,
+        gray: float = 0.1,
+        blur: float = 0.2,
+        low_resolution: float = 0.3,
+        faceless: float = 0.05,
+    ) -> None:
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"scale must be a range of positive factors, got {scale}")
+        self.mirror, self.scale, self.shift, self.rotation = mirror, scale, shift, rotation
+        self.color, self.gray = color, gray
+        self.blur, self.low_resolution, self.faceless = blur, low_resolution, faceless
+
+    def __call__(self, batch: FaceSample, generator: torch.Generator | None = None) -> FaceSample:
+        """Augment one batch.
+
+        Args:
+            batch: images (B, 3, S, S) uint8 or float in [-1, 1].
+            generator: of the random numbers, on the CPU.
+
+        Returns:
+            A new batch with float images in [-1, 1].
+        """
+
+        def uniform(low: float, high: float) -> torch.Tensor:
+            """(B,) random numbers on the images' device."""
+            return (low + (high - low) * torch.rand(len(batch.image), generator=generator)).to(batch.image.device)
+
+        matrix, mirrored = self._draw_matrix(uniform)
+        images, keypoints, bbox = move(FaceSample(to_float(batch.image), batch.keypoints, batch.bbox), matrix, mirrored)
+        images = self._recolor(images, uniform)
+        for probability, low, high, degrade in (
+            (self.blur, 0.5, 3.0, gaussian_blur),
+            (self.low_resolution, 16, 97, lambda chosen, side: lower_resolution(chosen, int(side))),
+        ):
+            chosen = uniform(0, 1) < probability
+            strength = float(torch.empty(()).uniform_(low, high, generator=generator))
+            if chosen.any():
+                images[chosen] = degrade(images[chosen], strength)
+        chosen = uniform(0, 1) < self.faceless
+        if chosen.any():
+            images[chosen] = _without_face(images[chosen], generator)
+            keypoints = torch.where(chosen[:, None, None], UNKNOWN, keypoints)
+            bbox = torch.where(chosen[:, None], UNKNOWN, bbox)
+        return FaceSample(images.clamp(-1, 1), keypoints, bbox)  # interpolation rounds
+
+    def _draw_matrix(self, uniform) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 2, 3) matrices for ``move``, and which of them mirror."""
+        mirrored = uniform(0, 1) < self.mirror
+        # scale is drawn on a logarithmic axis: growing and shrinking by one factor are equally likely
+        size = torch.exp(uniform(math.log(self.scale[0]), math.log(self.scale[1])))
+        angle = uniform(-math.radians(self.rotation), math.radians(self.rotation))
+        a, b, sign = size * torch.cos(angle), size * torch.sin(angle), torch.where(mirrored, -1.0, 1.0)
+        shift = torch.stack([uniform(-self.shift, self.shift), uniform(-self.shift, self.shift)], -1)
+        linear = torch.stack([torch.stack([a * sign, -b], -1), torch.stack([b * sign, a], -1)], -2)
+        offset = 0.5 + shift - (linear @ torch.full((2, 1), 0.5, device=a.device)).squeeze(-1)
+        return torch.cat([linear, offset.unsqueeze(-1)], -1), mirrored
+
+    def _recolor(self, images: torch.Tensor, uniform) -> torch.Tensor:
+        """Brightness, contrast and saturation of each image, in this order."""
+        brightness, contrast, saturation = (
+            uniform(1 - self.color, 1 + self.color)[:, None, None, None] for _ in range(3)
+        )
+        saturation = torch.where(uniform(0, 1)[:, None, None, None] < self.gray, 0.0, saturation)
+        images = (images + 1) * brightness  # [0, 2]
+        images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast)
+        luma = (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+        return torch.lerp(luma, images, saturation).clamp(0, 2) - 1
+
+
+def move(batch: FaceSample, matrix: torch.Tensor, mirrored: torch.Tensor) -> FaceSample:
+    """Move pixels, keypoints and box by one matrix per image.
+
+    Args:
+        batch: images (B, 3, S, S) float in [-1, 1].
+        matrix: (B, 2, 3) float, from [0, 1] of the old crop to [0, 1] of the new one.
+        mirrored: (B,) bool, where the matrix mirrors, so that left and right points change places.
+
+    Returns:
+        The moved batch; the box is the one around the moved ellipse that filled the old box.
+    """
+    images, keypoints, bbox = batch
+    linear, offset = matrix[:, :, :2], matrix[:, :, 2]
+    inverse = torch.linalg.inv(linear)
+    # its offset in [-1, 1], where x = (n + 1) / 2
+    shift = inverse @ (1 - linear.sum(-1) - 2 * offset).unsqueeze(-1)
+    theta = torch.cat([inverse, shift], -1)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    images = F.grid_sample(images + 1, grid, align_corners=False) - 1  # black outside
+
+    swapped = mirror_keypoints(keypoints)
+    swapped[..., 0] = 1 - swapped[..., 0]  # only the names change here, the matrix does the rest
+    moved = torch.where(mirrored[:, None, None], swapped, keypoints) @ linear.mT + offset[:, None]
+    keypoints = torch.where(is_known(keypoints)[:, None, None], moved, UNKNOWN)
+
+    half = (bbox[:, 2:] - bbox[:, :2]) / 2
+    centre = ((bbox[:, :2] + half).unsqueeze(1) @ linear.mT).squeeze(1) + offset
+    half = (linear * half.unsqueeze(1)).norm(dim=-1)
+    bbox = torch.where(is_known(bbox)[:, None], torch.cat([centre - half, centre + half], -1), UNKNOWN)
+    return FaceSample(images, keypoints, bbox)
+
+
+def is_known(values: torch.Tensor) -> torch.Tensor:
+    """(B,) bool: whether landmarks (B, 5, 2) or boxes (B, 4) exist."""
+    return (values != UNKNOWN).flatten(1).any(1)
+
+
+def _without_face(images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Half of the images plain with noise, the other half their own tiles shuffled (4 x 4, one order for all)."""
+    plain, tiles = images.tensor_split(2)
+    level = torch.rand(len(plain), 3, 1, 1, generator=generator) * 2.6 - 1.3  # some black and white ones
+    noise = torch.randn(plain.shape, generator=generator) * torch.rand(len(plain), 1, 1, 1, generator=generator) * 0.3
+    plain = (level + noise).clamp(-1, 1).to(images)
+    count, channels, side = len(tiles), images.shape[1], images.shape[2] // 4
+    order = torch.randperm(16, generator=generator).to(images.device)
+    cut = tiles[:, :, : 4 * side, : 4 * side].reshape(count, channels, 4, side, 4, side).permute(0, 1, 2, 4, 3, 5)
+    cut = cut.reshape(count, channels, 16, side, side)[:, :, order].reshape(count, channels, 4, 4, side, side)
+    tiles = tiles.clone()
+    tiles[:, :, : 4 * side, : 4 * side] = cut.permute(0, 1, 2, 4, 3, 5).reshape(count, channels, 4 * side, 4 * side)
+    return torch.cat([plain, tiles])
