@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from .deployment import model_pack
     from .deployment.onnx_export import export_onnx
     from .deployment.weights import load_weights
+    from .dfa import DFA
     from .model_zoo import register, unregister
 
 __version__ = "0.1.0"
 
 # Public name -> (module, attribute); no attribute: the module itself.
 _LAZY = {
+    "DFA": (".dfa", "DFA"),
     "RecordReader": (".data.recordio", "RecordReader"),
     "RecordWriter": (".data.record_writer", "RecordWriter"),
     "evaluation": (".evaluation", None),
@@ -44,6 +46,7 @@ __all__ = [
     "ArcFace",
     "CombinedMarginLoss",
     "CosFace",
+    "DFA",
     "PartialFC",
     "RecordReader",
     "RecordWriter",

@@ -37,9 +37,14 @@ class Route(NamedTuple):
     outputs: int
 
 
+def stock_model(path: str | Path):
+    """What the stock ``insightface.model_zoo`` makes of an ONNX file, on the CPU; None if it ignores it."""
+    return _stock_get_model(str(path), providers=["CPUExecutionProvider"])
+
+
 def stock_route(path: str | Path) -> Route:
     """Load a file through the stock ``insightface.model_zoo`` and say what it was taken for."""
-    model = _stock_get_model(str(path), providers=["CPUExecutionProvider"])
+    model = stock_model(path)
     if model is None:
         return Route(None, "nothing", 0.0, 0.0, 0)
     return Route(

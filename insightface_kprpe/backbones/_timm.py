@@ -21,8 +21,8 @@ except RuntimeError as error:
         )
 
 from timm.layers import Attention, Mlp, PatchEmbed
-from timm.models import register_model
+from timm.models import create_model, register_model
 from timm.models.mlp_mixer import MixerBlock
 from timm.models.vision_transformer import Block
 
-__all__ = ["Attention", "Block", "MixerBlock", "Mlp", "PatchEmbed", "register_model"]
+__all__ = ["Attention", "Block", "MixerBlock", "Mlp", "PatchEmbed", "create_model", "register_model"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from insightface_kprpe.data.landmark_dataset import UNKNOWN, FaceSample
-from insightface_kprpe.geometry import mirror_keypoints
+from insightface_kprpe.geometry import MIRROR_ORDER
+
+Uniform = Callable[[float, float], torch.Tensor]  # low, high -> one random number per image
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -102,7 +105,7 @@ class LandmarkAugmentation:
             bbox = torch.where(chosen[:, None], UNKNOWN, bbox)
         return FaceSample(images.clamp(-1, 1), keypoints, bbox)  # interpolation rounds
 
-    def _draw_matrix(self, uniform) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw_matrix(self, uniform: Uniform) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 2, 3) matrices for ``move``, and which of them mirror."""
         mirrored = uniform(0, 1) < self.mirror
         # scale is drawn on a logarithmic axis: growing and shrinking by one factor are equally likely
@@ -114,7 +117,7 @@ class LandmarkAugmentation:
         offset = 0.5 + shift - (linear @ torch.full((2, 1), 0.5, device=a.device)).squeeze(-1)
         return torch.cat([linear, offset.unsqueeze(-1)], -1), mirrored
 
-    def _recolor(self, images: torch.Tensor, uniform) -> torch.Tensor:
+    def _recolor(self, images: torch.Tensor, uniform: Uniform) -> torch.Tensor:
         """Brightness, contrast and saturation of each image, in this order."""
         brightness, contrast, saturation = (
             uniform(1 - self.color, 1 + self.color)[:, None, None, None] for _ in range(3)
@@ -146,8 +149,7 @@ def move(batch: FaceSample, matrix: torch.Tensor, mirrored: torch.Tensor) -> Fac
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     images = F.grid_sample(images + 1, grid, align_corners=False) - 1  # black outside
 
-    swapped = mirror_keypoints(keypoints)
-    swapped[..., 0] = 1 - swapped[..., 0]  # only the names change here, the matrix does the rest
+    swapped = keypoints[:, list(MIRROR_ORDER)]  # the matrix does the rest
     moved = torch.where(mirrored[:, None, None], swapped, keypoints) @ linear.mT + offset[:, None]
     keypoints = torch.where(is_known(keypoints)[:, None, None], moved, UNKNOWN)
 

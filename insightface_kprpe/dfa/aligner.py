@@ -132,6 +132,10 @@ def align(
     Returns:
         aligned (B, 3, size, size), aligned_keypoints (B, 5, 2), theta (B, 2, 3), as in ``AlignedFace``.
     """
+    device = images.device.type
+    if torch.is_autocast_enabled(device):  # its products of 16-bit numbers would move the face by a pixel
+        with torch.autocast(device, enabled=False):
+            return align(images, keypoints, size, template)
     height, width = images.shape[-2:]
     points = _scaled(keypoints, width, height)
     similarity = similarity_transform(points, template.to(points) * size)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from insightface_kprpe.backbones._timm import MixerBlock
+from insightface_kprpe.backbones._timm import MixerBlock, create_model
 from insightface_kprpe.dfa.anchors import DFA_ANCHOR_SIZES, decode_boxes, decode_points, make_anchors
 
 ANCHORS_PER_CELL = 2
@@ -87,8 +87,6 @@ class MobileNetBody(nn.Module):
 
 def _resnet50_body() -> nn.Module:
     """timm's ResNet-50 without its classifier; features at strides 8, 16, 32, parameter names as torchvision's."""
-    from timm.models import create_model  # not at the top: must come after the _timm module has made timm importable
-
     return create_model("resnet50", features_only=True, out_indices=(2, 3, 4))
 
 

@@ -1,0 +1,201 @@
+"""IJB template verification and identification against the reference numbers, and the protocol files."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from insightface_kprpe.evaluation import ijb
+from insightface_kprpe.evaluation.fusion import norm_weights, pool_templates
+from insightface_kprpe.evaluation.metrics import tpr_at_fpr
+
+
+@pytest.mark.parametrize("variant", ["Norm:True_Det:True", "Norm:True_Det:False", "Norm:False_Det:True"])
+def test_golden(golden, variant):
+    truth = golden("ijb.npz")
+    embeddings, detector = truth["embeddings"], truth["detector_scores"]
+    weights = {
+        "Norm:True_Det:True": norm_weights(embeddings) * detector,
+        "Norm:True_Det:False": None,
+        "Norm:False_Det:True": detector,
+    }[variant]
+    arguments = [truth[name] for name in ("templates", "medias", "p1", "p2", "label")]
+    expected = dict(zip(truth["result_names"], truth["result_values"], strict=True))
+    result = ijb.verification(embeddings, *arguments, weights=weights)
+    assert {f"{variant}_{key}" for key in result} == {key for key in expected if key.startswith(variant)}
+    for key, value in result.items():
+        tolerance = 1e-6 if "thresh" in key else 1e-9
+        assert value == pytest.approx(expected[f"{variant}_{key}"], abs=tolerance), key
+
+
+@pytest.fixture
+def small():
+    """Templates with numbers far apart, and pairs of them in both orders, some repeated."""
+    rng = np.random.default_rng(0)
+    numbers = np.sort(rng.choice(10_000, 90, replace=False))
+    templates = rng.permutation(np.concatenate([numbers, rng.choice(numbers, 200)]))
+    subject = rng.integers(0, 20, 10_000)
+    centers = rng.normal(size=(20, 16))
+    embeddings = centers[subject[templates]] + 0.7 * rng.normal(size=(290, 16))
+    p1, p2 = rng.choice(numbers, 3000), rng.choice(numbers, 3000)
+    return {
+        "embeddings": embeddings,
+        "templates": templates,
+        "medias": rng.integers(0, 3, 290),
+        "p1": p1,
+        "p2": p2,
+        "label": subject[p1] == subject[p2],
+    }
+
+
+def plain_scores(small):
+    pooled, known = pool_templates(small["embeddings"], small["templates"], small["medias"])
+    a, b = (pooled[np.searchsorted(known, small[side])] for side in ("p1", "p2"))
+    return (a * b).sum(1)
+
+
+@pytest.mark.parametrize(
+    "layout", ["any", "gallery first", "gallery second", "few pairs", "small blocks", "wide numbers"]
+)
+def test_scores_of_every_pair_layout(small, layout, monkeypatch):
+    numbers = np.unique(small["templates"])
+    if layout.startswith("gallery"):
+        few, many = np.isin(small["p1"], numbers[::9]), np.isin(small["p2"], numbers[::9], invert=True)
+        keep = few & many
+        sides = ("p1", "p2") if layout.endswith("first") else ("p2", "p1")
+        small["p1"], small["p2"] = small[sides[0]][keep], small[sides[1]][keep]
+    elif layout == "few pairs":
+        small["p1"], small["p2"] = small["p1"][:5], small["p2"][:5]
+    elif layout == "small blocks":
+        monkeypatch.setattr(ijb, "SCORE_BLOCK_BYTES", 1)
+    elif layout == "wide numbers":
+        monkeypatch.setattr(ijb, "LOOKUP_SPAN", 0)
+    scores = ijb.verification_scores(**{key: value for key, value in small.items() if key != "label"})
+    np.testing.assert_allclose(scores, plain_scores(small), atol=1e-12)
+
+
+def test_equal_pairs_have_equal_scores(small):
+    small["p1"], small["p2"] = np.append(small["p1"], small["p2"]), np.append(small["p2"], small["p1"])
+    del small["label"]
+    scores = ijb.verification_scores(**small)
+    np.testing.assert_array_equal(scores[:3000], scores[3000:])
+
+
+def test_verification_does_not_change_its_arguments(small):
+    before = {key: value.copy() for key, value in small.items()}
+    result = ijb.verification(**small, fprs=(0.01,))
+    expected = tpr_at_fpr(plain_scores(small), small["label"], [0.01], rule="insightface")[0]
+    assert result == {"tpr_at_fpr_0.01": expected.tpr, "thresh_at_fpr_0.01": pytest.approx(expected.threshold)}
+    for key, value in before.items():
+        np.testing.assert_array_equal(small[key], value)
+
+
+@pytest.mark.parametrize("span", [1 << 24, 0])
+def test_unknown_template(small, span, monkeypatch):
+    monkeypatch.setattr(ijb, "LOOKUP_SPAN", span)
+    unknown = np.setdiff1d(np.arange(10_000), small["templates"])[3]
+    for wrong in (unknown, -5, 99_999):
+        small["p2"] = np.array([small["p1"][0]] * 2999 + [wrong])
+        with pytest.raises(ValueError, match=rf"p2 names templates that have no images \(1\): {wrong}$"):
+            ijb.verification(**small)
+
+
+def test_verification_bad_input(small):
+    with pytest.raises(ValueError, match="labels must be"):
+        ijb.verification(**(small | {"label": small["label"][:-1]}))
+    with pytest.raises(ValueError, match="one length"):
+        ijb.verification(**(small | {"p1": small["p1"][:-1]}))
+    with pytest.raises(ValueError, match="template numbers"):
+        ijb.verification(**(small | {"p1": small["p1"].astype(float)}))
+
+
+def test_identification_by_hand():
+    # Template 10 * subject is the gallery image, 10 * subject + 1 the probe; subject 3's probe looks like subject 1.
+    embeddings = np.eye(5)[[0, 0, 1, 1, 2, 0, 3, 3, 4]] + 0.01 * np.eye(9, 5)
+    templates = np.array([10, 11, 20, 21, 30, 31, 40, 41, 51])
+    galleries = {
+        "G1": ijb.Subjects(np.array([10, 30]), np.array([1, 3])),
+        "G2": ijb.Subjects(np.array([20, 40]), np.array([2, 4])),
+    }
+    probe = ijb.Subjects(np.array([11, 21, 31, 41, 51]), np.array([1, 2, 3, 4, 5]))
+    result = ijb.identification(embeddings, templates, templates, probe, galleries, ranks=(1, 2), fpirs=(0.1, 1.0))
+    assert result["G1"]["rank_1"] == 50 and result["G1"]["rank_2"] == 100
+    assert result["G2"] == {"rank_1": 100, "rank_2": 100, "tpir_at_fpir_0.1": 100, "tpir_at_fpir_1.0": 100}
+    assert result["mean"]["rank_1"] == 75
+    with pytest.raises(ValueError, match=r"gallery G1 names templates that have no images .*: 99"):
+        ijb.identification(embeddings, templates, templates, probe, {"G1": ijb.Subjects(np.array([99]), np.array([1]))})
+
+
+@pytest.fixture
+def meta(tmp_path):
+    (tmp_path / "meta").mkdir()
+    points = " ".join(f"{n}.5" for n in range(10))
+    files = {
+        "name_5pts_score": f"1.jpg {points} 0.9\n2.jpg {points} 0.8\n",
+        "face_tid_mid": "1.jpg 1 101\n2.jpg 7 102\n",
+        "template_pair_label": "1 7 0\n1 1 1\n7 7 1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / "meta" / f"ijbb_{name}.txt").write_text(text)
+    return tmp_path
+
+
+def test_read_meta(meta):
+    found = ijb.read_meta(meta, "IJBB")
+    assert found.names == ["1.jpg", "2.jpg"]
+    assert found.landmarks_px.shape == (2, 5, 2) and found.landmarks_px[0, 1].tolist() == [2.5, 3.5]
+    np.testing.assert_allclose(found.detector_scores, [0.9, 0.8])
+    assert found.templates.tolist() == [1, 7] and found.medias.tolist() == [101, 102]
+    assert found.p1.tolist() == [1, 1, 7] and found.p2.tolist() == [7, 1, 7]
+    assert found.label.tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("template_pair_label", "1 7 0\n1 1", "template_pair_label.txt: .*cut off"),
+        ("template_pair_label", "1 7 0\n1 x 1\n", "template_pair_label.txt: .*'x'"),
+        ("template_pair_label", "1 7 5\n", "third column"),
+        ("template_pair_label", "1 7\n", "must have 3 numbers"),
+        ("face_tid_mid", "1.jpg 1 101\n", "2 and 1 lines"),
+        ("face_tid_mid", "1.jpg 1 101\n3.jpg 7 102\n", "line 2 differs"),
+        ("name_5pts_score", "1.jpg 1 2 3\n", "must have 11 numbers"),
+    ],
+)
+def test_read_meta_bad_files(meta, name, text, message):
+    path = meta / "meta" / f"ijbb_{name}.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        ijb.read_meta(meta, "IJBB")
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        ijb.read_meta(meta, "IJBB")
+
+
+def test_read_subjects(tmp_path):
+    path = tmp_path / "ijbc_1N_gallery_G1.csv"
+    path.write_text("TEMPLATE_ID,SUBJECT_ID,FILENAME\n5,9,img/1.jpg\n5,9,img/2.jpg\n3,8,img/3.jpg\n")
+    found = ijb.read_subjects(path)
+    assert found.templates.tolist() == [3, 5] and found.subjects.tolist() == [8, 9]
+    path.write_text("TEMPLATE_ID,SUBJECT_ID\n5,9\n5,8\n")
+    with pytest.raises(ValueError, match="template 5 has more than one subject"):
+        ijb.read_subjects(path)
+    path.write_text("TEMPLATE_ID,SUBJECT_ID\n5,9\n5\n")
+    with pytest.raises(ValueError, match=r"G1\.csv: "):
+        ijb.read_subjects(path)
+
+
+def test_real_layout(shared, tmp_path):
+    folder = shared / "data" / "faces" / "ijb"
+    found = ijb.read_meta(folder)
+    assert len(found.names) == len(found.templates) == len(found.landmarks_px) == 830
+    assert len(found.p1) == len(found.p2) == len(found.label) == 12_198
+    embeddings = np.random.default_rng(0).normal(size=(830, 32))
+    assert len(ijb.verification(embeddings, *found[3:])) == 12
+    shutil.copytree(folder / "meta", tmp_path / "meta")
+    cut = tmp_path / "meta" / "ijbc_name_5pts_score.txt"
+    cut.write_bytes(cut.read_bytes()[:40_000])
+    with pytest.raises(ValueError, match=r"ijbc_name_5pts_score\.txt"):
+        ijb.read_meta(tmp_path)

@@ -1,0 +1,199 @@
+"""Verification and identification metrics against straightforward forms of the same and the reference vectors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from insightface_kprpe.evaluation.metrics import (
+    Matches,
+    inverse_norms,
+    kfold_accuracy,
+    rank_k,
+    roc,
+    tpir_at_fpir,
+    tpr_at_fpr,
+    unit_rows,
+)
+from insightface_kprpe.evaluation.search import match_scores
+
+
+def draw_pairs(rng, count, noise=0.8, dim=16):
+    is_same = rng.random(count) < 0.5
+    is_same[:2] = True, False
+    a = rng.normal(size=(count, dim))
+    b = np.where(is_same[:, None], a + noise * rng.normal(size=a.shape), rng.normal(size=a.shape))
+    return a, b, is_same
+
+
+def plain_kfold(a, b, is_same, folds):
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    distance = ((a - b) ** 2).sum(1)
+    accuracies, thresholds = [], []
+    for test in np.array_split(np.arange(len(a)), folds):
+        train = np.setdiff1d(np.arange(len(a)), test)
+        tried = [((distance[train] < t) == is_same[train]).mean() for t in np.arange(0, 4, 0.01)]
+        thresholds.append(np.arange(0, 4, 0.01)[int(np.argmax(tried))])
+        accuracies.append(100 * ((distance[test] < thresholds[-1]) == is_same[test]).mean())
+    return np.mean(accuracies), np.std(accuracies), np.mean(thresholds)
+
+
+def plain_corners(scores, labels):
+    """(fpr, tpr, threshold) of the points that scikit-learn's roc_curve keeps, one threshold at a time."""
+    distinct = np.unique(scores)[::-1]
+    false = np.array([(scores[~labels] >= t).sum() for t in distinct])
+    true = np.array([(scores[labels] >= t).sum() for t in distinct])
+    keep = np.ones(len(distinct), dtype=bool)
+    for i in range(1, len(distinct) - 1):
+        keep[i] = false[i + 1] - 2 * false[i] + false[i - 1] != 0 or true[i + 1] - 2 * true[i] + true[i - 1] != 0
+    rows = [(0.0, 0.0, np.inf)]
+    rows += [
+        (f / false[-1], 100 * t / true[-1], s) for f, t, s, k in zip(false, true, distinct, keep, strict=True) if k
+    ]
+    return rows
+
+
+@pytest.mark.parametrize(("count", "folds"), [(10, 10), (37, 10), (603, 10), (50, 3)])
+def test_kfold_equals_plain_form(count, folds):
+    a, b, is_same = draw_pairs(np.random.default_rng(count), count)
+    result = kfold_accuracy(a, b, is_same, folds)
+    np.testing.assert_allclose(result[:3], plain_kfold(a, b, is_same, folds), atol=1e-9)
+    assert result.fold_accuracies.shape == result.fold_thresholds.shape == (folds,)
+    assert result.cosine_threshold == pytest.approx(1 - result.threshold / 2)
+
+
+def test_kfold_distances_on_thresholds():
+    rng = np.random.default_rng(0)
+    a, b = np.eye(4)[rng.integers(0, 2, (2, 60))]  # distances are 0 or 2, each of them a threshold
+    is_same = rng.random(60) < 0.5
+    np.testing.assert_allclose(kfold_accuracy(a, b, is_same)[:3], plain_kfold(a, b, is_same, 10), atol=1e-9)
+
+
+def test_kfold_zero_embedding_is_equally_unlike_everything():
+    a, b, is_same = draw_pairs(np.random.default_rng(0), 60)
+    result = kfold_accuracy(np.zeros_like(a), b, is_same)  # every distance is 1: all are called the same or none
+    assert 0 < result.accuracy < 100 and np.isfinite(result.threshold)
+
+
+def test_perfect_and_blind_models():
+    a, _, is_same = draw_pairs(np.random.default_rng(1), 200)
+    assert kfold_accuracy(a, np.where(is_same[:, None], a, -a), is_same).accuracy == 100
+    assert kfold_accuracy(np.ones((200, 4)), np.ones((200, 4)), np.arange(200) % 2).accuracy == pytest.approx(50)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, b, s: (a, b[:-1], s), "one shape"),
+        (lambda a, b, s: (a[:5], b[:5], s[:5]), "folds must be"),
+        (lambda a, b, s: (a, b, s[:-1]), "is_same must be"),
+        (lambda a, b, s: (a, b, np.ones(20)), "positive ones only"),
+        (lambda a, b, s: (a, b, np.zeros(20)), "negative ones only"),
+        (lambda a, b, s: (a, b, np.arange(20)), "zeros and ones"),
+        (
+            lambda a, b, s: (np.where(np.arange(20)[:, None] == 3, np.nan, a), b, s),
+            "embeddings_a must be finite.*row 3",
+        ),
+        (lambda a, b, s: (a[0], b[0], s), r"must be \(N, D\)"),
+    ],
+)
+def test_kfold_bad_input(change, message):
+    with pytest.raises(ValueError, match=message):
+        kfold_accuracy(*change(*draw_pairs(np.random.default_rng(0), 20)))
+
+
+@pytest.mark.parametrize("steps", [3, 30, None])
+@pytest.mark.parametrize("share", [0.03, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_tpr_at_fpr_equals_plain_form(steps, share, dtype):
+    rng = np.random.default_rng(3)
+    labels = rng.random(400) < share
+    scores = (rng.normal(size=400) + labels).astype(dtype)
+    scores = scores if steps is None else np.round(scores * steps) / steps  # ties
+    corners = plain_corners(scores, labels)
+    curve = roc(scores, labels)
+    np.testing.assert_allclose(curve.false_positives[curve.is_corner] / (~labels).sum(), [row[0] for row in corners])
+    np.testing.assert_array_equal(curve.thresholds[curve.is_corner], [row[2] for row in corners])
+    for target in (0.0, 1e-4, 0.013, 0.1, 0.5, 1.0):
+        nearest = min(reversed(corners), key=lambda row: abs(row[0] - target))
+        point = tpr_at_fpr(scores, labels, [target], rule="insightface")[0]
+        np.testing.assert_allclose(point, (target, *nearest), rtol=1e-12)
+        strict = tpr_at_fpr(scores, labels, [target])[0]
+        assert strict.fpr == (scores[~labels] >= strict.threshold).mean() <= target
+        assert strict.tpr == pytest.approx(100 * (scores[labels] >= strict.threshold).mean())
+        looser = scores[scores < strict.threshold]
+        assert not len(looser) or (scores[~labels] >= looser.max()).mean() > target
+
+
+@pytest.mark.parametrize("rule", ["at_most", "insightface"])
+def test_tpr_at_fpr_sorts_only_the_head_and_finds_the_same(rule):
+    rng = np.random.default_rng(0)
+    labels = rng.random(60_000) < 0.002  # long runs of negatives, so that the first cut may not settle the point
+    scores = np.where(labels, rng.uniform(0.2, 1, 60_000), rng.random(60_000))
+    targets = (1e-3, 1e-2, 1e-1, 0.3)
+    whole = [tpr_at_fpr(scores, labels, [target, 1.0], rule)[0] for target in targets]
+    assert tpr_at_fpr(scores, labels, targets, rule) == whole
+    tied = np.round(scores, 1)  # the cut falls among thousands of equal scores
+    assert tpr_at_fpr(tied, labels, [1e-3], rule)[0] == tpr_at_fpr(tied, labels, [1e-3, 1.0], rule)[0]
+
+
+def test_tpr_at_fpr_without_any_accepted_score():
+    points = tpr_at_fpr([0.9, 0.5, 0.1], [0, 1, 1], [0.0, 1.0])
+    assert points[0] == (0.0, 0.0, 0.0, np.inf)
+    assert points[1] == (1.0, 1.0, 100.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "fprs", "rule", "message"),
+    [
+        ([0.1, 0.2], [1, 1], [0.1], "at_most", "positive ones only"),
+        ([0.1, np.nan], [0, 1], [0.1], "at_most", "finite"),
+        ([0.1, 0.2], [0, 1, 1], [0.1], "at_most", "labels must be"),
+        ([[0.1, 0.2]], [[0, 1]], [0.1], "at_most", "scores must be"),
+        ([0.1, 0.2], [0, 1], [10], "at_most", r"fractions in \[0, 1\]"),
+        ([0.1, 0.2], [0, 1], [0.1], "nearest", "rule must be"),
+    ],
+)
+def test_tpr_at_fpr_bad_input(scores, labels, fprs, rule, message):
+    with pytest.raises(ValueError, match=message):
+        tpr_at_fpr(np.array(scores), np.array(labels), fprs, rule)
+
+
+def test_unit_rows_keep_zero_rows():
+    rows = unit_rows(np.array([[3.0, 4.0], [0.0, 0.0]]))
+    np.testing.assert_allclose(rows, [[0.6, 0.8], [0, 0]])
+    np.testing.assert_allclose(inverse_norms(np.array([[3, 4], [0, 0]])), [0.2, 0])
+
+
+def test_open_set_golden(golden):
+    truth = golden("open_set.npz")
+    points = tpir_at_fpir(match_scores(truth["scores"], truth["labels"]), (0.01, 0.1))
+    np.testing.assert_allclose([point.tpr / 100 for point in points], truth["dir"], atol=1e-9)
+    np.testing.assert_allclose([point.fpr for point in points], truth["far"], rtol=1e-6)
+    np.testing.assert_allclose([point.threshold for point in points], truth["threshold"], atol=1e-6)
+
+
+def test_open_set_by_hand():
+    matches = Matches(
+        mate_score=np.array([0.9, 0.6, 0.8, -np.inf, -np.inf, -np.inf]),
+        other_score=np.array([0.1, 0.2, 0.85, 0.7, 0.3, 0.5]),
+        rank=np.array([1, 1, 2, 0, 0, 0]),
+    )
+    none, one, all_alarms = tpir_at_fpir(matches, (0.0, 1 / 3, 1.0))
+    assert none.fpr == 0 and none.threshold > 0.7 and none.tpr == pytest.approx(100 / 3)
+    assert one.fpr == pytest.approx(1 / 3) and one.threshold == 0.7 and one.tpr == pytest.approx(100 / 3)
+    assert all_alarms.threshold == 0.3 and all_alarms.tpr == pytest.approx(200 / 3)
+    assert tpir_at_fpir(matches, (1.0,), rank=2)[0].tpr == pytest.approx(100)
+    assert rank_k(matches, (1, 2)) == {1: pytest.approx(200 / 3), 2: 100}
+
+
+def test_open_set_and_rank_bad_input():
+    inside = Matches(np.ones(2), np.zeros(2), np.ones(2, dtype=int))
+    outside = Matches(np.full(2, -np.inf), np.zeros(2), np.zeros(2, dtype=int))
+    for matches in (inside, outside):
+        with pytest.raises(ValueError, match="inside and outside"):
+            tpir_at_fpir(matches)
+    with pytest.raises(ValueError, match="same identity labels"):
+        rank_k(outside)
+    with pytest.raises(ValueError, match="1 or more"):
+        rank_k(inside, (0,))
