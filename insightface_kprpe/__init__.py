@@ -42,11 +42,11 @@ _LAZY = {
 }
 
 __all__ = [
+    "DFA",
     "AdaFace",
     "ArcFace",
     "CombinedMarginLoss",
     "CosFace",
-    "DFA",
     "PartialFC",
     "RecordReader",
     "RecordWriter",

@@ -27,7 +27,7 @@ Run = Annotated[Path, typer.Argument(help="output folder of a training run (conf
 def quickstart(
     output: Annotated[Path, typer.Option(help="folder for everything that is made")] = Path("work_dirs/quickstart"),
 ) -> None:
-    """Everything once, on drawn faces: data, training, verification, ONNX, model pack, FaceAnalysis. About 5 minutes."""
+    """Everything once, on drawn faces: data, training, verification, ONNX, model pack, FaceAnalysis (5 minutes)."""
     from .quickstart import run_quickstart
 
     run_quickstart(output)

@@ -94,9 +94,7 @@ class PartialFC(nn.Module):
         ValueError: sample_rate is out of range, or there are fewer classes than ranks.
     """
 
-    def __init__(
-        self, margin_loss: nn.Module, embedding_size: int, num_classes: int, sample_rate: float = 1.0
-    ) -> None:
+    def __init__(self, margin_loss: nn.Module, embedding_size: int, num_classes: int, sample_rate: float = 1.0) -> None:
         super().__init__()
         if not 0 < sample_rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], got {sample_rate}")

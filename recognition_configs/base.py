@@ -9,7 +9,9 @@ from easydict import EasyDict as edict
 config = edict()
 
 # --- data -----------------------------------------------------------------------------------------------------------
-config.rec = "synthetic"  # folder with train.rec and train.idx | folder with one sub-folder of images a person | "synthetic"
+config.rec = (
+    "synthetic"  # folder with train.rec and train.idx | folder with one sub-folder of images a person | "synthetic"
+)
 config.num_classes = 0  # people; 0: count them in the data
 config.num_image = 0  # images; synthetic data draws this many, other data is counted
 config.num_workers = 2  # reader processes a rank

@@ -1,6 +1,8 @@
-"""KPRPE ViT-B (CVLface size) on MS1MV3, AdaFace: the large-scale column of Table 6 of the paper's supplement (without its image augmentation yet).
+"""KPRPE ViT-B (CVLface size) on MS1MV3, AdaFace: Table 6 of the paper's supplement, large-scale column.
 
-Command: torchrun --nproc_per_node=8 train_v2.py recognition_configs/ms1mv3_vit_b_kprpe.py rec=/path/to/ms1m-retinaface-t1
+Of the augmentations only mirroring is applied yet.
+
+Command: torchrun --nproc_per_node=8 train_v2.py recognition_configs/ms1mv3_vit_b_kprpe.py rec=/data/ms1m-retinaface-t1
 GPUs:    8 x 40 GB (batch 1024 in all); fewer: raise gradient_acc.
 Result:  not yet run.
 """

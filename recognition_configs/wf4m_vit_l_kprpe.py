@@ -1,6 +1,8 @@
-"""KPRPE ViT-L on WebFace4M, AdaFace: the large-scale column of Table 6 of the paper's supplement (without its image augmentation yet).
+"""KPRPE ViT-L on WebFace4M, AdaFace: Table 6 of the paper's supplement, large-scale column.
 
-Command: torchrun --nproc_per_node=8 train_v2.py recognition_configs/wf4m_vit_l_kprpe.py rec=/path/to/WebFace4M
+Of the augmentations only mirroring is applied yet.
+
+Command: torchrun --nproc_per_node=8 train_v2.py recognition_configs/wf4m_vit_l_kprpe.py rec=/data/WebFace4M
 GPUs:    8 x 80 GB (batch 1024 in all); fewer: raise gradient_acc.
 Result:  not yet run.
 """

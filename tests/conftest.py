@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads of tiny nets wait for each other
 from pathlib import Path
 
 import numpy as np

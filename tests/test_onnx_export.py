@@ -24,7 +24,11 @@ def tiny(position="kprpe", trained=True):
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
     net = tiny().train()
-    return net, export_onnx(net, folder / "two.onnx", licence="MIT"), export_onnx(net, folder / "one.onnx", image_only=True)
+    return (
+        net,
+        export_onnx(net, folder / "two.onnx", licence="MIT"),
+        export_onnx(net, folder / "one.onnx", image_only=True),
+    )
 
 
 def test_two_inputs_dynamic_batch_equal_torch(exported):

@@ -37,14 +37,6 @@ TINY_RUN = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny_config(output, *overrides):
     return load_config("quickstart", [*TINY_RUN, f"output={output}", *overrides])
 
@@ -124,7 +116,9 @@ def test_labels_are_checked_against_num_classes(tmp_path):
     config = tiny_config(tmp_path)
     dataset = trainer.open_faces("synthetic", 8, 64, 0)
     dataset.labels = dataset.labels + 1
-    with pytest.raises(ValueError, match="num_classes must be above every label, got 8 for labels 1 to 8.*set num_classes=9"):
+    with pytest.raises(
+        ValueError, match="num_classes must be above every label, got 8 for labels 1 to 8.*set num_classes=9"
+    ):
         trainer.check_labels(dataset, config)
 
 

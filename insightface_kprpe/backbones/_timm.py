@@ -16,9 +16,7 @@ except RuntimeError as error:
     if "torchvision::" not in str(error):
         raise
     for _operator in ("nms", "qnms"):
-        torch.library.define(
-            f"torchvision::{_operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        )
+        torch.library.define(f"torchvision::{_operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models import create_model, register_model

@@ -44,7 +44,9 @@ def bucket_index(grid_size: int) -> torch.Tensor:
         (N, N) int64 with N = n * n patches in row-major order; entry [i, j] is for query i and key j. The tensor is
         cached: copy it before writing to it.
     """
-    axis = torch.tensor([[_piecewise_index(i - j) + _REACH for j in range(grid_size)] for i in range(grid_size)], device="cpu")
+    axis = torch.tensor(
+        [[_piecewise_index(i - j) + _REACH for j in range(grid_size)] for i in range(grid_size)], device="cpu"
+    )
     rows = axis[:, None, :, None]  # (query row, 1, key row, 1)
     columns = axis[None, :, None, :]  # (1, query column, 1, key column)
     return (rows * _SIDE + columns).reshape(grid_size**2, grid_size**2)
@@ -60,7 +62,7 @@ def patch_centers(grid_size: int) -> torch.Tensor:
 class KeypointRelativePosition(nn.Linear):
     """KPRPE: attention biases that depend on where each query patch lies relative to the face's keypoints.
 
-    A linear map takes the 2K offsets (patch centre - keypoint) of a query to a table of 49 bucket biases for every layer
+    A linear map takes the 2K offsets (patch centre - keypoint) of a query to a table of 49 bucket biases for each layer
     and head (KPRPE paper, section 3.3). Being linear, the table splits in a part of the query alone, computed once for
     the batch, and a part of the image alone: no (B, L, H, N, R) tensor is ever built, only one layer's (B, H, N, R).
 
@@ -162,7 +164,7 @@ class ContextualAttention(Attention):
         bucket = (attn_mask if attn_mask.dim() == 3 else attn_mask.unsqueeze(0)).unsqueeze(1)
         bucket = bucket.expand(batch, self.num_heads, length, length)
         logits = q @ k.transpose(-2, -1)
-        # A query's own table says how it feels about a bucket; a key's table is read at the bucket it sees the query in.
+        # A query's own table is read at the key's bucket, a key's own table at the bucket it sees the query in.
         logits = logits + (q @ self.rpe_k.lookup_table_weight).gather(-1, bucket)
         by_key = ((k * self.scale) @ self.rpe_q.lookup_table_weight).gather(-1, bucket)
         weights = (logits + by_key.transpose(-2, -1)).softmax(-1)

@@ -80,7 +80,9 @@ class FolderFaces:
         }
         people = {name: files for name, files in people.items() if files}
         if not people:
-            raise ValueError(f"rec must be a folder with one sub-folder of images a person, got {folder} without images")
+            raise ValueError(
+                f"rec must be a folder with one sub-folder of images a person, got {folder} without images"
+            )
         self.paths = [path for files in people.values() for path in files]
         self.labels = np.repeat(np.arange(len(people), dtype=np.int64), [len(files) for files in people.values()])
         self.keypoints = _landmarks_beside(folder, len(self.paths))
@@ -163,7 +165,7 @@ class EpochSampler(Sampler[list[int]]):
         self.batches = length // (batch_size * world_size)
         if not self.batches:
             raise ValueError(
-                f"batch_size must let {length} images fill one batch on every rank, got {batch_size} on {world_size} ranks"
+                f"batch_size must let {length} images fill a batch on each rank, got {batch_size} on {world_size} ranks"
             )
         self.set_position(0, 0)
 

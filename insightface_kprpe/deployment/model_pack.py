@@ -64,7 +64,9 @@ def build(
         twin = f"keypoints/{RECOGNITION}"
         sources[twin] = Path(keypoint_recognition)
         if (inputs := read_metadata(sources[twin]).get("inputs")) != "images+keypoints":
-            raise PackError(f"{sources[twin]} must be exported with inputs images and keypoints, got {inputs or 'none'}")
+            raise PackError(
+                f"{sources[twin]} must be exported with inputs images and keypoints, got {inputs or 'none'}"
+            )
     folder = Path(root).expanduser() / "models" / name
     if folder.exists() and not (folder / MANIFEST).is_file():
         raise PackError(f"{folder} exists and was not built by this package; choose another name or remove it")
@@ -105,8 +107,12 @@ def _check_detector(path: Path) -> None:
     outputs = len(graph.output)
     if outputs not in _DETECTOR_OUTPUTS:
         raise PackError(
-            f"detector {path} must have 9 or 15 outputs (scores, boxes and landmarks of 3 or 5 strides), got {outputs}: "
-            + ("it gives no landmarks, and faces cannot be aligned" if outputs >= 5 else "it is no SCRFD-style detector")
+            f"detector {path} must have 9 or 15 outputs (score, box and landmarks of 3 or 5 strides), got {outputs}: "
+            + (
+                "it gives no landmarks, and faces cannot be aligned"
+                if outputs >= 5
+                else "it is no SCRFD-style detector"
+            )
         )
     _check_route(path, "detection")
 
@@ -125,7 +131,7 @@ def _check_recognition(path: Path) -> None:
     if expected and (route.input_mean, route.input_std) != (float(expected["mean"]), float(expected["std"])):
         names = [node.name for node in graph.node[:8] if node.name.startswith(("Sub", "Mul", "_minus", "_mul"))]
         raise PackError(
-            f"recognition {path}: the stock loader would feed it with mean {route.input_mean} and std {route.input_std} "
+            f"recognition {path}: the stock loader would feed it mean {route.input_mean} and std {route.input_std} "
             f"because of the node names {names} among the first eight; rename these nodes"
         )
 

@@ -20,12 +20,12 @@ from ..files import atomic_path
 
 logger = logging.getLogger(__name__)
 
-# 18 is the first with the operators that torch's exporter targets, and old enough for onnxruntime 1.14 and TensorRT 8.6.
+# The first that torch's exporter targets, and old enough for onnxruntime 1.14 and TensorRT 8.6.
 OPSET = 18
 METADATA_PREFIX = "insightface_kprpe."
 MINIMAL_COSINE = 0.9999
 KEYPOINT_CONVENTION = (
-    "(batch, 5, 2) float32, x y in [0, 1] of the input crop (pixel / 112): left eye, right eye, nose, left mouth corner, "
+    "(batch, 5, 2) float32, x y in [0, 1] of the input crop (pixel / 112): left eye, right eye, nose, left and "
     "right mouth corner as seen in the image"
 )
 
@@ -157,7 +157,9 @@ def _check(module: nn.Module, path: Path, inputs: tuple[str, ...], size: int) ->
         norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
         cosines.append(float(((got * expected).sum(1) / norms).min()))
     if min(cosines) < MINIMAL_COSINE:
-        raise ExportError(f"embeddings differ from torch: cosine {min(cosines):.6f}, at least {MINIMAL_COSINE} expected")
+        raise ExportError(
+            f"embeddings differ from torch: cosine {min(cosines):.6f}, at least {MINIMAL_COSINE} expected"
+        )
     if "keypoints" in inputs:
         moved = session.run(["embedding"], {**feeds, "keypoints": feeds["keypoints"][:, ::-1].copy()})[0]
         if np.abs(moved - got).max() <= 1e-6 * np.abs(got).max():

@@ -1,4 +1,4 @@
-"""Images -> embeddings, in batches, for whatever maps a batch of crops to vectors: a torch network or an ONNX session."""
+"""Images -> embeddings, in batches, for whatever maps crops to vectors: a torch network or an ONNX session."""
 
 from __future__ import annotations
 

@@ -72,7 +72,9 @@ def open_verification(target: str, rec: str | Path = ".") -> VerificationPairs:
         return VerificationPairs(target, images, keypoints, is_same)
     path = Path(target) if target.endswith(".bin") else Path(rec) / f"{target}.bin"
     if not path.is_file():
-        raise ValueError(f'val_targets must name .bin files (in rec, or by path) or "synthetic", got {target}: no {path}')
+        raise ValueError(
+            f'val_targets must name .bin files (in rec, or by path) or "synthetic", got {target}: no {path}'
+        )
     pairs = read_verification_bin(path)
     landmarks = path.with_name(f"{path.stem}_{LANDMARK_FILE}")
     if landmarks.is_file():

@@ -1,0 +1,61 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import insightface_kprpe as ik
+from insightface_kprpe import cli
+from insightface_kprpe.training.config import dump_config, load_config
+
+TINY = {"depth": 1, "embed_dim": 32, "num_heads": 2, "patch_size": 28}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What training leaves behind."""
+    config = load_config("quickstart", ["embedding_size=16", f"network_kwargs={TINY}"])
+    dump_config(config, tmp_path / "run" / "config.json")
+    net = ik.get_model(config.network, num_features=16, **TINY)
+    torch.nn.init.normal_(net.keypoint_linear.weight)
+    torch.save(net.state_dict(), tmp_path / "run" / "model.pt")
+    return tmp_path / "run"
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("verb", ["quickstart", "train", "export", "pack", "models", "evaluate bin"])
+def test_every_verb_explains_itself(verb):
+    result = call(*verb.split(), "--help")
+    assert result.exit_code == 0 and "Usage" in result.output
+
+
+def test_models_lists_names():
+    assert "vit_b_kprpe" in call("models").output.split()
+
+
+def test_export_then_evaluate(run, tmp_path):
+    result = call("export", run, tmp_path / "net.onnx", "--licence", "MIT")
+    assert "images + keypoints -> embedding" in result.output and (tmp_path / "net.onnx").is_file()
+    result = call("evaluate", "bin", "synthetic", "--model", run, "--no-flip")
+    assert "synthetic: accuracy" in result.output and "flip off" in result.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "no/such/run", "out.onnx"],
+        ["evaluate", "bin", "absent.bin", "--model", "no/such/run"],
+        ["train", "no_such_config.py"],
+    ],
+)
+def test_mistakes_are_one_sentence_without_traceback(arguments, tmp_path):
+    command = [sys.executable, "-m", "insightface_kprpe.cli", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert not list(tmp_path.iterdir())
