@@ -9,14 +9,16 @@ from easydict import EasyDict as edict
 config = edict()
 
 # --- data -----------------------------------------------------------------------------------------------------------
-config.rec = (
-    "synthetic"  # folder with train.rec and train.idx | folder with one sub-folder of images a person | "synthetic"
-)
+config.rec = "synthetic"  # folder with train.rec and train.idx | folder of people's folders of images | "synthetic"
 config.num_classes = 0  # people; 0: count them in the data
 config.num_image = 0  # images; synthetic data draws this many, other data is counted
 config.num_workers = 2  # reader processes a rank
 config.val_targets = ()  # names of .bin sets in the folder of `rec`, paths of .bin files, or "synthetic"
 config.verify_at_start = False  # also verify before the first step
+
+# --- augmentation (mirroring is always on) ---------------------------------------------------------------------------
+config.augment = {}  # turn, scale and shift crops with their keypoints, e.g. {"rotation": 20.0 (degrees), "scale": 0.2,
+# "translation": 0.1 (of the side), "probability": 0.2}; all four, or {}: off
 
 # --- network --------------------------------------------------------------------------------------------------------
 config.network = "vit_b_kprpe"  # a name of insightface_kprpe.list_models()

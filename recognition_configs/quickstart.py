@@ -12,6 +12,7 @@ config.rec = "synthetic"
 config.num_classes = 100
 config.num_image = 3000
 config.val_targets = ("synthetic",)
+config.augment = {"rotation": 25.0, "scale": 0.2, "translation": 0.1, "probability": 0.7}
 config.network = "vit_n_kprpe"
 config.embedding_size = 128
 config.loss = "adaface"

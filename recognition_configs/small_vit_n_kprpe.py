@@ -10,6 +10,7 @@ from easydict import EasyDict as edict
 config = edict()
 config.rec = "faces"
 config.val_targets = ()
+config.augment = {"rotation": 20.0, "scale": 0.2, "translation": 0.1, "probability": 0.5}
 config.network = "vit_n_kprpe"
 config.network_kwargs = {"drop_path_rate": 0.1, "mask_ratio": 0.1}
 config.embedding_size = 256

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from insightface_kprpe.data.face_dataset import EpochSampler, open_faces, random_mirror, to_network_input
+from insightface_kprpe.data.face_dataset import EpochSampler, open_faces, to_network_input
 from insightface_kprpe.data.landmark_csv import write_landmark_csv
 from insightface_kprpe.data.record_writer import write_face_records
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS
@@ -107,22 +107,6 @@ def test_sampler_continues_in_the_middle_and_changes_with_the_epoch():
     assert list(sampler) != first
     with pytest.raises(ValueError, match="batch_size must let 3 images"):
         EpochSampler(3, batch_size=4)
-
-
-def test_mirror_moves_image_and_keypoints_together():
-    images = torch.zeros(64, 3, 112, 112, dtype=torch.uint8)
-    keypoints = torch.rand(64, 5, 2)
-    for face, points in zip(images, keypoints, strict=True):
-        x, y = (points[0] * 111).round().long()
-        face[:, y, x] = 255
-    mirrored, moved = random_mirror(images, keypoints, torch.Generator().manual_seed(0))
-    changed = (mirrored != images).flatten(1).any(1)
-    assert 10 < changed.sum() < 54
-    for i in range(64):
-        x, y = (moved[i, 1 if changed[i] else 0] * 111).round().long()
-        assert mirrored[i, 0, y, x] == 255
-    again, _ = random_mirror(images, keypoints, torch.Generator().manual_seed(0))
-    assert torch.equal(mirrored, again)
 
 
 def test_network_input_range():

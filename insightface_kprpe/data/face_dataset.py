@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ..geometry import CANONICAL_KEYPOINTS, mirror_keypoints
+from ..geometry import CANONICAL_KEYPOINTS
 from .image_codec import decode_image
 from .landmark_csv import read_landmark_csv
 from .recordio import RecordReader
@@ -187,18 +187,3 @@ class EpochSampler(Sampler[list[int]]):
 def to_network_input(images: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W) uint8 RGB -> float32 in [-1, 1]."""
     return images.float().div_(127.5).sub_(1)
-
-
-def random_mirror(
-    images: torch.Tensor, keypoints: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mirror each face with probability 1/2, its keypoints along with it.
-
-    Args:
-        images: (B, 3, H, W), any type.
-        keypoints: (B, 5, 2) float in [0, 1].
-        generator: a CPU generator; the same state gives the same choice on any device.
-    """
-    chosen = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
-    images = torch.where(chosen[:, None, None, None], images.flip(-1), images)
-    return images, torch.where(chosen[:, None, None], mirror_keypoints(keypoints), keypoints)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from insightface_kprpe.data.augmentation import move_keypoints, warp_images
 from insightface_kprpe.data.landmark_dataset import UNKNOWN, FaceSample
 from insightface_kprpe.geometry import MIRROR_ORDER
 
@@ -141,23 +142,16 @@ def move(batch: FaceSample, matrix: torch.Tensor, mirrored: torch.Tensor) -> Fac
         The moved batch; the box is the one around the moved ellipse that filled the old box.
     """
     images, keypoints, bbox = batch
-    linear, offset = matrix[:, :, :2], matrix[:, :, 2]
-    inverse = torch.linalg.inv(linear)
-    # its offset in [-1, 1], where x = (n + 1) / 2
-    shift = inverse @ (1 - linear.sum(-1) - 2 * offset).unsqueeze(-1)
-    theta = torch.cat([inverse, shift], -1)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    images = F.grid_sample(images + 1, grid, align_corners=False) - 1  # black outside
-
     swapped = keypoints[:, list(MIRROR_ORDER)]  # the matrix does the rest
-    moved = torch.where(mirrored[:, None, None], swapped, keypoints) @ linear.mT + offset[:, None]
+    moved = move_keypoints(torch.where(mirrored[:, None, None], swapped, keypoints), matrix)
     keypoints = torch.where(is_known(keypoints)[:, None, None], moved, UNKNOWN)
 
+    linear, offset = matrix[:, :, :2], matrix[:, :, 2]
     half = (bbox[:, 2:] - bbox[:, :2]) / 2
     centre = ((bbox[:, :2] + half).unsqueeze(1) @ linear.mT).squeeze(1) + offset
     half = (linear * half.unsqueeze(1)).norm(dim=-1)
     bbox = torch.where(is_known(bbox)[:, None], torch.cat([centre - half, centre + half], -1), UNKNOWN)
-    return FaceSample(images, keypoints, bbox)
+    return FaceSample(warp_images(images, matrix), keypoints, bbox)
 
 
 def is_known(values: torch.Tensor) -> torch.Tensor:

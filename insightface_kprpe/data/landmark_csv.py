@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from ..files import atomic_path
+from ..geometry import KEYPOINT_LIMIT
 
 _COLUMNS = ["idx", *(f"ldmk_{i}" for i in range(10))]
 _SCORE = "score"
-_FARTHEST = 4.0  # a landmark may lie outside its crop, but where numbers exceed this they are pixels
 _ROWS_AT_ONCE = 1 << 16
 
 
@@ -130,7 +130,7 @@ def _check_indices(path: Path, indices: np.ndarray, count: int) -> None:
 
 def _check_values(path: Path, rows: np.ndarray) -> None:
     # What is right is tested, not what is wrong: comparisons with NaN are false.
-    right = (np.abs(rows["xy"]) <= _FARTHEST).all(1)
+    right = (np.abs(rows["xy"]) <= KEYPOINT_LIMIT).all(1)
     for row in np.flatnonzero(~right)[:1]:
         numbers = " ".join(f"{number:g}" for number in rows["xy"][row])
         raise ValueError(
