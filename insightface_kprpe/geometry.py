@@ -20,6 +20,11 @@ CANONICAL_KEYPOINTS = ARCFACE_TEMPLATE_112 / 112.0
 CANONICAL_KEYPOINTS.setflags(write=False)
 ARCFACE_TEMPLATE_112.setflags(write=False)
 
+# Below this face score of DFA its landmarks are not to be trusted, and the canonical keypoints stand in for them.
+SCORE_THRESHOLD = 0.5
+# A keypoint may lie outside its crop, but a number beyond this is a pixel, or nonsense.
+KEYPOINT_LIMIT = 4.0
+
 # Which keypoint each one becomes when the image is mirrored.
 MIRROR_ORDER = (1, 0, 2, 4, 3)
 
@@ -116,6 +121,29 @@ def align_face(image: np.ndarray, landmarks_px: np.ndarray, size: int = 112) -> 
     matrix = estimate_alignment(landmarks_px, size)
     crop = cv2.warpAffine(image, matrix, (size, size), borderValue=0.0)
     return crop, (transform_points(landmarks_px, matrix) / size).astype(np.float32)
+
+
+def warp_smoothly(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
+    """Warp without aliasing: a large face is first averaged down to the scale of its crop.
+
+    Args:
+        image: (H, W, 3) uint8.
+        matrix: (2, 3) from picture pixels to crop pixels.
+        size: side of the crop in pixels.
+
+    Returns:
+        The (size, size, 3) uint8 crop, black outside the picture.
+    """
+    import cv2
+
+    scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
+    if scale < 0.7:
+        old = np.array(image.shape[1::-1])
+        new = np.maximum(np.rint(old * scale).astype(int), 1)
+        image = cv2.resize(image, tuple(int(side) for side in new), interpolation=cv2.INTER_AREA)
+        ratio = old / new  # old = (new + 0.5) * ratio - 0.5
+        matrix = np.column_stack([matrix[:, :2] * ratio, matrix[:, 2] + matrix[:, :2] @ (ratio / 2 - 0.5)])
+    return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR)
 
 
 def transform_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""Host 1: the ``insightface`` package. What its model zoo makes of a file, and our recogniser in its place.
+"""Host 1: the ``insightface`` package. What its model zoo makes of a file, and our classes in its place.
 
-The only module that imports ``insightface``. Nothing is patched before :func:`register` is called.
+With :mod:`.face_aligner` the only module that imports ``insightface``. Nothing is patched before :func:`register` is
+called.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from insightface.model_zoo import model_zoo as zoo_module
 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 from insightface.model_zoo.model_zoo import PickableInferenceSession
 
+from .deployment.detector_export import DFA_DETECTOR
 from .deployment.onnx_export import read_metadata
-from .geometry import CANONICAL_KEYPOINTS, align_face
+from .face_aligner import FaceAligner
+from .geometry import CANONICAL_KEYPOINTS, SCORE_THRESHOLD, align_face
 
 logger = logging.getLogger(__name__)
 
-# Where a pack keeps the two-input twin of its recognition model: the stock loader does not look into sub-folders.
+# Where a pack keeps what only this package uses: the stock loader does not look into sub-folders. There lies the
+# two-input twin of its recognition model, under the same name, and perhaps the aligner that refines keypoints.
 KEYPOINT_FOLDER = "keypoints"
+ALIGNER_FILE = "dfa.onnx"
 _SESSION_ARGUMENTS = ("providers", "provider_options", "sess_options")
 _stock_get_model = zoo_module.get_model
 
@@ -53,23 +58,31 @@ def stock_route(path: str | Path) -> Route:
 
 
 class KeypointRecognizer(ArcFaceONNX):
-    """A two-input KPRPE model as InsightFace's recognition model: ``face.kps`` become its keypoints.
+    """A two-input KPRPE model as InsightFace's recognition model: the face's landmarks become its keypoints.
 
     Args:
         model_file: ONNX file with inputs ``images`` and ``keypoints``.
         session: an onnxruntime session of it.
+        aligner: refines the detector's landmarks first; None: they are taken as they are.
     """
 
-    def __init__(self, model_file: str, session) -> None:
+    def __init__(self, model_file: str, session, aligner: FaceAligner | None = None) -> None:
         super().__init__(model_file, session)
         self.keypoint_name = self.session.get_inputs()[1].name
+        self.aligner = aligner
+
+    def prepare(self, ctx_id: int, **kwargs) -> None:
+        """Choose the device, as insightface does: the CPU where ``ctx_id`` is negative."""
+        super().prepare(ctx_id, **kwargs)
+        if self.aligner is not None:
+            self.aligner.prepare(ctx_id)
 
     def get(self, img: np.ndarray, face) -> np.ndarray:
-        """Embed one detected face.
+        """Embed one detected face; with an aligner, by ``face.dfa_kps`` where ``face.dfa_score`` is high enough.
 
         Args:
             img: (H, W, 3) uint8 BGR picture.
-            face: insightface's ``Face`` with ``kps`` (5, 2) in pixels of ``img``.
+            face: insightface's ``Face`` with ``kps`` (5, 2) in pixels of ``img``, or with an aligner ``bbox``.
 
         Returns:
             (D,) float32, also stored as ``face.embedding``.
@@ -77,9 +90,13 @@ class KeypointRecognizer(ArcFaceONNX):
         Raises:
             ValueError: the face has no landmarks.
         """
-        if face.kps is None:
+        landmarks = face.kps
+        if self.aligner is not None:
+            refined = self.aligner.get(img, face)
+            landmarks = refined if face.dfa_score >= SCORE_THRESHOLD or landmarks is None else landmarks
+        if landmarks is None:
             raise ValueError("face.kps must be (5, 2) landmarks, got None; the pack's detector gives no landmarks")
-        crop, keypoints = align_face(img, face.kps, self.input_size[0])
+        crop, keypoints = align_face(img, landmarks, self.input_size[0])
         face.embedding = self.get_feat(crop, keypoints[None]).flatten()
         return face.embedding
 
@@ -103,21 +120,34 @@ class KeypointRecognizer(ArcFaceONNX):
 
 
 def _get_model(name, **kwargs):
-    """The stock ``get_model``, except that our recognition files get :class:`KeypointRecognizer`."""
+    """The stock ``get_model``, except that our own files get :class:`KeypointRecognizer` and :class:`FaceAligner`."""
     path = Path(str(name)).expanduser()
     if path.suffix != ".onnx" or not path.is_file() or kwargs.get("model_task") is not None:
         return _stock_get_model(name, **kwargs)
-    inputs = read_metadata(path).get("inputs")
-    twin = path if inputs == "images+keypoints" else path.parent / KEYPOINT_FOLDER / path.name
+    metadata = read_metadata(path)
+    if metadata.get("detector") == DFA_DETECTOR:
+        return FaceAligner(str(path), _session(path, kwargs))
+    inputs = metadata.get("inputs")
+    folder = path.parent / KEYPOINT_FOLDER
+    twin = path if inputs == "images+keypoints" else folder / path.name
     if inputs is None or not twin.is_file():
         return _stock_get_model(name, **kwargs)
-    session_arguments = {key: kwargs[key] for key in _SESSION_ARGUMENTS if kwargs.get(key) is not None}
+    aligner = folder / ALIGNER_FILE
+    refiner = FaceAligner(str(aligner), _session(aligner, kwargs)) if aligner.is_file() else None
     logger.info("%s: keypoint-relative recognition from %s", path.name, twin)
-    return KeypointRecognizer(str(twin), PickableInferenceSession(str(twin), **session_arguments))
+    return KeypointRecognizer(str(twin), _session(twin, kwargs), refiner)
+
+
+def _session(path: Path, kwargs: dict) -> PickableInferenceSession:
+    """An onnxruntime session with those of ``get_model``'s arguments that are meant for it."""
+    given = {key: kwargs[key] for key in _SESSION_ARGUMENTS if kwargs.get(key) is not None}
+    return PickableInferenceSession(str(path), **given)
 
 
 def register() -> None:
-    """Make ``FaceAnalysis`` and ``insightface.model_zoo`` use keypoints in models exported by this package.
+    """Make ``FaceAnalysis`` and ``insightface.model_zoo`` use the classes of this package for files exported by it.
+
+    A two-input recognition model becomes a :class:`KeypointRecognizer`, a DFA a :class:`FaceAligner`.
 
     Other models are loaded as before. Calling it twice does no harm; :func:`unregister` takes it back.
     """

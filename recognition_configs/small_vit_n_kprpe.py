@@ -10,7 +10,7 @@ from easydict import EasyDict as edict
 config = edict()
 config.rec = "faces"
 config.val_targets = ()
-config.augment = {"rotation": 20.0, "scale": 0.2, "translation": 0.1, "probability": 0.5}
+config.augment = {"rotation": 10.0, "scale": 0.1, "translation": 0.05, "probability": 0.5}
 config.network = "vit_n_kprpe"
 config.network_kwargs = {"drop_path_rate": 0.1, "mask_ratio": 0.1}
 config.embedding_size = 256
@@ -20,6 +20,6 @@ config.lr = 0.001
 config.weight_decay = 0.1
 config.scheduler = "cosine"
 config.warmup_epoch = 2.0
-config.num_epoch = 30
-config.verbose = 295
+config.num_epoch = 15
+config.verbose = 177
 config.num_workers = 1

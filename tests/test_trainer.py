@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from insightface_kprpe.backbones import VisionTransformer
 from insightface_kprpe.losses import ArcFace
 from insightface_kprpe.partial_fc import PartialFC, shard_range
-from insightface_kprpe.training import trainer
+from insightface_kprpe.training import loop, trainer
 from insightface_kprpe.training.callbacks import StopSignal
 from insightface_kprpe.training.checkpoint import list_checkpoints
 from insightface_kprpe.training.config import load_config
@@ -91,7 +91,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 
 def test_a_diverging_loss_stops_with_what_one_needs_to_know(tmp_path):
-    with pytest.raises(trainer.TrainingError, match=r"loss is nan at step \d+ \(epoch 0, lr .*loss scale 1\)"):
+    with pytest.raises(loop.TrainingError, match=r"loss is nan at step \d+ \(epoch 0, lr .*loss scale 1\)"):
         trainer.train(tiny_config(tmp_path, "lr=1e30", "warmup_epoch=0"))
     assert not list_checkpoints(tmp_path)
 
@@ -143,7 +143,7 @@ def make_step(world_size=1, rank=0):
     first, count = shard_range(8, rank, world_size)
     partial_fc.class_centers.data.copy_(centers[first : first + count])
     config = load_config("quickstart", ["lr=0.1", "optimizer=sgd"])
-    optimizer = trainer.build_optimizer(config, backbone, partial_fc)
+    optimizer = loop.build_optimizer(config, backbone, partial_fc)
     generator = torch.Generator().manual_seed(1)
     batch = torch.randn(8, 3, 112, 112, generator=generator), torch.arange(8), torch.rand(8, 5, 2, generator=generator)
     network = DistributedDataParallel(backbone) if world_size > 1 else backbone
@@ -173,7 +173,7 @@ def test_accumulation_and_ranks_together_equal_the_large_batch():
 def test_weight_decay_spares_biases_norms_and_position_tables():
     _, backbone, partial_fc, *_ = make_step()
     config = load_config("quickstart", ["optimizer=adamw", "weight_decay=0.1"])
-    decayed, spared, centers = trainer.build_optimizer(config, backbone, partial_fc).param_groups
+    decayed, spared, centers = loop.build_optimizer(config, backbone, partial_fc).param_groups
     assert decayed["weight_decay"] == centers["weight_decay"] == 0.1 and spared["weight_decay"] == 0
     names = {id(parameter): name for name, parameter in backbone.named_parameters()}
     spared = {names[id(parameter)] for parameter in spared["params"]}
@@ -185,7 +185,7 @@ def test_weight_decay_spares_biases_norms_and_position_tables():
 def launch(arguments, processes=0):
     command = [sys.executable]
     if processes:
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [*command, str(ROOT / "train_v2.py"), "quickstart", *TINY_RUN, *arguments],
@@ -223,7 +223,7 @@ def test_sigterm_saves_and_exits(tmp_path):
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     output = run.communicate(timeout=60)[0]
-    assert run.returncode == trainer.EXIT_STOPPED, output
+    assert run.returncode == loop.EXIT_STOPPED, output
     assert "stopped by a signal" in output and "resume=True" in output
     assert list_checkpoints(tmp_path)
 

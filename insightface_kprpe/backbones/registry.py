@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch.nn as nn
 
 from ._timm import register_model
+from .self_aligned import SelfAlignedViT
 from .vision_transformer import VisionTransformer
 
 _BACKBONES: dict[str, Callable[..., nn.Module]] = {}
@@ -70,7 +71,8 @@ def get_model(name: str, dropout: float = 0.0, **kwargs) -> nn.Module:
     Args:
         name: one of :func:`list_models`, e.g. "vit_b_kprpe".
         dropout: must be 0: it is part of arcface_torch's call, but ViTs are regularised by ``drop_path_rate``.
-        kwargs: passed on, e.g. ``num_features=512``, ``fp16=True``, ``mask_ratio=0.1``, ``num_keypoints=3``.
+        kwargs: passed on, e.g. ``num_features=512``, ``fp16=True``, ``mask_ratio=0.1``, ``num_keypoints=3``, and
+            ``dfa_weights="dfa.pt"`` for the names that end in ``_dfa``.
 
     Returns:
         A randomly initialised module ``(images, keypoints) -> (B, num_features)``.
@@ -87,12 +89,13 @@ def get_model(name: str, dropout: float = 0.0, **kwargs) -> nn.Module:
     return _BACKBONES[name](**kwargs)
 
 
-def _vit(settings: dict) -> Callable[..., VisionTransformer]:
-    return lambda **kwargs: VisionTransformer(**{**settings, **kwargs})
+def _vit(settings: dict, kind: type[VisionTransformer] = VisionTransformer) -> Callable[..., VisionTransformer]:
+    return lambda **kwargs: kind(**{**settings, **kwargs})
 
 
 for _name, _size in _SIZES.items():
     for _suffix, _position in (("", None), ("_irpe", "irpe"), ("_kprpe", "kprpe")):
         register_backbone(_name + _suffix, _vit({**_size, "position": _position}))
+    register_backbone(f"{_name}_kprpe_dfa", _vit(_size, SelfAlignedViT))
 for _name, (_base, _changes) in _ARCFACE_TORCH.items():
     register_backbone(_name, _vit({**_SIZES[_base], **_changes}))

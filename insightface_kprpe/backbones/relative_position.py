@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..geometry import CANONICAL_KEYPOINTS
+from ..geometry import CANONICAL_KEYPOINTS, KEYPOINT_LIMIT
 from ._timm import Attention
 
 # Piecewise index of iRPE (Wu et al., ICCV 2021): exact up to ALPHA patches, logarithmic up to GAMMA, +-3 beyond.
@@ -202,7 +202,7 @@ def check_keypoints(keypoints: torch.Tensor | None, batch: int, num_keypoints: i
         largest = keypoints.detach().abs().amax().item() if keypoints.numel() else 0.0
         if not math.isfinite(largest):
             raise ValueError(f"{wanted}, got values that are not finite; leave such faces out or use the template")
-        if largest > 4:
+        if largest > KEYPOINT_LIMIT:
             raise ValueError(f"{wanted}, got values up to {largest:.1f}, probably pixels; divide by the crop's side")
 
 

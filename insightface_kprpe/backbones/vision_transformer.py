@@ -33,7 +33,12 @@ class VisionTransformer(nn.Module):
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         mask_ratio: share of the patches hidden from the blocks in training, in [0, 1).
         fp16: run under float16 autocast by itself on CUDA, as arcface_torch's networks do.
+
+    Attributes:
+        finds_keypoints: whether ``forward`` finds the keypoints itself where none are given.
     """
+
+    finds_keypoints = False
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..geometry import CANONICAL_KEYPOINTS
 from .image_codec import decode_image
-from .landmark_csv import read_landmark_csv
+from .landmark_csv import read_keypoints
 from .recordio import RecordReader
 from .synthetic import SyntheticFaces
 
@@ -72,28 +72,17 @@ class FolderFaces:
     """A folder with one sub-folder of images a person; people and images are numbered in sorted order."""
 
     def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        people = {
-            person.name: sorted(file for file in person.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-            for person in sorted(folder.iterdir())
-            if person.is_dir()
-        }
-        people = {name: files for name, files in people.items() if files}
+        people = list_people(folder)
         if not people:
             raise ValueError(
                 f"rec must be a folder with one sub-folder of images a person, got {folder} without images"
             )
-        self.paths = [path for files in people.values() for path in files]
-        self.labels = np.repeat(np.arange(len(people), dtype=np.int64), [len(files) for files in people.values()])
-        self.keypoints = _landmarks_beside(folder, len(self.paths))
+        self.paths = [path for files in people for path in files]
+        self.labels = np.repeat(np.arange(len(people), dtype=np.int64), [len(files) for files in people])
+        self.keypoints = _landmarks_beside(Path(folder), len(self.paths))
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        path = self.paths[index]
-        try:
-            image = decode_image(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; remove or replace it") from error
-        return image, None if self.keypoints is None else self.keypoints[index]
+        return read_image_file(self.paths[index]), None if self.keypoints is None else self.keypoints[index]
 
 
 class DrawnFaces:
@@ -134,13 +123,33 @@ def open_faces(rec: str | Path, num_classes: int = 0, num_image: int = 0, seed: 
 def _landmarks_beside(folder: Path, count: int) -> np.ndarray | None:
     path = folder / LANDMARK_FILE
     if path.is_file():
-        return read_landmark_csv(path, count)[0]
+        return read_keypoints(path, count)
     logger.warning(
         "%s not found: every face gets the canonical template as its keypoints, which is right for aligned crops only "
-        "and leaves KPRPE nothing to learn from",
+        "and leaves KPRPE nothing to learn from. `insightface-kprpe landmarks %s --weights DFA` writes it; or "
+        "train a network that finds them itself (*_kprpe_dfa)",
         path,
+        folder,
     )
     return None
+
+
+def list_people(folder: str | Path) -> list[list[Path]]:
+    """Images of each sub-folder that has some, both in sorted order: how a folder of people is numbered."""
+    people = [
+        sorted(file for file in person.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        for person in sorted(Path(folder).iterdir())
+        if person.is_dir()
+    ]
+    return [files for files in people if files]
+
+
+def read_image_file(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 RGB; what is wrong with a file that is no image is said with its name, as a ValueError."""
+    try:
+        return decode_image(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; remove or replace it") from error
 
 
 class EpochSampler(Sampler[list[int]]):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import atomic_path
-from ..geometry import KEYPOINT_LIMIT
+from ..geometry import CANONICAL_KEYPOINTS, KEYPOINT_LIMIT, SCORE_THRESHOLD
 
 _COLUMNS = ["idx", *(f"ldmk_{i}" for i in range(10))]
 _SCORE = "score"
@@ -51,6 +51,22 @@ def read_landmark_csv(path: str | os.PathLike, count: int) -> tuple[np.ndarray, 
     scores = np.empty(count, np.float32)
     scores[rows["idx"]] = rows["score"]
     return keypoints, scores
+
+
+def read_keypoints(path: str | os.PathLike, count: int) -> np.ndarray:
+    """Read the landmarks of a set to use them: where a score is below ``SCORE_THRESHOLD``, the template stands in.
+
+    Args:
+        path: see :func:`read_landmark_csv`, which also says what is raised.
+        count: number of images in the set.
+
+    Returns:
+        (count, 5, 2) float32, xy in [0, 1] of the crop.
+    """
+    keypoints, scores = read_landmark_csv(path, count)
+    if scores is not None:
+        keypoints[scores < SCORE_THRESHOLD] = CANONICAL_KEYPOINTS
+    return keypoints
 
 
 def write_landmark_csv(path: str | os.PathLike, keypoints: np.ndarray, scores: np.ndarray | None = None) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from insightface_kprpe.geometry import warp_smoothly
+
 logger = logging.getLogger(__name__)
 
 UNKNOWN = -1.0  # every coordinate of landmarks or of a box that does not exist
@@ -160,7 +162,7 @@ class LandmarkDataset(Dataset):
         if picture is None:
             raise ValueError(f"{label.picture} could not be read as an image; restore the file or remove its labels")
         matrix = self._crop_matrix(label.box)
-        crop = _warp(picture, matrix, self.size)
+        crop = warp_smoothly(picture, matrix, self.size)
         linear, offset = matrix[:, :2], matrix[:, 2]
         keypoints = label.landmarks
         if (keypoints != UNKNOWN).any():
@@ -182,15 +184,3 @@ class LandmarkDataset(Dataset):
         sine, cosine = np.sin(np.radians(self.rotation)), np.cos(np.radians(self.rotation))
         linear = np.array([[cosine, -sine], [sine, cosine]]) * (self.size / side)
         return np.column_stack([linear, self.size / 2 - linear @ centre])
-
-
-def _warp(picture: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
-    """Warp without aliasing: a large face is first averaged down to the scale of its crop."""
-    scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
-    if scale < 0.7:
-        old = np.array(picture.shape[1::-1])
-        new = np.maximum(np.rint(old * scale).astype(int), 1)
-        picture = cv2.resize(picture, tuple(int(side) for side in new), interpolation=cv2.INTER_AREA)
-        ratio = old / new  # old = (new + 0.5) * ratio - 0.5
-        matrix = np.column_stack([matrix[:, :2] * ratio, matrix[:, 2] + matrix[:, :2] @ (ratio / 2 - 0.5)])
-    return cv2.warpAffine(picture, matrix, (size, size), flags=cv2.INTER_LINEAR)

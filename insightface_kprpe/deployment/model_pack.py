@@ -3,10 +3,13 @@
 ::
 
     ROOT/models/NAME/
-      detection.onnx              SCRFD layout: 9 or 15 outputs, with landmarks
+      detection.onnx              SCRFD layout: 9 or 15 outputs, with landmarks; a DFA serves crops of one face
       recognition.onnx            images -> embedding; what the stock loader uses
       keypoints/recognition.onnx  images + keypoints -> embedding; used after insightface_kprpe.register()
+      keypoints/dfa.onnx          a DFA that refines the detector's landmarks, in the layout of a detector; likewise
       pack.json                   SHA-256, licence and origin of every file
+
+The stock loader does not look into ``keypoints/``, where a second detector would only be in its way.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ import onnx
 import torch.nn as nn
 
 from ..files import atomic_folder
+from .detector_export import DFA_DETECTOR, export_detector
 from .onnx_export import export_onnx, needs_keypoints, read_metadata
 
 DETECTION, RECOGNITION, MANIFEST = "detection.onnx", "recognition.onnx", "pack.json"
+TWIN, ALIGNER = f"keypoints/{RECOGNITION}", "keypoints/dfa.onnx"
 _DETECTOR_OUTPUTS = (9, 15)  # SCRFD with landmarks, on 3 or 5 strides
 
 
@@ -38,6 +43,7 @@ def build(
     name: str = "kprpe",
     root: str | Path = "~/.insightface",
     detector_licence: str = "unknown",
+    aligner: str | Path | None = None,
 ) -> Path:
     """Build a pack for ``FaceAnalysis(name=NAME, root=ROOT)`` and check that the stock loader takes it as intended.
 
@@ -48,6 +54,8 @@ def build(
         name: of the pack.
         root: InsightFace's root folder; the pack goes to ``root/models/name``, replacing one of that name.
         detector_licence: of the detector file, for the record.
+        aligner: DFA (``export_detector(dfa, path)``) that refines the detector's landmarks for users of ``register()``,
+            and so needs ``keypoint_recognition``.
 
     Returns:
         The pack's folder.
@@ -61,12 +69,14 @@ def build(
     _check_detector(sources[DETECTION])
     _check_recognition(sources[RECOGNITION])
     if keypoint_recognition is not None:
-        twin = f"keypoints/{RECOGNITION}"
-        sources[twin] = Path(keypoint_recognition)
-        if (inputs := read_metadata(sources[twin]).get("inputs")) != "images+keypoints":
+        sources[TWIN] = Path(keypoint_recognition)
+        if (inputs := read_metadata(sources[TWIN]).get("inputs")) != "images+keypoints":
             raise PackError(
-                f"{sources[twin]} must be exported with inputs images and keypoints, got {inputs or 'none'}"
+                f"{sources[TWIN]} must be exported with inputs images and keypoints, got {inputs or 'none'}"
             )
+    if aligner is not None:
+        sources[ALIGNER] = Path(aligner)
+        _check_aligner(sources[ALIGNER], keypoint_recognition)
     folder = Path(root).expanduser() / "models" / name
     if folder.exists() and not (folder / MANIFEST).is_file():
         raise PackError(f"{folder} exists and was not built by this package; choose another name or remove it")
@@ -91,15 +101,29 @@ def build_from_network(
     root: str | Path = "~/.insightface",
     licence: str = "unknown",
     detector_licence: str = "unknown",
+    aligner: str | Path | None = None,
 ) -> Path:
-    """Export a network in the forms that a pack holds, and build the pack; see :func:`build`."""
+    """Export a network in the forms that a pack holds, and build the pack; see :func:`build`.
+
+    The aligner inside a self-aligned network also becomes the pack's, where no other is given.
+    """
     with tempfile.TemporaryDirectory() as folder:
         image_only, two_inputs = Path(folder) / "image_only.onnx", Path(folder) / "keypoints.onnx"
         export_onnx(net, image_only, image_only=True, licence=licence)
         if needs_keypoints(net):
             export_onnx(net, two_inputs, licence=licence)
+        if aligner is None and getattr(net, "finds_keypoints", False):
+            aligner = export_detector(net.dfa, Path(folder) / "dfa.onnx", licence)
         twin = two_inputs if needs_keypoints(net) else None
-        return build(image_only, detector, twin, name, root, detector_licence)
+        return build(image_only, detector, twin, name, root, detector_licence, aligner)
+
+
+def _check_aligner(path: Path, keypoint_recognition: str | Path | None) -> None:
+    _load_graph(path, "aligner")
+    if read_metadata(path).get("detector") != DFA_DETECTOR:
+        raise PackError(f"aligner must be a DFA exported as a detector, {path} is not; write it with export_detector")
+    if keypoint_recognition is None:
+        raise PackError("aligner refines keypoints for keypoint_recognition, which is not given; leave it out")
 
 
 def _check_detector(path: Path) -> None:

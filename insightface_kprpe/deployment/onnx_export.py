@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 
 from ..backbones.relative_position import canonical_keypoints
+from ..data.synthetic import SyntheticFaces
 from ..files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,12 @@ KEYPOINT_CONVENTION = (
     "(batch, 5, 2) float32, x y in [0, 1] of the input crop (pixel / 112): left eye, right eye, nose, left and "
     "right mouth corner as seen in the image"
 )
+
+_WITHOUT_KEYPOINTS = {
+    "dfa": "the aligner inside finds them; where its face score is below dfa_threshold, the template's are used",
+    "template": "faces must be aligned to the template",
+    "none": "faces must be aligned to the template",
+}
 
 
 class ExportError(RuntimeError):
@@ -65,6 +72,15 @@ def needs_keypoints(net: nn.Module) -> bool:
     return getattr(net, "position", None) == "kprpe"
 
 
+def keypoint_source(net: nn.Module, image_only: bool) -> str:
+    """Where the keypoints of an exported network come from: "input", "dfa", "template", or "none" are used."""
+    if not needs_keypoints(net):
+        return "none"
+    if not image_only:
+        return "input"
+    return "dfa" if getattr(net, "finds_keypoints", False) else "template"
+
+
 def export_onnx(
     net: nn.Module,
     path: str | Path,
@@ -80,8 +96,9 @@ def export_onnx(
     Args:
         net: a backbone.
         path: where to write; appears only when all checks have passed.
-        image_only: leave the keypoints input out and use the canonical template, so that InsightFace's stock loader
-            takes the file. Networks without keypoints are always exported so.
+        image_only: leave the keypoints input out, so that InsightFace's stock loader takes the file. The aligner of a
+            self-aligned network then goes into the file; other KPRPE networks get the canonical template. Networks
+            without keypoints are always exported so.
         licence: of the weights; stored in the file.
         metadata: more entries to store in the file.
 
@@ -91,53 +108,79 @@ def export_onnx(
     Raises:
         ExportError: the file's embeddings differ from torch's, or do not depend on the keypoints.
     """
-    two_inputs = needs_keypoints(net) and not image_only
-    inputs = ("images", "keypoints") if two_inputs else ("images",)
+    source = keypoint_source(net, image_only)
+    inputs = ("images", "keypoints") if source == "input" else ("images",)
     size = getattr(net, "img_size", 112)
     entries = {
         "inputs": "+".join(inputs),
         "colour_order": "RGB",
         "mean": "127.5",
         "std": "127.5",
-        "keypoint_convention": KEYPOINT_CONVENTION if two_inputs else "none: faces must be aligned to the template",
+        "keypoint_source": source,
+        "keypoint_convention": KEYPOINT_CONVENTION if source == "input" else f"none: {_WITHOUT_KEYPOINTS[source]}",
         "licence": licence,
+        **({"dfa_threshold": net.dfa_threshold} if source == "dfa" else {}),
         **(metadata or {}),
     }
-    with _eval_on_cpu(net), atomic_path(path) as temporary:
-        module = net if two_inputs or not needs_keypoints(net) else ImageOnly(net).eval()
-        example = _example(2, size)[: len(inputs)]
-        batch = torch.export.Dim("batch", min=1, max=65536)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                module,
-                example,
-                dynamo=True,
-                input_names=inputs,
-                output_names=["embedding"],
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
-                opset_version=OPSET,
-                verbose=False,
-            )
-        model = program.model_proto
-        for key, value in entries.items():
-            model.metadata_props.add(key=METADATA_PREFIX + key, value=str(value))
-        onnx.save(model, str(temporary))
+    with eval_on_cpu(net), atomic_path(path) as temporary:
+        module = ImageOnly(net).eval() if source == "template" else net
+        save_graph(module, _example(2, size)[: len(inputs)], temporary, inputs, ["embedding"], entries)
         cosine = _check(module, temporary, inputs, size)
     logger.info("%s: %s, opset %d, cosine to torch >= %.6f", path, " + ".join(inputs), OPSET, cosine)
     return ExportReport(Path(path), inputs, cosine, entries)
 
 
+def save_graph(
+    module: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    path: Path,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    metadata: Mapping[str, str],
+    dynamic_batch: bool = True,
+) -> None:
+    """Write a module as ONNX, in this package's opset and with this package's metadata.
+
+    Args:
+        module: in eval mode on the CPU.
+        example: what to trace it with; more than one image where the batch is dynamic.
+        path: the file.
+        inputs: their names.
+        outputs: their names.
+        metadata: read back by :func:`read_metadata`.
+        dynamic_batch: whether the first dimension of all inputs is free.
+    """
+    batch = torch.export.Dim("batch", min=1, max=65536)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            example,
+            dynamo=True,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=tuple({0: batch} for _ in inputs) if dynamic_batch else None,
+            opset_version=OPSET,
+            verbose=False,
+        )
+    model = program.model_proto
+    for key, value in metadata.items():
+        model.metadata_props.add(key=METADATA_PREFIX + key, value=str(value))
+    onnx.save(model, str(path))
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What :func:`export_onnx` stored in a file; empty for other ONNX files."""
+    """What :func:`save_graph` stored in a file; empty for other ONNX files."""
     model = onnx.load(str(path), load_external_data=False)
     prefix = METADATA_PREFIX
     return {p.key[len(prefix) :]: p.value for p in model.metadata_props if p.key.startswith(prefix)}
 
 
 def _example(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drawn faces, in which an aligner finds something, and keypoints that are off by a little."""
     generator = torch.Generator().manual_seed(batch)
-    images = torch.rand(batch, 3, size, size, generator=generator) * 2 - 1
+    drawn = SyntheticFaces(batch, 1, size=size)
+    images = torch.from_numpy(np.stack([drawn[i][0] for i in range(batch)])).permute(0, 3, 1, 2).float() / 127.5 - 1
     noise = torch.randn(batch, 5, 2, generator=generator) * 0.05
     return images, canonical_keypoints(batch) + noise
 
@@ -171,7 +214,7 @@ def _check(module: nn.Module, path: Path, inputs: tuple[str, ...], size: int) ->
 
 
 @contextlib.contextmanager
-def _eval_on_cpu(net: nn.Module) -> Iterator[None]:
+def eval_on_cpu(net: nn.Module) -> Iterator[None]:
     """Eval mode on the CPU, with attention written out: torch's exporter mistakes the layout of the fused kernel."""
     device, was_training = next(net.parameters()).device, net.training
     fused = [(module, module.fused_attn) for module in net.modules() if hasattr(module, "fused_attn")]

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 # arcface_torch writes no prefix, CVLface "net.", its Hugging Face models "model.net."; the others come from wrappers.
 PREFIXES = ("model.net.", "net.", "backbone.", "module.", "_orig_mod.")
+# Where a self-aligned network keeps its aligner's weights.
+ALIGNER_PREFIX = "dfa."
 # Training-only, so files have it or not whatever the network was built with.
 _OPTIONAL = {"mask_token"}
 
@@ -66,7 +68,8 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, torch.Tensor]
 
     Args:
         net: e.g. what ``get_model`` returned.
-        source: a ``.pt``, ``.pth`` or ``.safetensors`` file, or a state dict, with any of the published prefixes.
+        source: a ``.pt``, ``.pth`` or ``.safetensors`` file, or a state dict, with any of the published prefixes. One
+            without an aligner (``dfa.``) leaves that of a self-aligned network as it is.
 
     Returns:
         ``net``, for chaining.
@@ -84,6 +87,8 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, torch.Tensor]
             state.pop(key)
         elif key in wanted and key not in state:
             state[key] = wanted[key]
+    if not any(key.startswith(ALIGNER_PREFIX) for key in state):
+        state |= {key: value for key, value in wanted.items() if key.startswith(ALIGNER_PREFIX)}
     problems = [f"missing {key}" for key in wanted if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in wanted]
     problems += [
@@ -108,5 +113,9 @@ def load_run(folder: str | Path) -> nn.Module:
     if not (folder / "config.json").is_file() or not (folder / "model.pt").is_file():
         raise ValueError(f"model must be the output folder of a training run (config.json and model.pt), got {folder}")
     config = json.loads((folder / "config.json").read_text())
-    net = get_model(config["network"], num_features=config["embedding_size"], **config["network_kwargs"])
-    return load_weights(net, folder / "model.pt").eval()
+    state = strip_prefixes(read_state_dict(folder / "model.pt"))
+    settings = config["network_kwargs"]
+    aligner = {key[len(ALIGNER_PREFIX) :]: value for key, value in state.items() if key.startswith(ALIGNER_PREFIX)}
+    if aligner:  # model.pt holds it: the file that training took it from may be gone
+        settings = settings | {"dfa_weights": aligner}
+    return load_weights(get_model(config["network"], num_features=config["embedding_size"], **settings), state).eval()

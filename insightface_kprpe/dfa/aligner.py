@@ -14,7 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from insightface_kprpe.dfa.network import RetinaFaceNet
-from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, similarity_transform, theta_from_similarity
+from insightface_kprpe.geometry import (
+    CANONICAL_KEYPOINTS,
+    KEYPOINT_LIMIT,
+    similarity_transform,
+    theta_from_similarity,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +31,7 @@ MIN_SPREAD = 1e-4  # root mean square distance from their mean, as a fraction of
 MIN_FLATNESS = 1e-6  # determinant / squared trace of their scatter: 0 on a line, 0.25 for a round cloud
 MIN_CORRELATION = 1e-3  # with the template, after the best rotation; 0 leaves the best scale 0
 
-TEMPLATE = torch.tensor(CANONICAL_KEYPOINTS)  # (5, 2) in [0, 1] of an aligned crop
+TEMPLATE = torch.tensor(CANONICAL_KEYPOINTS, device="cpu")  # (5, 2) in [0, 1] of an aligned crop
 
 
 class AlignedFace(NamedTuple):
@@ -81,7 +86,7 @@ def _scaled(points: torch.Tensor, x: float, y: float) -> torch.Tensor:
     return torch.stack([points[..., 0] * x, points[..., 1] * y], -1)
 
 
-def _square_to_crop(points: torch.Tensor, width: int, height: int, padding_ratio: float) -> torch.Tensor:
+def square_to_crop(points: torch.Tensor, width: int, height: int, padding_ratio: float) -> torch.Tensor:
     """(..., 2) points in [0, 1] of the padded square to [0, 1] of the crop."""
     left, top, side = _padding(width, height, padding_ratio)
     x, y = points.unbind(-1)
@@ -90,7 +95,7 @@ def _square_to_crop(points: torch.Tensor, width: int, height: int, padding_ratio
 
 def canonical_keypoints(width: int, height: int, template: torch.Tensor = TEMPLATE) -> torch.Tensor:
     """(5, 2) keypoints for which aligning is no more than padding the crop to a square and resizing it."""
-    return _square_to_crop(template, width, height, 0.0)
+    return square_to_crop(template, width, height, 0.0)
 
 
 def plausible(keypoints: torch.Tensor, template: torch.Tensor = TEMPLATE) -> torch.Tensor:
@@ -150,9 +155,10 @@ def align(
 class DFA(RetinaFaceNet):
     """The Differentiable Face Aligner: landmarks, score, box and the aligned face of each crop.
 
-    Its weights are exactly those of ``RetinaFaceNet``. Where the landmarks are degenerate (``plausible`` says no), or a
-    pixel of the crop is not finite, the face gets score 0, the canonical keypoints, the whole crop as its box, and the
-    whole crop as its aligned face; no output and no gradient is NaN as long as the weights are finite.
+    Its weights are exactly those of ``RetinaFaceNet``. Where the landmarks are degenerate (``plausible`` says no) or
+    absurdly far outside, or a pixel of the crop is not finite, the face gets score 0, the canonical keypoints, the
+    whole crop as its box, and the whole crop as its aligned face; no output and no gradient is NaN as long as the
+    weights are finite.
 
     Args:
         weights: a file, or a state dict, with any of the published prefixes; without it the weights are random.
@@ -193,6 +199,22 @@ class DFA(RetinaFaceNet):
         Raises:
             ValueError: the images are not (B, 3, H, W) floating point.
         """
+        keypoints, score, bbox = self.locate(images)
+        images = torch.where(torch.isfinite(images), images, PADDING_VALUE)
+        return AlignedFace(keypoints, score, bbox, *align(images, keypoints, template=self.template))
+
+    def locate(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Find one face per crop and leave the crop as it is.
+
+        Args:
+            images: (B, 3, H, W) float RGB in [-1, 1], any size.
+
+        Returns:
+            keypoints (B, 5, 2), score (B,) and bbox (B, 4), as in ``AlignedFace``.
+
+        Raises:
+            ValueError: the images are not (B, 3, H, W) floating point.
+        """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(
                 f"images must be (B, 3, H, W) float RGB in [-1, 1], got {tuple(images.shape)} {images.dtype}; "
@@ -205,16 +227,17 @@ class DFA(RetinaFaceNet):
         found = super().forward(bgr)
 
         precise = torch.promote_types(found.keypoints.dtype, torch.float32)  # geometry needs more than 16 bits
-        keypoints = _square_to_crop(found.keypoints.to(precise), width, height, self.padding_ratio)
+        keypoints = square_to_crop(found.keypoints.to(precise), width, height, self.padding_ratio)
         corners = found.bbox.to(precise).unflatten(1, (2, 2))
-        bbox = _square_to_crop(corners, width, height, self.padding_ratio).flatten(1)
+        bbox = square_to_crop(corners, width, height, self.padding_ratio).flatten(1)
 
         longer = max(width, height)
         good = plausible(_scaled(keypoints, width / longer, height / longer), self.template)
+        good = good & (keypoints.abs() <= KEYPOINT_LIMIT).flatten(1).all(1)
         good = good & torch.isfinite(bbox).all(1) & torch.isfinite(found.score) & finite.flatten(1).all(1)
         canonical = canonical_keypoints(width, height, self.template).to(precise)
         keypoints = torch.where(good[:, None, None], keypoints, canonical)
         whole = (torch.arange(4, device=bbox.device) > 1).to(precise)  # 0, 0, 1, 1
         bbox = torch.where(good[:, None], bbox, whole)
         score = torch.where(good, found.score, 0.0)
-        return AlignedFace(keypoints, score, bbox, *align(images, keypoints, template=self.template))
+        return keypoints, score, bbox

@@ -20,7 +20,7 @@ class TorchEmbedder:
     """A network as an :data:`Embedder`: in eval mode, on its own device, without gradients.
 
     Args:
-        net: a backbone ``(images, keypoints) -> embeddings``.
+        net: a backbone ``(images, keypoints) -> embeddings``; one that finds the keypoints itself does so.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -33,7 +33,8 @@ class TorchEmbedder:
         was_training = self.net.training
         self.net.eval()
         try:
-            return self.net(images.to(self.device), keypoints.to(self.device)).float().cpu()
+            keypoints = None if getattr(self.net, "finds_keypoints", False) else keypoints.to(self.device)
+            return self.net(images.to(self.device), keypoints).float().cpu()
         finally:
             self.net.train(was_training)
 

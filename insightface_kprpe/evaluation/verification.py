@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.face_dataset import LANDMARK_FILE
-from ..data.landmark_csv import read_landmark_csv
+from ..data.landmark_csv import read_keypoints
 from ..data.synthetic import verification_pairs
 from ..data.verification_bin import read_verification_bin
 from ..geometry import CANONICAL_KEYPOINTS
@@ -78,9 +78,14 @@ def open_verification(target: str, rec: str | Path = ".") -> VerificationPairs:
     pairs = read_verification_bin(path)
     landmarks = path.with_name(f"{path.stem}_{LANDMARK_FILE}")
     if landmarks.is_file():
-        keypoints = read_landmark_csv(landmarks, len(pairs.images))[0]
+        keypoints = read_keypoints(landmarks, len(pairs.images))
     else:
-        logger.warning("%s not found: the canonical template stands in for every face's keypoints", landmarks)
+        logger.warning(
+            "%s not found: the canonical template stands in for every face's keypoints, unless the network finds them; "
+            "write the file with `insightface-kprpe landmarks %s --weights DFA`",
+            landmarks,
+            path,
+        )
         keypoints = np.broadcast_to(CANONICAL_KEYPOINTS, (len(pairs.images), 5, 2))
     return VerificationPairs(path.stem, _Decoded(pairs), keypoints, pairs.is_same)
 

@@ -112,7 +112,8 @@ class SpeedLog:
         mean = sum(self.losses) / len(self.losses)
         logger.info(
             "step %d/%d  epoch %d  loss %.4f  lr %.6f  %s%.0f images/s  %s left",
-            step, self.total_steps, epoch, mean, lr, "" if scale is None else f"scale {scale:.0f}  ", speed, _span(hours),
+            step, self.total_steps, epoch, mean, lr,
+            "" if scale is None else f"scale {scale:.0f}  ", speed, _span(hours),
         )  # fmt: skip
         self.metrics.write(step, epoch=epoch, loss=mean, lr=lr, images_per_second=round(speed, 1))
         self.last, self.last_at, self.losses = time.perf_counter(), step, []
@@ -152,16 +153,21 @@ class Verification:
 
 
 class StopSignal:
-    """Remembers SIGTERM (and SIGUSR1, SLURM's early warning), so that the run can save before it goes.
+    """Remembers SIGTERM (and SIGUSR1, SLURM's early warning) in a ``with`` block: the run can save before it goes.
 
     All ranks learn of it at the same step, whichever of them was told.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self) -> None:
+    def __enter__(self) -> StopSignal:
         self.received = False
         self.previous = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: object) -> None:
         self.received = True
@@ -173,8 +179,3 @@ class StopSignal:
         flag = torch.tensor([int(self.received)])  # on the CPU: goes over gloo and does not wait for the GPU
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
-
-    def restore(self) -> None:
-        """Put the previous handlers back."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

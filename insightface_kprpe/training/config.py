@@ -1,4 +1,4 @@
-"""Configs in arcface_torch's format: a python file with ``config = edict()``, merged over ``base.py`` and checked."""
+"""Configs in arcface_torch's format: a python file with ``config = edict()``, merged over a base and checked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib.resources
 import json
 import os
 import runpy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,16 @@ from easydict import EasyDict as edict
 from ..files import write_atomically
 
 # Keys whose default is None: what else they may be.
-_OPTIONAL_TYPES = {
-    key: str for key in ("output", "precision", "wandb_key", "wandb_entity", "wandb_project", "suffix_run_name", "notes")
-}
+_OPTIONAL_TYPES = dict.fromkeys(("output", "precision", "init_from", "val", "suffix_run_name", "notes"), str)
+_OPTIONAL_TYPES |= dict.fromkeys(("wandb_key", "wandb_entity", "wandb_project"), str)
 _CHOICES = {
     "loss": ("margin", "adaface"),
     "optimizer": ("adamw", "sgd"),
     "scheduler": ("polynomial", "cosine", "step"),
     "precision": (None, "fp32", "fp16", "bf16"),
 }
-_POSITIVE = ("batch_size", "gradient_acc", "num_epoch", "lr", "clip_grad", "frequent", "verbose", "embedding_size")
+_POSITIVE = ("batch_size", "gradient_acc", "num_epoch", "lr", "clip_grad", "frequent", "verbose")
+_POSITIVE += ("embedding_size", "image_size")
 
 
 class ConfigError(ValueError):
@@ -38,12 +38,13 @@ def configs_folder() -> Path:
     return Path(str(importlib.resources.files("insightface_kprpe.recognition_configs")))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> edict:
-    """Read a config file over ``base.py``, apply ``key=value`` overrides and check every key, type and choice.
+def load_config(path: str | Path, overrides: Sequence[str] = (), base: str = "base") -> edict:
+    """Read a config file over its base, apply ``key=value`` overrides and check every key, type and choice.
 
     Args:
-        path: a config file, a run's ``config.json``, or the name of a config that comes with this package (e.g. "quickstart").
+        path: a config file, a run's ``config.json``, or the name of a shipped config (e.g. "quickstart").
         overrides: strings ``key=value``; values are python literals, anything else is taken as a string.
+        base: name of the config that has every key and its default: "base", or "dfa_base" to train landmarks.
 
     Returns:
         The merged config, with ``output`` and ``precision`` filled in.
@@ -52,19 +53,39 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> edict:
         ConfigError: no such file, no ``config`` in it, an unknown key, a wrong type or value.
     """
     path = _find(path)
-    config = edict(runpy.run_path(str(configs_folder() / "base.py"))["config"])
-    for key, value in _run(path).items():
-        config[key] = _checked(config, key, value, str(path))
+    values = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"override must be key=value, got {override!r}")
-        config[key] = _checked(config, key, _literal(text), "command line")
-    _check_values(config)
+        values[key] = _literal(text)
+    config = merge_config({str(path): _run(path), "command line": values}, base)
     if config.output is None:
         config.output = os.path.join("work_dirs", path.stem)
+    return config
+
+
+def merge_config(sources: Mapping[str, Mapping[str, Any]], base: str = "base") -> edict:
+    """Put values over a base and check every key, type and choice.
+
+    Args:
+        sources: values by where they come from; later ones win.
+        base: see :func:`load_config`.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or value.
+    """
+    config = edict(runpy.run_path(str(configs_folder() / f"{base}.py"))["config"])
+    for where, values in sources.items():
+        for key, value in values.items():
+            if key not in config:
+                near = difflib.get_close_matches(key, config, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"see recognition_configs/{base}.py for all keys"
+                raise ConfigError(f"{where}: unknown config key {key!r}; {hint}")
+            config[key] = _checked(config, key, value, where)
+    _check_values(config)
     if config.precision is None:
-        config.precision = "fp16" if config.fp16 else "fp32"
+        config.precision = "fp16" if config.get("fp16") else "fp32"
     return config
 
 
@@ -80,7 +101,8 @@ def _find(path: str | Path) -> Path:
         return path
     if len(path.parts) <= 2 and shipped.is_file():
         return shipped
-    names = ", ".join(sorted(file.stem for file in configs_folder().glob("*.py") if file.stem not in ("base", "__init__")))
+    stems = {file.stem for file in configs_folder().glob("*.py")} - {"base", "dfa_base", "__init__"}
+    names = ", ".join(sorted(stems))
     raise ConfigError(f"config must be a python file or one of {names}; got {path}, which does not exist")
 
 
@@ -105,10 +127,6 @@ def _literal(text: str) -> Any:
 
 def _checked(config: edict, key: str, value: Any, where: str) -> Any:
     """The value in the type of the key's default, or an error."""
-    if key not in config:
-        near = difflib.get_close_matches(key, config, n=1)
-        hint = f"did you mean {near[0]}?" if near else "see recognition_configs/base.py for all keys"
-        raise ConfigError(f"{where}: unknown config key {key!r}; {hint}")
     expected = _OPTIONAL_TYPES.get(key) or type(config[key])
     if value is None and key in _OPTIONAL_TYPES:
         return None
@@ -126,13 +144,13 @@ def _checked(config: edict, key: str, value: Any, where: str) -> Any:
 
 
 def _check_values(config: edict) -> None:
-    for key, choices in _CHOICES.items():
-        if config[key] not in choices:
-            raise ConfigError(f"{key} must be one of {choices}, got {config[key]!r}")
+    for key in _CHOICES.keys() & config.keys():
+        if config[key] not in _CHOICES[key]:
+            raise ConfigError(f"{key} must be one of {_CHOICES[key]}, got {config[key]!r}")
     for key in _POSITIVE:
-        if config[key] <= 0:
+        if config.get(key, 1) <= 0:
             raise ConfigError(f"{key} must be positive, got {config[key]}")
-    if not 0 < config.sample_rate <= 1:
+    if not 0 < config.get("sample_rate", 1) <= 1:
         raise ConfigError(f"sample_rate must be in (0, 1], got {config.sample_rate}")
     if config.scheduler == "step" and not config.decay_epochs:
         raise ConfigError('scheduler "step" needs decay_epochs, e.g. (10, 16, 22)')

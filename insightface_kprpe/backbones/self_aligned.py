@@ -1,0 +1,99 @@
+"""A KPRPE ViT that finds its keypoints itself: image in, embedding out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..geometry import SCORE_THRESHOLD
+from .relative_position import canonical_keypoints
+from .vision_transformer import VisionTransformer
+
+logger = logging.getLogger(__name__)
+
+
+class SelfAlignedViT(VisionTransformer):
+    """A KPRPE network with a frozen Differentiable Face Aligner inside.
+
+    Its weights are those of the network without aligner, and DFA's under ``dfa.``: one file holds both. DFA never
+    learns: its parameters ask for no gradient, so optimizers, weight decay and gradient exchange pass them by, and it
+    stays in eval mode. Gradients flow *through* it to images that ask for them.
+
+    Args:
+        dfa_weights: file, or state dict, of a DFA; its body and whether it has an aggregator follow from the names in
+            it. None: random weights, to be loaded later.
+        dfa_threshold: a face with a lower score in [0, 1] gets the canonical keypoints.
+        **settings: of :class:`VisionTransformer`.
+
+    Raises:
+        FileNotFoundError: there is no such weights file.
+        ValueError: the weights are not those of a DFA, or an argument is out of range.
+    """
+
+    finds_keypoints = True
+
+    def __init__(
+        self,
+        dfa_weights: str | Path | Mapping[str, torch.Tensor] | None = None,
+        dfa_threshold: float = SCORE_THRESHOLD,
+        **settings,
+    ) -> None:
+        # DFA is built of what the backbones share, and so stands above them: it is imported when it is asked for.
+        from ..dfa import DFA
+        from ..dfa.weights import load_dfa, network_of
+
+        if settings.setdefault("position", "kprpe") != "kprpe":
+            raise ValueError(f'position must be "kprpe" to make use of keypoints, got {settings["position"]!r}')
+        if not 0 <= dfa_threshold <= 1:
+            raise ValueError(f"dfa_threshold must be in [0, 1], got {dfa_threshold}")
+        super().__init__(**settings)
+        self.dfa_threshold = dfa_threshold
+        if dfa_weights is None:
+            logger.warning(
+                "the aligner inside has random weights, and its keypoints mean nothing, until some are loaded; "
+                "pass dfa_weights=FILE"
+            )
+            self.dfa = DFA()
+        else:
+            self.dfa = load_dfa(dfa_weights)
+            if not torch.equal(self.dfa.anchors, DFA(**network_of(self.dfa.state_dict())).anchors):
+                raise ValueError(
+                    f"dfa_weights must be those of a DFA with aggregator at 160 pixels, or RetinaFace's: {dfa_weights} "
+                    "has other anchors, of which a file with both networks' weights could not tell"
+                )
+        self.dfa.requires_grad_(False)
+        self.register_buffer("template", canonical_keypoints(1).clone(), persistent=False)
+        # What never changes need not be sent to the other ranks before every step either.
+        frozen = [*self.dfa.named_parameters(), *self.dfa.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore = [f"dfa.{name}" for name, _ in frozen]
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> SelfAlignedViT:
+        """Training or eval mode of all but the aligner, which is always in eval mode."""
+        super().train(mode)
+        self.dfa.eval()
+        return self
+
+    def forward(self, images: torch.Tensor, keypoints: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed face crops.
+
+        Args:
+            images: (B, 3, img_size, img_size) float RGB in [-1, 1].
+            keypoints: (B, 5, 2) float, xy in [0, 1] of the crop; None: the aligner finds them.
+
+        Returns:
+            (B, num_features) float32 embeddings, not normalised.
+
+        Raises:
+            ValueError: the keypoints given are of a wrong shape, not finite or in pixels.
+        """
+        return super().forward(images, self.find_keypoints(images) if keypoints is None else keypoints)
+
+    def find_keypoints(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 5, 2) keypoints in [0, 1] of the crops: the aligner's, or the canonical ones below the threshold."""
+        with torch.autocast(images.device.type, enabled=False):  # the same points in training as later
+            keypoints, score, _ = self.dfa.locate(images)
+        return torch.where((score >= self.dfa_threshold)[:, None, None], keypoints, self.template.to(keypoints))

@@ -1,0 +1,284 @@
+"""Training the landmark network: by a config with checkpoints, under torchrun or plain, or in one call without files.
+
+Paper: "KeyPoint Relative Position Encoding for Face Recognition" (CVPR 2024), supplementary section 3.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from easydict import EasyDict as edict
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from insightface_kprpe.data.face_dataset import EpochSampler
+from insightface_kprpe.data.landmark_augmentation import LandmarkAugmentation, to_float
+from insightface_kprpe.data.landmark_dataset import FaceSample, LandmarkDataset
+from insightface_kprpe.dfa.loss import DFALoss
+from insightface_kprpe.dfa.network import RetinaFaceNet
+from insightface_kprpe.dfa.weights import start_from
+from insightface_kprpe.evaluation.landmarks import evaluate_landmarks
+from insightface_kprpe.partial_fc import rank_and_world_size
+from insightface_kprpe.training.callbacks import Metrics, SpeedLog, start_logging
+from insightface_kprpe.training.command_line import run_command_line
+from insightface_kprpe.training.config import dump_config, merge_config
+from insightface_kprpe.training.loop import (
+    AUTOCAST,
+    Plan,
+    build_loader,
+    build_state,
+    distributed,
+    optimize,
+    process_group,
+    run_steps,
+    step_generator,
+)
+
+logger = logging.getLogger("insightface_kprpe.dfa.training")  # under "python -m" __name__ is another
+
+T = TypeVar("T")
+
+
+def train_dfa(config: edict) -> dict[str, float]:
+    """Run a config to its end.
+
+    Args:
+        config: what ``load_config(path, overrides, base="dfa_base")`` returned.
+
+    Returns:
+        ``nme``, ``failure_rate`` and ``score`` of the last validation; empty without a validation set.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        SystemExit: a signal asked the run to stop; its state is saved.
+    """
+    with process_group() as device:
+        rank, world_size = rank_and_world_size()
+        output = Path(config.output)
+        output.mkdir(parents=True, exist_ok=True)
+        start_logging(output, rank)
+
+        dataset = LandmarkDataset(config.data, config.image_size, config.padding)
+        loss = _build(DFALoss, config.loss_kwargs, "loss_kwargs")
+        augmentation = _build(LandmarkAugmentation, config.augmentation_kwargs, "augmentation_kwargs")
+        torch.manual_seed(config.seed)
+        net = RetinaFaceNet(config.body, config.aggregator, config.image_size)
+        if config.init_from is not None:
+            start_from(net, config.init_from)
+        net.to(device, memory_format=torch.channels_last)  # a sixth faster
+        training = LandmarkTraining(net, dataset, loss, augmentation, config, device)
+        step = training.state.resume(output) if config.resume else 0
+
+        results: dict[str, float] = {}
+        log = validate = metrics = None
+        if rank == 0:
+            dump_config(config, output / "config.json")
+            metrics = Metrics(output, config.tensorboard, step)
+            total_steps = training.plan.total_steps
+            log = SpeedLog(metrics, total_steps, config.batch_size * world_size, config.frequent, step)
+            if config.val is not None:
+                validation = Validation(config, metrics, device)
+
+                def validate(step: int) -> None:
+                    results.update(validation(step, net))
+
+            logger.info("%s", _summary(config, dataset, net, world_size, device, total_steps))
+        try:
+            training.run(step=step, log=log, output=output, validate=validate, verbose=config.verbose)
+        finally:
+            if metrics is not None:
+                metrics.close()
+        logger.info("done: %s", output / "model.pt")
+        return results
+
+
+def train_landmarks(
+    net: RetinaFaceNet,
+    dataset: Dataset,
+    *,
+    loss: DFALoss | None = None,
+    augmentation: LandmarkAugmentation | None = None,
+    epochs: int = 10,
+    batch_size: int = 32,
+    lr: float = 0.001,
+    weight_decay: float = 0.01,
+    warmup_epochs: float = 0.0,
+    num_workers: int = 0,
+    seed: int = 0,
+    description: str = "landmarks",
+) -> float:
+    """Train a network in this process, without any file: AdamW, cosine schedule, float32.
+
+    Args:
+        net: is changed; trained on the device that it is on, and left in train mode.
+        dataset: its items are ``FaceSample`` of the network's image size.
+        loss: by default ``DFALoss()``.
+        augmentation: by default none.
+        epochs: passes over the data; what does not fill the last batch of one is left out of it.
+        batch_size: faces a step.
+        lr: peak learning rate.
+        weight_decay: of everything but biases and norms.
+        warmup_epochs: epochs of linear warm-up.
+        num_workers: processes that read the data.
+        seed: of the order and the augmentation; the network's weights are what they are.
+        description: what the progress bar says.
+
+    Returns:
+        The loss of the last step.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        ValueError: an argument is out of range, or the data does not fill one batch.
+    """
+    values = {"num_epoch": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
+    values |= {"warmup_epoch": warmup_epochs, "num_workers": num_workers, "seed": seed}
+    config = merge_config({"train_landmarks": values}, base="dfa_base")
+    device = net.anchors.device
+    training = LandmarkTraining(net, dataset, loss or DFALoss(), augmentation, config, device)
+    with tqdm(total=training.plan.total_steps, desc=description, disable=None) as progress:
+        last = float("nan")
+
+        def log(step: int, epoch: int, value: float, lr: float, scale: float | None) -> None:
+            nonlocal last
+            last = value
+            progress.update()
+            progress.set_postfix(loss=f"{value:.3f}")
+
+        training.run(log=log)
+    return last
+
+
+class LandmarkTraining:
+    """The steps of one run: what both ways to train share.
+
+    Args:
+        net: on the device.
+        dataset: of ``FaceSample``.
+        loss: compares what the network says with the labels.
+        augmentation: of each batch, on the device; None: images as they are.
+        config: the keys on optimisation, and ``num_workers``, are used.
+        device: where to compute.
+
+    Attributes:
+        plan: how long the run is.
+        state: everything that changes.
+
+    Raises:
+        ValueError: the data does not fill one batch.
+    """
+
+    def __init__(
+        self,
+        net: RetinaFaceNet,
+        dataset: Dataset,
+        loss: DFALoss,
+        augmentation: LandmarkAugmentation | None,
+        config: edict,
+        device: torch.device,
+    ) -> None:
+        self.rank, world_size = rank_and_world_size()
+        sampler = EpochSampler(len(dataset), config.batch_size, self.rank, world_size, config.seed)
+        self.plan = Plan(len(sampler), config.num_epoch)
+        self.state = build_state(config, net, loss.to(device), self.plan, device)
+        self.loader = build_loader(dataset, sampler, config.num_workers, device, config.seed)
+        self.augmentation, self.config, self.device = augmentation, config, device
+
+    def run(self, **options: Any) -> None:
+        """Take the steps; ``options`` are those of :func:`~insightface_kprpe.training.loop.run_steps`."""
+        net, loss, optimizer, _, scaler = self.state
+        network = distributed(net, self.device)
+        dtype = AUTOCAST[self.config.precision]
+
+        def loss_of(batch: FaceSample) -> torch.Tensor:
+            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+                output = network(batch.image.flip(1))  # the network wants BGR
+            return loss(output, net.anchors, batch.keypoints, batch.bbox).total
+
+        def take_step(step: int, batches: Sequence[FaceSample]) -> float:
+            batches = [self._prepare(batch, step) for batch in batches]
+            return optimize(loss_of, batches, network, optimizer, scaler, self.config.clip_grad)
+
+        run_steps(self.state, take_step, self.loader, self.plan, **options)
+
+    def _prepare(self, batch: FaceSample, step: int) -> FaceSample:
+        """The batch on the device, augmented; the same step and rank give the same numbers everywhere."""
+        batch = FaceSample(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+        if self.augmentation is None:
+            return batch._replace(image=to_float(batch.image))
+        return self.augmentation(batch, step_generator(self.config.seed, step, self.rank))
+
+
+class Validation:
+    """Measures the landmark error on a labelled folder and keeps the lowest.
+
+    Args:
+        config: ``val``, ``image_size``, ``padding`` and ``num_workers`` are used.
+        metrics: where the figures go.
+        device: of the network.
+    """
+
+    def __init__(self, config: edict, metrics: Metrics, device: torch.device) -> None:
+        self.dataset = LandmarkDataset(config.val, config.image_size, config.padding, labelled_only=True)
+        self.metrics, self.device, self.workers = metrics, device, config.num_workers
+        self.best = float("inf")
+
+    def __call__(self, step: int, net: RetinaFaceNet) -> dict[str, float]:
+        """Measure; the network is put back into the mode it was in."""
+
+        def predict(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            found = net(images.flip(1))  # the network wants BGR
+            return found.keypoints, found.score
+
+        was_training = net.training
+        net.eval()
+        result = evaluate_landmarks(predict, self.dataset, device=self.device, workers=self.workers)
+        net.train(was_training)
+        self.best = min(self.best, result.nme)
+        logger.info(
+            "step %d  %d faces: NME %.4f (best %.4f)  failures %.1f %%  mean score %.3f",
+            step, result.images, result.nme, self.best, result.failure_rate, result.score,
+        )  # fmt: skip
+        values = {"nme": result.nme, "failure_rate": result.failure_rate, "score": result.score}
+        self.metrics.write(step, **values)
+        return values
+
+
+def _build(build: Callable[..., T], arguments: Mapping[str, Any], key: str) -> T:
+    try:
+        return build(**arguments)
+    except TypeError as error:  # an unknown argument
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _summary(
+    config: edict, dataset: LandmarkDataset, net: RetinaFaceNet, world_size: int, device: torch.device, total_steps: int
+) -> str:
+    size = sum(parameter.numel() for parameter in net.parameters())
+    return (
+        f"{config.body} {'with' if config.aggregator else 'without'} aggregator ({size:,} parameters) on "
+        f"{len(dataset)} faces; {world_size} x {device.type}, {config.precision}, "
+        f"batch {config.batch_size} x {world_size}, {total_steps} steps in {config.num_epoch} epochs; "
+        f"output {config.output}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry of ``insightface-kprpe train-dfa`` and ``python -m insightface_kprpe.dfa.training``."""
+    run_command_line(
+        train_dfa,
+        arguments,
+        base="dfa_base",
+        prog="insightface-kprpe train-dfa",
+        description="Train the landmark network. One process: insightface-kprpe train-dfa CONFIG; "
+        "several: torchrun --nproc_per_node=4 -m insightface_kprpe.dfa.training CONFIG.",
+        epilog="Every key is explained in recognition_configs/dfa_base.py. Example: insightface-kprpe train-dfa "
+        "dfa_small data=faces/train val=faces/val init_from=retinaface_mobilenet0.25.pth resume=True",
+    )
+
+
+if __name__ == "__main__":
+    main()
