@@ -20,10 +20,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .data.face_dataset import LANDMARK_FILE, to_network_input
+from .data.face_dataset import LANDMARK_FILE
 from .data.landmark_csv import write_landmark_csv
 from .data.landmark_dataset import UNKNOWN, FaceSample
 from .data.record_writer import write_face_records
@@ -34,6 +34,7 @@ from .deployment.detector_export import export_detector
 from .deployment.weights import load_run
 from .dfa.loss import DFALoss
 from .dfa.network import RetinaFaceNet
+from .dfa.training import train_landmarks
 from .evaluation.embedding import TorchEmbedder, embed_images
 from .evaluation.tinyface import identification
 from .evaluation.verification import FIRST_UNSEEN_IDENTITY
@@ -141,26 +142,21 @@ def train_detector() -> RetinaFaceNet:
     torch.manual_seed(0)
     net = RetinaFaceNet(aggregator=False, image_size=SCENE_SIZE, anchor_sizes=DETECTOR_ANCHORS)
     net.to(memory_format=torch.channels_last)  # a third faster on CPUs
-    loss = DFALoss(face_weight=0.0)
-    loader = DataLoader(DrawnScenes(), batch_size=16, shuffle=True, num_workers=1, persistent_workers=True)
-    steps = DETECTOR_EPOCHS * len(loader)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.008, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.008, steps)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the net is small: threads would wait for each other longer than they compute
-    with tqdm(total=steps, desc="  detector", disable=None) as progress:
-        for _ in range(DETECTOR_EPOCHS):
-            for batch in loader:
-                output = net(to_network_input(batch.image).flip(1))
-                value = loss(output, net.anchors, batch.keypoints, batch.bbox).total
-                optimizer.zero_grad()
-                value.backward()
-                optimizer.step()
-                schedule.step()
-                progress.update()
-                progress.set_postfix(loss=f"{value.item():.2f}")
+    value = train_landmarks(
+        net,
+        DrawnScenes(),
+        loss=DFALoss(face_weight=0.0),
+        epochs=DETECTOR_EPOCHS,
+        batch_size=16,
+        lr=0.008,
+        warmup_epochs=1.0,
+        num_workers=1,
+        description="  detector",
+    )
     torch.set_num_threads(threads)
-    print(f"  loss {value.item():.2f} after {steps} steps")
+    print(f"  loss {value:.2f} at the end")
     larger = RetinaFaceNet(aggregator=False, image_size=DETECTOR_SIZE, anchor_sizes=DETECTOR_ANCHORS)
     larger.load_state_dict(net.state_dict())
     return larger
