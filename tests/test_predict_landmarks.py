@@ -94,16 +94,16 @@ def test_data_sets_and_evaluators_use_what_is_believed(tmp_path, dfa, images):
     np.testing.assert_allclose(open_verification(str(tmp_path / "lfw.bin")).keypoints, found[1])
 
 
-def test_crops_of_all_sizes_and_shapes(tmp_path, dfa, images):
+def test_crops_of_all_sizes_and_shapes(tmp_path, images):
+    dfa = DFA().eval()
     sizes = [(112, 112), (50, 140), (300, 200), (1, 1), (2, 90), (160, 160), (33, 31), (64, 64), (17, 19), (112, 96)]
     crops = [cv2.resize(image, size) for image, size in zip(images, sizes, strict=True)]
-    source, file = make("images", tmp_path, crops)
+    source, _ = make("images", tmp_path, crops)
     keypoints, scores = read_landmark_csv(predict_landmarks(open_crops(source), dfa), COUNT)
-    for i in (0, 1, 2, 5, 6, 7, 8, 9):
-        points, score = directly(dfa, crops[i])
+    for i, crop in enumerate(crops):
+        points, score = directly(dfa, crop)
         np.testing.assert_allclose(keypoints[i], points, atol=1e-4)
         assert scores[i] == pytest.approx(score, abs=1e-4)
-    assert file.is_file() and np.isfinite(keypoints).all()
 
 
 def test_landmarks_far_outside_a_narrow_crop_are_no_face():
