@@ -45,7 +45,7 @@ UNSEEN_PEOPLE, PAIRS = 60, 600
 PACK = "kprpe"
 LICENCE = "MIT (trained on drawn faces)"
 # The detector is trained on small pictures of one face and then looks at larger ones of many.
-SCENE_SIZE, DETECTOR_SIZE, SCENES, DETECTOR_EPOCHS = 96, 320, 3600, 3
+SCENE_SIZE, DETECTOR_SIZE, SCENES, DETECTOR_EPOCHS = 96, 320, 3600, 4
 DETECTOR_ANCHORS = ((24, 32), (40, 50), (64, 80))
 _JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95]
 
@@ -222,9 +222,9 @@ def recognise(root: Path, output: Path) -> dict[str, int]:
 
 
 def _portrait_embedding(app, person: int) -> np.ndarray:
-    """Unit mean embedding of a few portraits."""
+    """Unit mean embedding of some portraits."""
     embeddings = []
-    for instance in range(3):
+    for instance in range(8):
         portrait = draw_scene([person], (480, 640), face_size=(110, 150), instance=instance).image[..., ::-1]
         found = app.get(np.ascontiguousarray(portrait), max_num=1)
         embeddings += [face.normed_embedding for face in found]

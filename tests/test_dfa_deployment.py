@@ -1,3 +1,5 @@
+import json
+
 import cv2
 import insightface
 import numpy as np
@@ -5,8 +7,10 @@ import pytest
 import torch
 from insightface.app import FaceAnalysis
 from insightface.app.common import Face
+from typer.testing import CliRunner
 
 import insightface_kprpe as ik
+from insightface_kprpe import cli
 from insightface_kprpe.data.synthetic import SyntheticFaces, draw_scene
 from insightface_kprpe.deployment import detector_export, model_pack
 from insightface_kprpe.deployment.detector_export import OneFaceLayout, export_detector
@@ -326,6 +330,21 @@ def test_an_aligner_must_be_a_dfa_and_of_use(recognition, file, tmp_path):
         model_pack.build(one, file, two, root=tmp_path, aligner=one)
     with pytest.raises(model_pack.PackError, match="keypoint_recognition, which is not given"):
         model_pack.build(one, file, root=tmp_path, aligner=file)
+
+
+def test_command_line_export_knows_a_landmark_network(tmp_path, monkeypatch):
+    torch.save(DFA().state_dict(), tmp_path / "dfa.pt")
+    (tmp_path / "run").mkdir()
+    torch.save(DFA().state_dict(), tmp_path / "run" / "model.pt")
+    config = {"body": "mobilenet0.25", "aggregator": True, "image_size": 160}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    exported = []
+    monkeypatch.setattr(detector_export, "export_detector", lambda net, path, licence: exported.append((net, licence)))
+    for source in ("dfa.pt", "run"):
+        arguments = ["export", str(tmp_path / source), str(tmp_path / "dfa.onnx"), "--licence", "MIT"]
+        result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+        assert "a detector for crops of one face" in result.output
+    assert [(type(net), licence) for net, licence in exported] == [(DFA, "MIT")] * 2
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 import insightface_kprpe as ik
 from insightface_kprpe.backbones.relative_position import canonical_keypoints
 from insightface_kprpe.backbones.self_aligned import SelfAlignedViT
+from insightface_kprpe.deployment import model_pack
+from insightface_kprpe.deployment.detector_export import export_detector
 from insightface_kprpe.deployment.onnx_export import export_onnx, read_metadata
 from insightface_kprpe.deployment.weights import load_run, load_weights
 from insightface_kprpe.dfa import DFA, RetinaFaceNet
@@ -233,6 +235,24 @@ def test_two_inputs_take_keypoints_from_outside(net, images, tmp_path):
     keypoints = canonical_keypoints(4) + 0.1
     got = session.run(None, {"images": images.numpy(), "keypoints": keypoints.numpy()})[0]
     np.testing.assert_allclose(got, net(images, keypoints).detach(), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiles_to_the_same_numbers(net, images):
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), net(images), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_aligner_goes_into_the_pack_too(net, tmp_path):
+    """Where it refines the detector's landmarks after register()."""
+    detector = export_detector(net.dfa, tmp_path / "detector.onnx")
+    folder = model_pack.build_from_network(net, detector, root=tmp_path)
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*.onnx")}
+    assert files == {"detection.onnx", "recognition.onnx", "keypoints/recognition.onnx", "keypoints/dfa.onnx"}
+    assert read_metadata(folder / "recognition.onnx")["keypoint_source"] == "dfa"
+    assert read_metadata(folder / "keypoints" / "recognition.onnx")["keypoint_source"] == "input"
 
 
 def test_the_stock_loader_takes_the_file(exported):

@@ -23,8 +23,8 @@ class SelfAlignedViT(VisionTransformer):
     stays in eval mode. Gradients flow *through* it to images that ask for them.
 
     Args:
-        dfa_weights: file, or state dict, of a DFA; its body and whether it has an aggregator follow from the names in
-            it. None: random weights, to be loaded later.
+        dfa_weights: of a DFA: a file, the output folder of ``train-dfa``, or a state dict; its body and whether it has
+            an aggregator follow from them. None: random weights, to be loaded later.
         dfa_threshold: a face with a lower score in [0, 1] gets the canonical keypoints.
         **settings: of :class:`VisionTransformer`.
 
@@ -61,8 +61,8 @@ class SelfAlignedViT(VisionTransformer):
             self.dfa = load_dfa(dfa_weights)
             if not torch.equal(self.dfa.anchors, DFA(**network_of(self.dfa.state_dict())).anchors):
                 raise ValueError(
-                    f"dfa_weights must be those of a DFA with aggregator at 160 pixels, or RetinaFace's: {dfa_weights} "
-                    "has other anchors, of which a file with both networks' weights could not tell"
+                    "dfa_weights must be those of a DFA with aggregator at 160 pixels, or RetinaFace's; these are of a "
+                    "network with other anchors, of which a file with both networks' weights could not tell"
                 )
         self.dfa.requires_grad_(False)
         self.register_buffer("template", canonical_keypoints(1).clone(), persistent=False)

@@ -144,9 +144,9 @@ def _checked(config: edict, key: str, value: Any, where: str) -> Any:
 
 
 def _check_values(config: edict) -> None:
-    for key in _CHOICES.keys() & config.keys():
-        if config[key] not in _CHOICES[key]:
-            raise ConfigError(f"{key} must be one of {_CHOICES[key]}, got {config[key]!r}")
+    for key, choices in _CHOICES.items():
+        if key in config and config[key] not in choices:
+            raise ConfigError(f"{key} must be one of {choices}, got {config[key]!r}")
     for key in _POSITIVE:
         if config.get(key, 1) <= 0:
             raise ConfigError(f"{key} must be positive, got {config[key]}")
