@@ -1,0 +1,40 @@
+"""The command line: ``insightface-kprpe VERB``. It parses, calls the library, prints; nothing else lives here."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import data, deployment, evaluation, training  # noqa: F401 - they add their verbs
+from .app import app
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="folder for everything that is made")] = Path("work_dirs/quickstart"),
+) -> None:
+    """Everything once, on drawn faces: data, training, verification, ONNX, model pack, FaceAnalysis (5 minutes)."""
+    from ..quickstart import run_quickstart
+
+    run_quickstart(output)
+
+
+@app.command()
+def models() -> None:
+    """List the networks that a config's `network` may name."""
+    from ..backbones import list_models
+
+    typer.echo("\n".join(list_models()))
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is one sentence and exit status 1, not a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app()
+    except (ValueError, RuntimeError, ImportError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

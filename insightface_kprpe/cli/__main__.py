@@ -1,0 +1,5 @@
+"""``python -m insightface_kprpe.cli``, for torchrun."""
+
+from . import main
+
+main()
