@@ -15,7 +15,7 @@ class Result:
     Attributes:
         model: what tables call the model.
         protocol: e.g. "IJB-C 1:1".
-        metrics: name -> value; rates in percent (``tpr_at_fpr_0.0001``, ``rank_1``, ``accuracy``), thresholds as cosines.
+        metrics: name -> value; rates in percent (``tpr_at_fpr_0.0001``, ``rank_1``), thresholds as cosines.
         settings: everything that is needed to get the numbers again (alignment, flip, fusion, source of the keypoints,
             threshold rule, counts), as one reads it.
         variant: what tells this result from others of the same model and protocol, e.g. the fusion.
