@@ -20,33 +20,27 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+import torch.nn as nn
 from tqdm import tqdm
 
+from .backbones import get_model
 from .data.face_dataset import LANDMARK_FILE
 from .data.landmark_csv import write_landmark_csv
-from .data.landmark_dataset import UNKNOWN, FaceSample
 from .data.record_writer import write_face_records
 from .data.synthetic import SyntheticFaces, SyntheticScene, draw_scene, verification_pairs
 from .data.verification_bin import write_verification_bin
 from .deployment import model_pack
-from .deployment.detector_export import export_detector
-from .deployment.weights import load_run
-from .dfa.loss import DFALoss
-from .dfa.network import RetinaFaceNet
-from .dfa.training import train_landmarks
+from .deployment.weights import load_weights
 from .evaluation.embedding import TorchEmbedder, embed_images
 from .evaluation.tinyface import identification
-from .evaluation.verification import FIRST_UNSEEN_IDENTITY
+from .evaluation.verification import FIRST_UNSEEN_IDENTITY, open_verification, verify
 from .files import write_atomically
+from .quickstart_landmarks import DETECTOR_SIZE, PEOPLE, landmark_error, train_both
 
-PEOPLE, IMAGES_PER_PERSON = 100, 30
+IMAGES_PER_PERSON = 30
 UNSEEN_PEOPLE, PAIRS = 60, 600
 PACK = "kprpe"
 LICENCE = "MIT (trained on drawn faces)"
-# The detector is trained on small pictures of one face and then looks at larger ones of many.
-SCENE_SIZE, DETECTOR_SIZE, SCENES, DETECTOR_EPOCHS = 96, 320, 3600, 4
-DETECTOR_ANCHORS = ((24, 32), (40, 50), (64, 80))
 _JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95]
 
 
@@ -64,15 +58,18 @@ def run_quickstart(output: Path) -> dict[str, float]:
     data, run = output / "data", output / "run"
     with _step(1, "drawing faces"):
         draw_data(data)
-    with _step(2, "training a face detector on drawn pictures"):
-        detector = export_detector(train_detector(), output / "detector.onnx", LICENCE)
+    detector, dfa = output / "detector.onnx", output / "dfa.pt"
+    with _step(2, "training a face detector and a DFA on drawn pictures, side by side"):
+        losses = train_both(detector, dfa, LICENCE)
+        print("  losses {:.2f} and {:.2f} at the end".format(*losses))
     with _step(3, "training vit_n_kprpe (torchrun train_v2.py recognition_configs/quickstart.py)"):
         train_recognition(data, run)
     with _step(4, "verifying people who were not trained on"):
-        results = evaluate(data, run)
-    with _step(5, "exporting ONNX and building the model pack"):
+        net = with_aligner(run, dfa)
+        results = evaluate(data, run, net)
+    with _step(5, "exporting ONNX and building the model pack, DFA inside"):
         root = output / "insightface"
-        folder = model_pack.build_from_network(load_run(run), detector, PACK, root, LICENCE, LICENCE)
+        folder = model_pack.build_from_network(net, detector, PACK, root, LICENCE, LICENCE)
         print(f"  {folder}")
     with _step(6, "recognising faces in a group photo with the stock insightface FaceAnalysis"):
         results |= recognise(root, output)
@@ -121,47 +118,6 @@ def _jpeg(image: np.ndarray) -> bytes:
     return cv2.imencode(".jpg", image[..., ::-1], _JPEG)[1].tobytes()
 
 
-class DrawnScenes(Dataset):
-    """Small pictures of one drawn person, one in eight without a face."""
-
-    def __len__(self) -> int:
-        return SCENES
-
-    def __getitem__(self, index: int) -> FaceSample:
-        people = [] if index % 8 == 7 else [index % PEOPLE]
-        scene = draw_scene(people, (SCENE_SIZE, SCENE_SIZE), face_size=(30, 84), instance=index)
-        keypoints, box = np.full((5, 2), UNKNOWN, np.float32), np.full(4, UNKNOWN, np.float32)
-        if len(scene.boxes):
-            keypoints, box = scene.landmarks_px[0] / SCENE_SIZE, scene.boxes[0] / SCENE_SIZE
-        image = np.ascontiguousarray(scene.image.transpose(2, 0, 1))
-        return FaceSample(torch.from_numpy(image), torch.from_numpy(keypoints), torch.from_numpy(box))
-
-
-def train_detector() -> RetinaFaceNet:
-    """Train RetinaFace-MobileNet0.25 on drawn pictures; returned with the input size that it will be used at."""
-    torch.manual_seed(0)
-    net = RetinaFaceNet(aggregator=False, image_size=SCENE_SIZE, anchor_sizes=DETECTOR_ANCHORS)
-    net.to(memory_format=torch.channels_last)  # a third faster on CPUs
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the net is small: threads would wait for each other longer than they compute
-    value = train_landmarks(
-        net,
-        DrawnScenes(),
-        loss=DFALoss(face_weight=0.0),
-        epochs=DETECTOR_EPOCHS,
-        batch_size=16,
-        lr=0.008,
-        warmup_epochs=1.0,
-        num_workers=1,
-        description="  detector",
-    )
-    torch.set_num_threads(threads)
-    print(f"  loss {value:.2f} at the end")
-    larger = RetinaFaceNet(aggregator=False, image_size=DETECTOR_SIZE, anchor_sizes=DETECTOR_ANCHORS)
-    larger.load_state_dict(net.state_dict())
-    return larger
-
-
 def train_recognition(data: Path, run: Path) -> None:
     """Train with torchrun, as a user would: from a checkout its ``train_v2.py``, else the installed module."""
     script = Path(__file__).resolve().parents[1] / "train_v2.py"
@@ -172,22 +128,41 @@ def train_recognition(data: Path, run: Path) -> None:
     subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
 
 
-def evaluate(data: Path, run: Path) -> dict[str, float]:
-    """Verification accuracy as training measured it last, and rank-1 among the unseen people."""
+def with_aligner(run: Path, dfa: Path) -> nn.Module:
+    """The trained network with a DFA inside, which then finds the keypoints itself."""
+    config = json.loads((run / "config.json").read_text())
+    net = get_model(f"{config['network']}_dfa", num_features=config["embedding_size"], dfa_weights=dfa)
+    return load_weights(net, run / "model.pt").eval()
+
+
+def evaluate(data: Path, run: Path, net: nn.Module) -> dict[str, float]:
+    """Verification with true landmarks and aligned by DFA, rank-1 with DFA's, and how far those are from the truth."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     results = {key: value for key, value in lines[-1].items() if key.startswith("accuracy/")}
+
+    def align_and_embed(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        face = net.dfa(images)
+        return net(face.aligned, face.aligned_keypoints)
+
+    with torch.inference_mode():
+        pairs = open_verification("unaligned", data)
+        results["accuracy/unaligned, aligned by DFA"] = verify(align_and_embed, pairs, flip=False).accuracy
     faces = SyntheticFaces(UNSEEN_PEOPLE, 6, first_identity=FIRST_UNSEEN_IDENTITY)
     images, labels, keypoints = zip(*(faces[i] for i in range(len(faces))), strict=True)
-    embeddings = embed_images(TorchEmbedder(load_run(run)), images, np.stack(keypoints), label="  embedding")
+    embeddings = embed_images(TorchEmbedder(net), images, np.stack(keypoints), label="  embedding")
     labels = np.array(labels)
     gallery = np.arange(len(labels)) % 6 == 0
     results |= identification(
         embeddings[~gallery], embeddings[gallery], labels[~gallery], labels[gallery], ranks=(1, 5)
     )
     for name, value in results.items():
-        print(f"  {name:20} {value:6.2f} %")
+        print(f"  {name:36} {value:6.2f} %")
     print(f"  (chance: 50 % for accuracy, {100 / UNSEEN_PEOPLE:.1f} % for rank-1)")
-    return results
+    error, template = landmark_error(net.dfa, FIRST_UNSEEN_IDENTITY, UNSEEN_PEOPLE)
+    print(
+        f"  DFA's landmarks on loose crops are {100 * error:.1f} % of the side off, the template {100 * template:.1f} %"
+    )
+    return results | {"landmark_error": error, "landmark_error_of_template": template}
 
 
 def recognise(root: Path, output: Path) -> dict[str, int]:

@@ -1,0 +1,50 @@
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import insightface_kprpe as ik
+from insightface_kprpe.data.landmark_dataset import UNKNOWN
+from insightface_kprpe.dfa import DFA, load_dfa
+from insightface_kprpe.quickstart import with_aligner
+from insightface_kprpe.quickstart_landmarks import DrawnScenes, landmark_error, train_both
+from insightface_kprpe.training.config import dump_config, load_config
+
+
+def test_drawn_scenes_are_labelled_and_drawn_once():
+    scenes = DrawnScenes(8, 96, face_size=(40, 60), faceless=4)
+    assert len(scenes) == 8
+    face, nobody = scenes[0], scenes[3]
+    assert face.image.shape == (3, 96, 96) and face.image.dtype == torch.uint8
+    left, top, right, bottom = (face.bbox * 96).tolist()
+    assert 40 <= bottom - top <= 60
+    inside = (face.keypoints > face.bbox[:2]) & (face.keypoints < face.bbox[2:])
+    assert inside.all()
+    assert (nobody.keypoints == UNKNOWN).all() and (nobody.bbox == UNKNOWN).all()
+    assert scenes[0] is face
+
+
+def test_landmark_error_of_an_aligner_that_knows_nothing():
+    torch.manual_seed(0)
+    error, template = landmark_error(DFA().eval(), first_identity=5, people=4)
+    assert 0.08 < template < 0.25  # loose crops: the face is anywhere
+    assert error > 0.08
+
+
+@pytest.mark.slow
+def test_both_networks_are_written_and_fit_each_other(tmp_path):
+    threads = torch.get_num_threads()
+    losses = train_both(tmp_path / "detector.onnx", tmp_path / "dfa.pt", "MIT", scenes=64, crops=32)
+    assert np.isfinite(losses).all() and torch.get_num_threads() == threads
+    assert len(onnx.load(str(tmp_path / "detector.onnx")).graph.output) == 9
+    dfa = load_dfa(tmp_path / "dfa.pt")
+
+    config = load_config("quickstart", ["embedding_size=16"])
+    run = tmp_path / "run"
+    dump_config(config, run / "config.json")
+    torch.save(ik.get_model(config.network, num_features=16).state_dict(), run / "model.pt")
+    net = with_aligner(run, tmp_path / "dfa.pt")
+    images = torch.rand(2, 3, 112, 112) * 2 - 1
+    with torch.inference_mode():
+        assert torch.equal(net.dfa.locate(images)[0], dfa.locate(images)[0])
+        assert net(images).shape == (2, 16)
