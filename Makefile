@@ -1,10 +1,11 @@
 # make quickstart   everything once on drawn faces: train, verify, export, recognise
-# make test         the whole test suite
+# make test         the whole test suite, on two processes (JOBS=8 for more)
 # make lint         ruff
 
 PYTHON ?= python3
 # The version the suite was last run with. Any torch >= 2.6 will do: make test TORCH=torch==2.6.0
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 BIN := .venv/bin
 
 .PHONY: quickstart test lint clean
@@ -13,7 +14,7 @@ quickstart: .venv/installed
 	$(BIN)/insightface-kprpe quickstart
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
