@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class FaceAligner(SCRFD):
     """
 
     def detect(self, img: np.ndarray, *args, **kwargs) -> tuple[np.ndarray, np.ndarray]:
-        """The face of a crop, as SCRFD says it; none in a crop that is empty or below ``MIN_SIDE``.
+        """The face of a crop, as SCRFD says it; none in a crop that is empty, below ``MIN_SIDE`` or a mere stripe.
 
         Args:
             img: (H, W, 3) uint8 BGR.
@@ -58,7 +58,8 @@ class FaceAligner(SCRFD):
         Returns:
             (N, 5) float32 x1, y1, x2, y2, score and (N, 5, 2) float32 landmarks, in pixels; N is 0 or 1.
         """
-        if min(img.shape[:2]) < MIN_SIDE:
+        short, long = sorted(img.shape[:2])
+        if short < MIN_SIDE or long > short * self.static_input_size[0]:
             return np.empty((0, 5), np.float32), np.empty((0, 5, 2), np.float32)
         return super().detect(img, *args, **kwargs)
 
@@ -106,10 +107,18 @@ class FaceAligner(SCRFD):
             img: (H, W, 3) uint8 BGR picture.
             faces: insightface's ``Face`` with ``bbox``, x1, y1, x2, y2 in pixels of ``img``.
         """
+        self.refine_all([(img, face) for face in faces])
+
+    def refine_all(self, faces: Sequence[tuple[np.ndarray, Any]]) -> None:
+        """What :meth:`refine` does, for faces of several pictures in few runs of the network.
+
+        Args:
+            faces: pairs of picture and face.
+        """
         size = self.static_input_size[0]
-        cut = [_cut_box(img, face.bbox, size) for face in faces]
+        cut = [cut_box(img, face.bbox, size, BOX_PADDING, MIN_SIDE) for img, face in faces]
         found = self.align([crop for crop, _ in cut])
-        for face, (_, matrix), keypoints, score in zip(faces, cut, found.keypoints, found.score, strict=True):
+        for (_, face), (_, matrix), keypoints, score in zip(faces, cut, found.keypoints, found.score, strict=True):
             face.dfa_kps = ((keypoints * size - matrix[:, 2]) / matrix[0, 0]).astype(np.float32)
             face.dfa_score = float(score)
 
@@ -151,15 +160,28 @@ def _align(crop: np.ndarray, keypoints: np.ndarray) -> tuple[np.ndarray, np.ndar
     return align_face(crop, keypoints * crop.shape[1::-1], _ALIGNED_SIZE)
 
 
-def _cut_box(img: np.ndarray, bbox: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A square around a face's box, as in training, and the matrix from picture to crop; black if it is too small."""
+def cut_box(
+    img: np.ndarray, bbox: np.ndarray, size: int, padding: float = 0.0, min_side: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut a square around a face's box, without turning it.
+
+    Args:
+        img: (H, W, 3) uint8 picture.
+        bbox: x1, y1, x2, y2 in pixels of ``img``.
+        size: side of the result in pixels.
+        padding: on every side, as a fraction of the box's longer side.
+        min_side: a box with a shorter side than this, in pixels, gives black.
+
+    Returns:
+        The (size, size, 3) uint8 crop, black outside the picture, and the (2, 3) matrix from picture to crop.
+    """
     x1, y1, x2, y2 = np.asarray(bbox, dtype=np.float64)[:4]
     width, height = x2 - x1, y2 - y1
-    side = max(width, height, 1.0) * (1 + 2 * BOX_PADDING)
+    side = max(width, height, 1.0) * (1 + 2 * padding)
     scale = size / side
     left, top = (x1 + x2 - side) / 2, (y1 + y2 - side) / 2
     matrix = np.array([[scale, 0, -left * scale], [0, scale, -top * scale]])
-    if not min(width, height) >= MIN_SIDE:
+    if not min(width, height) >= min_side:
         return np.zeros((size, size, 3), np.uint8), matrix
     # Only what is near the face, as averaging down the whole of a large picture takes time.
     column, row = max(0, int(left) - 2), max(0, int(top) - 2)

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
+from .blocks import barrier, cut_into_blocks, fingerprint, run_blocks
+from .contact_sheet import arrange, face_cell
 from .data.face_dataset import IMAGE_SUFFIXES, LANDMARK_FILE, list_people, read_image_file, to_network_input
 from .data.landmark_csv import write_landmark_csv
 from .data.recordio import RecordReader
 from .data.verification_bin import read_verification_bin
 from .dfa.aligner import DFA, canonical_keypoints, fit_to_square, square_to_crop
-from .files import atomic_path, write_atomically
+from .files import atomic_path
 from .geometry import KEYPOINT_LIMIT
 from .partial_fc import rank_and_world_size
-from .training.checkpoint import barrier
 
 _CHUNK = 2048  # images whose results are saved together; what an interrupted run loses at most, on every rank
-_CELL = 144  # pixels of one face on a contact sheet
-_COLOURS = ((80, 80, 255), (80, 255, 80), (255, 255, 80), (255, 80, 255), (80, 255, 255))  # BGR, one a point
 
 
 class Crops(NamedTuple):
@@ -38,11 +34,13 @@ class Crops(NamedTuple):
         count: how many.
         read: index -> (H, W, 3) uint8 RGB.
         landmark_file: where data sets and evaluators look for the landmarks.
+        paths: the image files, in order; None where images are no files.
     """
 
     count: int
     read: Callable[[int], np.ndarray]
     landmark_file: Path
+    paths: list[Path] | None = None
 
 
 def open_crops(source: str | Path) -> Crops:
@@ -69,7 +67,7 @@ def open_crops(source: str | Path) -> Crops:
     paths = paths or sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise ValueError(f"source must be a folder of images or with train.rec, got {source} without any")
-    return Crops(len(paths), functools.partial(_read_path, paths), source / LANDMARK_FILE)
+    return Crops(len(paths), functools.partial(_read_path, paths), source / LANDMARK_FILE, paths)
 
 
 def _read_record(reader: RecordReader, keys: np.ndarray, index: int) -> np.ndarray:
@@ -116,14 +114,16 @@ def predict_landmarks(
     parts = out.with_name(f".{out.name}.{_fingerprint(dfa, crops)}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     rank, world_size = rank_and_world_size()
-    starts = range(0, crops.count, _CHUNK)
-    mine = [start for start in starts[rank::world_size] if not _part(parts, start).is_file()]
-    for start, rows in _predict(crops, dfa, mine, batch_size, num_workers, device):
-        with atomic_path(_part(parts, start)) as temporary, open(temporary, "wb") as file:
+    blocks = cut_into_blocks(crops.count, _CHUNK)
+    mine = [block for block in blocks[rank::world_size] if not _part(parts, block).is_file()]
+    reading = {"batch_size": batch_size, "num_workers": num_workers, "label": "landmarks"}
+    squares = _Squares(crops, dfa.image_size)
+    for block, (rows,) in run_blocks(squares, mine, lambda batch: (_locate(dfa, *batch, device),), **reading):
+        with atomic_path(_part(parts, block)) as temporary, open(temporary, "wb") as file:
             np.save(file, rows)
     barrier()
     if rank == 0:
-        rows = np.concatenate([np.load(_part(parts, start), allow_pickle=False) for start in starts])
+        rows = np.concatenate([np.load(_part(parts, block), allow_pickle=False) for block in blocks])
         write_landmark_csv(out, rows[:, :10].reshape(-1, 5, 2), rows[:, 10])
         for leftover in out.parent.glob(f".{out.name}.*.parts"):
             shutil.rmtree(leftover)
@@ -131,37 +131,22 @@ def predict_landmarks(
     return out
 
 
-def _part(folder: Path, start: int) -> Path:
-    return folder / f"{start:09d}.npy"
+def _part(folder: Path, block: range) -> Path:
+    return folder / f"{block.start:09d}.npy"
 
 
 def _fingerprint(dfa: DFA, crops: Crops) -> str:
     """Tells results of other weights, or of another set, apart."""
-    digest = hashlib.sha256(f"{crops.count} {dfa.padding_ratio}".encode())
-    for tensor in [*dfa.state_dict().values(), dfa.anchors, dfa.input_shift]:
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
+    weights = [*dfa.state_dict().values(), dfa.anchors, dfa.input_shift]
+    return fingerprint(f"{crops.count} {dfa.padding_ratio}", *weights)
 
 
-def _predict(
-    crops: Crops, dfa: DFA, starts: list[int], batch_size: int, num_workers: int, device: str | torch.device
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Chunk by chunk, its first image and (n, 11) float32 rows: ten coordinates and the score."""
-    chunks = [range(start, min(start + _CHUNK, crops.count)) for start in starts]
-    batches = [list(chunk[i : i + batch_size]) for chunk in chunks for i in range(0, len(chunk), batch_size)]
-    loader = DataLoader(_Squares(crops, dfa.image_size), batch_sampler=batches, num_workers=num_workers)
-    results = iter(loader)
-    hidden = None if rank_and_world_size()[0] == 0 else True
-    with torch.inference_mode(), tqdm(total=sum(map(len, chunks)), desc="landmarks", disable=hidden) as progress:
-        for chunk in chunks:
-            rows: list[np.ndarray] = []
-            while len(rows) < len(chunk):
-                squares, sizes = next(results)
-                keypoints, scores, _ = dfa.locate(squares.to(device))
-                found = zip(keypoints.float().cpu(), scores.float().cpu(), sizes.tolist(), strict=True)
-                rows += [_row(points, score, *size) for points, score, size in found]
-                progress.update(len(squares))
-            yield chunk.start, np.stack(rows)
+@torch.inference_mode()
+def _locate(dfa: DFA, squares: torch.Tensor, sizes: torch.Tensor, device: str | torch.device) -> np.ndarray:
+    """(n, 11) float32 rows of a batch: ten coordinates and the score."""
+    keypoints, scores, _ = dfa.locate(squares.to(device))
+    found = zip(keypoints.float().cpu(), scores.float().cpu(), sizes.tolist(), strict=True)
+    return np.stack([_row(points, score, *size) for points, score, size in found])
 
 
 class _Squares(Dataset):
@@ -197,34 +182,5 @@ def contact_sheet(crops: Crops, keypoints: np.ndarray, scores: np.ndarray, count
         (H, W, 3) uint8 BGR.
     """
     shown = np.unique(np.linspace(0, crops.count - 1, min(count, crops.count)).round().astype(int))
-    columns = math.ceil(math.sqrt(len(shown)))
-    sheet = np.zeros((math.ceil(len(shown) / columns) * _CELL, columns * _CELL, 3), np.uint8)
-    for place, index in enumerate(shown):
-        cell = _draw_face(crops.read(index), keypoints[index])
-        label = f"{index}  {scores[index]:.2f}"
-        for colour, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):
-            cv2.putText(cell, label, (4, _CELL - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, width, cv2.LINE_AA)
-        row, column = divmod(place, columns)
-        sheet[row * _CELL : (row + 1) * _CELL, column * _CELL : (column + 1) * _CELL] = cell
-    return sheet
-
-
-def _draw_face(image: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
-    """A crop (RGB) in the middle of a cell (BGR), with its points."""
-    height, width = image.shape[:2]
-    scale = _CELL / max(width, height)
-    new = max(1, round(width * scale)), max(1, round(height * scale))
-    smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    left, top = (_CELL - new[0]) // 2, (_CELL - new[1]) // 2
-    cell = np.zeros((_CELL, _CELL, 3), np.uint8)
-    cell[top : top + new[1], left : left + new[0]] = cv2.resize(image[..., ::-1], new, interpolation=smooth)
-    for (x, y), colour in zip(keypoints, _COLOURS, strict=True):
-        centre = round(left + float(x) * new[0]), round(top + float(y) * new[1])
-        cv2.circle(cell, centre, 3, (0, 0, 0), -1, cv2.LINE_AA)
-        cv2.circle(cell, centre, 2, colour, -1, cv2.LINE_AA)
-    return cell
-
-
-def write_contact_sheet(path: str | Path, sheet: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 BGR as PNG."""
-    write_atomically(path, cv2.imencode(".png", sheet)[1].tobytes())
+    cells = [face_cell(crops.read(i), keypoints[i], f"{i}  {scores[i]:.2f}") for i in shown]
+    return arrange(cells, columns=math.ceil(math.sqrt(len(cells))))

@@ -104,13 +104,32 @@ class AdaFace(nn.Module):
         self.register_buffer("batch_std", torch.tensor([100.0]))
 
     @torch.no_grad()
-    def _quality(self, norms: torch.Tensor) -> torch.Tensor:
-        """Norms -> quality z in [-1, 1] of every sample; updates the running statistics in training."""
-        norms = norms.detach().float().reshape(-1).clamp(0.001, 100)
-        if self.training and len(norms) > 1:  # one sample has no deviation
+    def update_statistics(self, norms: torch.Tensor) -> None:
+        """Let the running mean and deviation follow those of a batch; in training mode every call does so by itself.
+
+        Args:
+            norms: (B,) or (B, 1) float, lengths of the embeddings of the whole batch.
+        """
+        norms = self._clipped(norms)
+        if len(norms) > 1:  # one sample has no deviation
             self.batch_mean.lerp_(norms.mean(), self.t_alpha)
             self.batch_std.lerp_(norms.std(), self.t_alpha)
-        return (self.h * (norms - self.batch_mean) / (self.batch_std + 1e-3)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def quality(self, norms: torch.Tensor) -> torch.Tensor:
+        """What the running statistics make of norms: 0 is the usual quality.
+
+        Args:
+            norms: (B,) or (B, 1) float, lengths of the embeddings.
+
+        Returns:
+            (B,) float32 in [-1, 1], the factor of the margin.
+        """
+        return (self.h * (self._clipped(norms) - self.batch_mean) / (self.batch_std + 1e-3)).clamp(-1, 1)
+
+    @staticmethod
+    def _clipped(norms: torch.Tensor) -> torch.Tensor:
+        return norms.detach().float().reshape(-1).clamp(0.001, 100)
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
         """See the module's head for shapes. Returns (B, C) scaled logits.
@@ -121,7 +140,9 @@ class AdaFace(nn.Module):
         if norms is None or norms.numel() != len(logits):
             got = None if norms is None else tuple(norms.shape)
             raise ValueError(f"norms must be ({len(logits)},) lengths of the unnormalised embeddings, got {got}")
-        quality = self._quality(norms)
+        if self.training:
+            self.update_statistics(norms)
+        quality = self.quality(norms)
 
         def margin(target: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             z = quality[rows].to(target.dtype)

@@ -6,6 +6,9 @@ CVPR 2022. Works on CPU (gloo) and CUDA (nccl), and without any process group as
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -107,6 +110,11 @@ class PartialFC(nn.Module):
         self.first_class, self.num_local = shard_range(num_classes, self.rank, self.world_size)
         self.num_sampled = max(1, int(sample_rate * self.num_local))
         self.class_centers = nn.Parameter(torch.empty(self.num_local, embedding_size).normal_(0, 0.01))
+        self._index: torch.Tensor | None = None  # centers of the step, where several calls make one
+
+    def sharded(self) -> dict[str, tuple[int, int]]:
+        """Parameters whose rows are spread over the ranks: the first row of this rank, and the rows of all."""
+        return {"class_centers": (self.first_class, self.num_classes)}
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Loss of the whole batch of all ranks.
@@ -119,14 +127,13 @@ class PartialFC(nn.Module):
             The mean loss over all B = b * world size samples, the same number on every rank. Its gradient reaches this
             rank's class centers and embeddings; the latter scaled for a backbone under DistributedDataParallel.
         """
-        labels = labels.reshape(-1)
+        labels = self._local_labels(labels)
         if self.world_size > 1:
-            embeddings, labels = _GatherEmbeddings.apply(embeddings), _all_gather(labels)
-        labels = labels - self.first_class
-        labels = torch.where((labels >= 0) & (labels < self.num_local), labels, -1)
+            embeddings = _GatherEmbeddings.apply(embeddings)
         centers = self.class_centers
         if self.num_sampled < self.num_local:
-            index, labels = self._sample(labels)
+            index = self._sample(labels) if self._index is None else self._index
+            labels = torch.where(labels >= 0, torch.searchsorted(index, labels), -1)
             centers = centers[index]
         # In half precision the scaled logits would be off by 0.1 and more.
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -135,14 +142,45 @@ class PartialFC(nn.Module):
             logits = self.margin_loss(logits, labels, embeddings.norm(dim=1))
             return _ShardedCrossEntropy.apply(logits, labels)
 
+    @contextlib.contextmanager
+    def one_batch(self, labels: torch.Tensor, norms: torch.Tensor | None = None) -> Iterator[None]:
+        """Let the calls in a ``with`` block be parts of one batch: of the same centers and the same norm statistics.
+
+        Args:
+            labels: (n,) int64, those of all calls of this rank together; every rank passes the same n.
+            norms: (n,) float, lengths of all their embeddings; needed where :attr:`needs_norms`.
+        """
+        if self.num_sampled < self.num_local:
+            self._index = self._sample(self._local_labels(labels))
+        was_training = self.margin_loss.training
+        if self.needs_norms:
+            self.margin_loss.update_statistics(norms if self.world_size == 1 else _all_gather(norms))
+        self.margin_loss.eval()
+        try:
+            yield
+        finally:
+            self._index = None
+            self.margin_loss.train(was_training)
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether the margin depends on the norms of the whole batch."""
+        return hasattr(self.margin_loss, "update_statistics")
+
+    def _local_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """(b,) labels of every rank -> (B,) rows of this rank's class centers, -1 for those of others."""
+        labels = labels.reshape(-1)
+        if self.world_size > 1:
+            labels = _all_gather(labels)
+        labels = labels - self.first_class
+        return torch.where((labels >= 0) & (labels < self.num_local), labels, -1)
+
     @torch.no_grad()
-    def _sample(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw class centers: all positives and random others. Returns their indices and the labels among them."""
+    def _sample(self, labels: torch.Tensor) -> torch.Tensor:
+        """Draw class centers: all positives and random others. Returns their rows, sorted."""
         positive = labels[labels >= 0].unique()  # sorted
         if len(positive) >= self.num_sampled:
-            index = positive
-        else:
-            priority = torch.rand(self.num_local, device=labels.device)
-            priority[positive] = 2.0
-            index = priority.topk(self.num_sampled).indices.sort().values
-        return index, torch.where(labels >= 0, torch.searchsorted(index, labels), -1)
+            return positive
+        priority = torch.rand(self.num_local, device=labels.device)
+        priority[positive] = 2.0
+        return priority.topk(self.num_sampled).indices.sort().values

@@ -13,17 +13,22 @@ config.rec = "synthetic"  # folder with train.rec and train.idx | folder of peop
 config.num_classes = 0  # people; 0: count them in the data
 config.num_image = 0  # images; synthetic data draws this many, other data is counted
 config.num_workers = 2  # reader processes a rank
+config.max_bad_images = 0.001  # unreadable images are left out; above this share of them the run stops
 config.val_targets = ()  # names of .bin sets in the folder of `rec`, paths of .bin files, or "synthetic"
 config.verify_at_start = False  # also verify before the first step
 
 # --- augmentation (mirroring is always on) ---------------------------------------------------------------------------
-config.augment = {}  # turn, scale and shift crops with their keypoints, e.g. {"rotation": 20.0 (degrees), "scale": 0.2,
-# "translation": 0.1 (of the side), "probability": 0.2}; all four, or {}: off
+config.augment = {}  # "paper": the paper's recipe | {}: mirroring alone | arguments of data.augmentation.Augmentation,
+# e.g. {"rotation": 20.0 (degrees), "scale": 0.2, "translation": 0.1 (of the side), "probability": 0.2}
+config.repeated_augmentation = 0.0  # probability that an image is replaced by another one of the person before it
 
 # --- network --------------------------------------------------------------------------------------------------------
 config.network = "vit_b_kprpe"  # a name of insightface_kprpe.list_models()
 config.network_kwargs = {}  # passed to it, e.g. {"drop_path_rate": 0.1, "mask_ratio": 0.1, "num_keypoints": 3}
 config.embedding_size = 512
+config.init_from = None  # weights to start from (fine-tuning): a .pt or .safetensors file, a run's folder, or one with
+# arcface_torch's checkpoint_gpu_*.pt; None: random. `resume` continues a run instead, and wins where it finds one
+config.init_min_match = 0.9  # least share of the network's tensors that init_from must fit, in [0, 1]
 config.gradient_checkpointing = False  # less memory, about a third more time
 
 # --- loss -----------------------------------------------------------------------------------------------------------
@@ -37,7 +42,7 @@ config.sample_rate = 1.0  # PartialFC: share of the class centers that take part
 
 # --- optimisation ---------------------------------------------------------------------------------------------------
 config.batch_size = 128  # images a rank and forward pass
-config.gradient_acc = 1  # forward passes an optimizer step; the step's batch is batch_size * ranks * gradient_acc
+config.gradient_acc = 1  # batches an optimizer step, which takes batch_size * ranks * gradient_acc images as one batch
 config.optimizer = "adamw"  # "adamw" | "sgd"
 config.lr = 0.001  # peak learning rate
 config.momentum = 0.9  # SGD only
@@ -49,25 +54,30 @@ config.warmup_epoch = 0.0  # epochs of linear warm-up
 config.clip_grad = 5.0  # largest gradient norm of the backbone
 config.fp16 = False  # arcface_torch's way to ask for precision = "fp16"
 config.precision = None  # "fp32" | "fp16" (with loss scaling) | "bf16"; None: by fp16
+config.compile = False  # torch.compile the network: minutes at the start, faster steps
+config.gradient_compression = None  # "bf16": ranks exchange gradients in half the bytes | None: in full
 config.seed = 2048
 
 # --- run ------------------------------------------------------------------------------------------------------------
 config.output = None  # folder for logs, checkpoints and model.pt; None: work_dirs/<name of the config file>
-config.resume = False  # continue from the newest checkpoint in output, if there is one
+config.resume = False  # continue from the latest checkpoint in output, if there is one, on any number of ranks
+config.save_every = 0  # optimizer steps between checkpoints, beside those at the end of epochs; 0: only those
+config.keep_checkpoints = 2  # how many newest checkpoints to leave, beside the best
+config.async_save = False  # write checkpoints in the background, from a copy of all states in main memory
 config.frequent = 10  # optimizer steps between log lines
 config.verbose = 2000  # optimizer steps between verifications (there is always one at the end)
 config.tensorboard = False  # also write TensorBoard events (extra "tensorboard")
+config.using_wandb = False  # also log to Weights & Biases (extra "wandb"), as rank 0
+config.wandb_key = None  # API key; better in the environment, as WANDB_API_KEY. Never written to output
+config.wandb_entity = None  # team or user
+config.wandb_project = None
+config.wandb_resume = False  # go on with the wandb run of output; resume = True does so too
+config.suffix_run_name = None  # the wandb run is named after the folder output, and this
+config.notes = None  # about the run, for wandb
+config.save_artifacts = False  # upload model.pt to wandb at the end
 
 # --- keys of arcface_torch's configs that are accepted and have no effect here ---------------------------------------
 config.save_all_states = True  # every checkpoint holds all states
 config.dali = False
 config.dali_aug = False
-config.using_wandb = False
-config.wandb_key = None
-config.wandb_entity = None
-config.wandb_project = None
-config.wandb_log_all = True
-config.wandb_resume = False
-config.save_artifacts = False
-config.suffix_run_name = None
-config.notes = None
+config.wandb_log_all = True  # rank 0 logs the numbers of all ranks

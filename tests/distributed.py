@@ -1,7 +1,8 @@
-"""Runs a function on several gloo ranks, each a process of its own."""
+"""Runs a function in several processes, or in one that may be killed, without importing torch in each of them anew."""
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Processes are forked from one that has only imported these.
+multiprocessing.set_forkserver_preload(["pytest", "insightface_kprpe.training.trainer"])
+
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """``function(rank, *args)`` on every rank of a gloo group; returns what each one returned (tensors, numbers)."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (function, world_size, folder, args), nprocs=world_size)
+        arguments = (function, world_size, folder, args)
+        mp.start_processes(_run, arguments, nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
@@ -26,3 +31,13 @@ def _run(rank: int, function: Callable[..., Any], world_size: int, folder: str, 
         torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def exit_code_of(function: Callable[..., Any], *args: Any, seconds: float = 120) -> int | None:
+    """``function(*args)`` in a process of its own: its exit status, minus the signal's number where one ended it."""
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=args)
+    process.start()
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+    return process.exitcode

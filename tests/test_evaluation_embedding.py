@@ -1,23 +1,34 @@
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from distributed import run_on_ranks
 
-from insightface_kprpe.backbones import VisionTransformer
+from insightface_kprpe.backbones import VisionTransformer, get_model
 from insightface_kprpe.data.landmark_csv import write_landmark_csv
 from insightface_kprpe.data.synthetic import verification_pairs
 from insightface_kprpe.data.verification_bin import write_verification_bin
-from insightface_kprpe.evaluation.embedding import TorchEmbedder, embed_images
+from insightface_kprpe.evaluation import embedding_store
+from insightface_kprpe.evaluation.embedding import EmbedOptions, TorchEmbedder, embed_faces, embed_images
+from insightface_kprpe.evaluation.models import open_model
 from insightface_kprpe.evaluation.verification import open_verification, verify
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, mirror_keypoints
 from insightface_kprpe.quickstart import _jpeg
+
+TINY = {
+    "embed_dim": 32, "depth": 1, "num_heads": 2, "mlp_ratio": 2, "num_features": 8, "patch_size": 28,
+    "position": "kprpe", "mask_ratio": 0.5,
+}  # fmt: skip
 
 
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    return VisionTransformer(
-        embed_dim=32, depth=1, num_heads=2, mlp_ratio=2, num_features=8, patch_size=28, position="kprpe", mask_ratio=0.5
-    )
+    return VisionTransformer(**TINY)
 
 
 @pytest.fixture
@@ -84,3 +95,146 @@ def test_unknown_sets_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no .*lfw\.bin"):
         open_verification("lfw", tmp_path)
     assert open_verification("synthetic_unaligned").keypoints.shape == (1200, 5, 2)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Failing(TorchEmbedder):
+    """Raises at a call, and counts how many crops it was shown before."""
+
+    def __init__(self, net, calls=10**9):
+        super().__init__(net, "tiny")
+        self.calls, self.seen = calls, 0
+
+    def __call__(self, images, keypoints):
+        if len(images) > 1:  # a single one asks for the length of embeddings
+            if self.calls == 0:
+                raise Interrupted
+            self.calls, self.seen = self.calls - 1, self.seen + len(images)
+        return super().__call__(images, keypoints)
+
+
+@pytest.fixture
+def many(monkeypatch):
+    monkeypatch.setattr(embedding_store, "BLOCK", 6)
+    return np.random.default_rng(0).integers(0, 255, (20, 112, 112, 3), dtype=np.uint8)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, net, many):
+    options = EmbedOptions(batch_size=3, flip=False)
+    expected = embed_faces(TorchEmbedder(net), many, None, options)
+    cached = replace(options, cache=tmp_path)
+    with pytest.raises(Interrupted):
+        embed_faces(Failing(net, 3), many, None, cached, source="a")  # in the second block
+    resumed = Failing(net)
+    found = embed_faces(resumed, many, None, cached, source="a")
+    assert resumed.seen == 14  # all but the first block
+    assert isinstance(found.embeddings, np.memmap)
+    for got, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+    again = Failing(net, 0)
+    assert (embed_faces(again, many, None, cached, source="a").embeddings == found.embeddings).all()
+    assert sorted(path.name for path in (tmp_path / "tiny-images").iterdir()) == [
+        "done", "embeddings.npy", "index.json", "keypoints.npy", "norms.npy", "readable.npy", "scores.npy",
+    ]  # fmt: skip
+
+
+KILLED = """
+import os, sys
+import numpy as np, torch
+from insightface_kprpe.evaluation import embedding_store
+from insightface_kprpe.evaluation.embedding import EmbedOptions, embed_faces
+from insightface_kprpe.evaluation.models import open_model
+
+embedding_store.BLOCK = 6
+embed, calls = open_model(sys.argv[1], "vit_n"), []
+
+class Images(list):
+    def __getitem__(self, index):
+        if index == 15:
+            os.kill(os.getpid(), 9)
+        return super().__getitem__(index)
+
+images = Images(np.random.default_rng(0).integers(0, 255, (20, 112, 112, 3), dtype=np.uint8))
+embed_faces(embed, images, None, EmbedOptions(4, cache=sys.argv[2]), source="a")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_loses_no_block(tmp_path, many):
+    weights = tmp_path / "n.pt"
+    torch.save(get_model("vit_n", num_features=8).state_dict(), weights)
+    killed = subprocess.run([sys.executable, "-c", KILLED, weights, tmp_path / "cache"], check=False)
+    assert killed.returncode == -9
+    done = sorted(path.name for path in (tmp_path / "cache" / "n-images" / "done").iterdir())
+    assert done == ["000000000", "000000006"]
+    embed = open_model(weights, "vit_n")
+    found = embed_faces(embed, many, None, EmbedOptions(4, cache=tmp_path / "cache"), source="a")
+    expected = embed_faces(embed, many, None, EmbedOptions(4))
+    np.testing.assert_allclose(found.embeddings, expected.embeddings, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [("model", "model"), ("source", "images"), ("flip", "flip"), ("keypoints", "keypoints"), ("count", "images")],
+)
+def test_a_cache_of_something_else_is_refused(tmp_path, net, many, change, key):
+    options = EmbedOptions(flip=False, cache=tmp_path)
+    embed_faces(TorchEmbedder(net, "tiny"), many, None, options, source="a")
+    with torch.no_grad():
+        net.pos_embed += change == "model"
+    keypoints = np.zeros((20, 5, 2), np.float32) if change == "keypoints" else None
+    options = replace(options, flip=change == "flip")
+    images, source = many[: 19 if change == "count" else 20], "b" if change == "source" else "a"
+    with pytest.raises(ValueError, match=f"tiny-images holds embeddings with another {key}: .*remove it"):
+        embed_faces(TorchEmbedder(net, "tiny"), images, keypoints, options, source=source)
+
+
+def test_a_damaged_index_and_anonymous_models_are_refused(tmp_path, net, many):
+    options = EmbedOptions(cache=tmp_path)
+    with pytest.raises(ValueError, match="must come from open_model"):
+        embed_faces(lambda images, keypoints: images.flatten(1), many, None, options, source="a")
+    (tmp_path / "tiny-images").mkdir()
+    (tmp_path / "tiny-images" / "index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"index\.json is damaged"):
+        embed_faces(TorchEmbedder(net, "tiny"), many, None, options, source="a")
+
+
+def test_missing_images_are_skipped_or_named(tmp_path, net, many):
+    """In memory and in a cache, also where the cache was filled by a run that skipped them."""
+    images = [None if i == 4 else image for i, image in enumerate(many)]
+    skip = EmbedOptions(batch_size=3, flip=False, missing="skip")
+    whole = embed_faces(TorchEmbedder(net, "tiny"), many, None, skip)
+    for options in (skip, replace(skip, cache=tmp_path)):
+        found = embed_faces(TorchEmbedder(net, "tiny"), images, None, options, source="a")
+        assert list(np.flatnonzero(~found.readable)) == [4]
+        assert not found.embeddings[4].any() and found.norms[4] == 0
+        np.testing.assert_allclose(np.delete(found.embeddings, 4, 0), np.delete(whole.embeddings, 4, 0), atol=1e-5)
+        with pytest.raises(ValueError, match=r"image 4: there is no|first: number 4"):
+            embed_faces(TorchEmbedder(net, "tiny"), images, None, replace(options, missing="fail"), source="a")
+    with pytest.raises(ValueError, match="20 of 20 images cannot be read"):
+        embed_faces(TorchEmbedder(net, "tiny"), [None] * 20, None, skip)
+
+
+def embed_on_rank(rank, images, state, folder):
+    embedding_store.BLOCK = 6
+    net = VisionTransformer(**TINY)
+    net.load_state_dict(state)
+    options = EmbedOptions(batch_size=4, cache=Path(folder) if folder else None, share=True)
+    found = embed_faces(TorchEmbedder(net, "tiny"), images, None, options, source="a")
+    return torch.from_numpy(np.array(found.embeddings))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True])
+def test_two_ranks_give_what_one_gives(tmp_path, net, many, cached):
+    expected = embed_faces(TorchEmbedder(net), many, None, EmbedOptions(4)).embeddings
+    for found in run_on_ranks(embed_on_rank, 2, many, net.state_dict(), str(tmp_path) if cached else ""):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_reader_processes(net, many):
+    found = embed_faces(TorchEmbedder(net), many, None, EmbedOptions(7, num_workers=2))
+    np.testing.assert_allclose(found.embeddings, embed_faces(TorchEmbedder(net), many).embeddings, atol=1e-5)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from insightface_kprpe.data.face_dataset import EpochSampler, open_faces, to_network_input
+from insightface_kprpe.data.face_dataset import open_faces, to_network_input
 from insightface_kprpe.data.landmark_csv import write_landmark_csv
 from insightface_kprpe.data.record_writer import write_face_records
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS
@@ -88,25 +88,6 @@ def test_bad_sources_are_named(tmp_path, folder):
     write_landmark_csv(folder / "ldmk_5points.csv", np.full((3, 5, 2), 0.5, np.float32))
     with pytest.raises(ValueError, match="6"):
         open_faces(folder)
-
-
-def test_sampler_shares_every_block_among_the_ranks():
-    alone = list(EpochSampler(103, batch_size=10, seed=1))
-    ranks = [list(EpochSampler(103, batch_size=5, rank=rank, world_size=2, seed=1)) for rank in range(2)]
-    assert len(alone) == len(ranks[0]) == 10
-    assert [a + b for a, b in zip(*ranks, strict=True)] == alone
-    assert len({index for batch in alone for index in batch}) == 100
-
-
-def test_sampler_continues_in_the_middle_and_changes_with_the_epoch():
-    sampler = EpochSampler(50, batch_size=5)
-    first = list(sampler)
-    sampler.set_position(0, 7)
-    assert len(sampler) == 3 and list(sampler) == first[7:]
-    sampler.set_position(1, 0)
-    assert list(sampler) != first
-    with pytest.raises(ValueError, match="batch_size must let 3 images"):
-        EpochSampler(3, batch_size=4)
 
 
 def test_network_input_range():

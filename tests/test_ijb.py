@@ -83,6 +83,30 @@ def test_equal_pairs_have_equal_scores(small):
     np.testing.assert_array_equal(scores[:3000], scores[3000:])
 
 
+def test_tied_scores():
+    """3,000 pairs that share four scores, against counting."""
+    rng = np.random.default_rng(0)
+    templates = np.arange(90)
+    embeddings = np.array([[1, 0], [0, 1], [3, 4.0]])[templates % 3]
+    p1, p2 = rng.integers(0, 90, (2, 3000))
+    cosine = np.array([[1, 0, 0.6], [0, 1, 0.8], [0.6, 0.8, 1]])[p1 % 3, p2 % 3]
+    label = rng.random(3000) < 0.2 + 0.6 * cosine
+    for threshold in (1.0, 0.8, 0.6):
+        fpr = (cosine[~label] >= threshold).mean()
+        result = ijb.verification(embeddings, templates, templates, p1, p2, label, fprs=(fpr,))
+        assert result[f"tpr_at_fpr_{fpr}"] == pytest.approx(100 * (cosine[label] >= threshold).mean())
+        assert result[f"thresh_at_fpr_{fpr}"] == pytest.approx(threshold)
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 0.1, 0.7], [0.0, 1.0, 0.0]])
+def test_template_with_one_image_is_that_image(weights):
+    embeddings = np.array([[3.0, 4.0], [0.0, 2.0], [-6.0, 8.0]])
+    pairs = np.array([5, 5, 9]), np.array([7, 9, 9])
+    weights = None if weights is None else np.array(weights)  # also where it weighs nothing
+    scores = ijb.verification_scores(embeddings, np.array([9, 7, 5]), np.array([1, 1, 1]), *pairs, weights)
+    np.testing.assert_allclose(scores, [0.8, 0.28, 1.0])
+
+
 def test_verification_does_not_change_its_arguments(small):
     before = {key: value.copy() for key, value in small.items()}
     result = ijb.verification(**small, fprs=(0.01,))

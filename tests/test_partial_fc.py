@@ -76,9 +76,9 @@ def test_sampling_keeps_the_positives_and_only_moves_sampled_centers():
     partial_fc = PartialFC(CosFace(), SIZE, 100, sample_rate=0.1)
     labels = torch.tensor([3, 99, 3, 42])
     for _ in range(20):
-        index, mapped = partial_fc._sample(labels)
+        index = partial_fc._sample(labels)
         assert len(index) == 10 and len(index.unique()) == 10
-        assert torch.equal(index[mapped], labels)
+        assert set(labels.tolist()) <= set(index.tolist())
     given = labels.clone()
     partial_fc(torch.randn(4, SIZE), labels).backward()
     assert torch.equal(labels, given)
@@ -88,15 +88,42 @@ def test_sampling_keeps_the_positives_and_only_moves_sampled_centers():
 def test_more_positives_than_the_sample_has_room_for():
     partial_fc = PartialFC(CosFace(), SIZE, 20, sample_rate=0.1)
     labels = torch.arange(10)
-    index, mapped = partial_fc._sample(labels)
-    assert torch.equal(index[mapped], labels)
+    assert torch.equal(partial_fc._sample(labels), labels)
     assert partial_fc(torch.randn(10, SIZE), labels).isfinite()
 
 
-def test_labels_of_other_ranks_are_kept_apart_when_sampling():
-    partial_fc = PartialFC(CosFace(), SIZE, 20, sample_rate=0.5)
-    _, mapped = partial_fc._sample(torch.tensor([-1, 4, -1]))
-    assert mapped[0] == mapped[2] == -1 and mapped[1] >= 0
+def test_labels_of_other_ranks_are_kept_apart():
+    partial_fc = PartialFC(CosFace(), SIZE, 5, sample_rate=0.5)
+    partial_fc.first_class = 10  # as if other ranks had those below
+    assert partial_fc._local_labels(torch.tensor([9, 10, 14, 15])).tolist() == [-1, 0, 4, -1]
+    assert set(partial_fc._sample(torch.tensor([-1, 4, -1])).tolist()) > {4}
+
+
+@pytest.mark.parametrize("margin", [AdaFace, ArcFace])
+def test_parts_of_one_batch_equal_the_batch(margin):
+    def outcome(parts):
+        torch.manual_seed(0)
+        partial_fc = PartialFC(margin(), SIZE, 50, sample_rate=0.4)
+        partial_fc.class_centers.data.normal_(generator=torch.Generator().manual_seed(2))
+        embeddings = (torch.randn(12, SIZE, generator=torch.Generator().manual_seed(1)) * 9).requires_grad_()
+        labels = torch.arange(12) * 4
+        with partial_fc.one_batch(labels, embeddings.detach().norm(dim=1)):
+            losses = [
+                partial_fc(e, y) / parts for e, y in zip(embeddings.chunk(parts), labels.chunk(parts), strict=True)
+            ]
+        sum(losses).backward()
+        statistics = dict(partial_fc.margin_loss.named_buffers())
+        assert partial_fc.margin_loss.training
+        return sum(losses).detach(), embeddings.grad, partial_fc.class_centers.grad, statistics
+
+    whole, parts = outcome(1), outcome(4)
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
+    assert (whole[2].abs().sum(1) > 0).sum() == 20
+    torch.manual_seed(0)
+    partial_fc = PartialFC(margin(), SIZE, 50, sample_rate=0.4)  # one call is one batch
+    partial_fc.class_centers.data.normal_(generator=torch.Generator().manual_seed(2))
+    embeddings = torch.randn(12, SIZE, generator=torch.Generator().manual_seed(1)) * 9
+    torch.testing.assert_close(partial_fc(embeddings, torch.arange(12) * 4).detach(), whole[0])
 
 
 def test_logits_stay_in_float32_under_autocast():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from insightface_kprpe.evaluation.mat_list import read_mat_list
 from insightface_kprpe.evaluation.tinyface import DISTRACTOR_ID, identification, read_tinyface
 
 
@@ -20,6 +21,16 @@ def test_by_hand():
     probe = np.array([[1, 0.5, 0, 0], [1, 0.5, 0, 0], [0, 0, 0, 1]])
     # The second probe's image comes second; the third's identity is not in the gallery and does not count.
     assert identification(probe, gallery, [10, 11, 12], [10, 11, -1, -2], ranks=(1, 2)) == {"rank_1": 50, "rank_2": 100}
+
+
+def test_ties_count_against_the_mate_and_distractors_take_places():
+    gallery = np.array([[1, 0], [1, 0], [1, 0.0], [0, 1]])
+    result = identification(
+        np.array([[1, 0.0], [1, 0]]), gallery, [5, 6], [5, DISTRACTOR_ID, DISTRACTOR_ID, 6], (1, 3, 4)
+    )
+    assert result == {"rank_1": 0, "rank_3": 50, "rank_4": 100}
+    several = identification(np.array([[1, 0.2]]), gallery, [5], [5, 5, 5, 6], (1,))  # the best of three mates counts
+    assert several == {"rank_1": 100}
 
 
 def test_no_common_identity():
@@ -48,22 +59,79 @@ def test_reads_folders(tmp_path):
     assert read_tinyface(tmp_path / "Testing_Set")[0] == found.probe_paths
 
 
-def test_reads_official_lists(tmp_path):
+@pytest.fixture
+def lists(tmp_path):
+    """A set whose .mat lists call .jpg what lies there as .png; the function writes a list anew with other content."""
     savemat = pytest.importorskip("scipy.io").savemat
-    make_set(tmp_path)  # .png copies of what the lists call .jpg
-    for name, key, images, ids in (
-        ("probe", "probe", ["12_2.jpg", "3_1.jpg"], [12, 3]),
-        ("gallery_match", "gallery", ["3_2.jpg", "12_1.jpg", "gone.jpg"], [3, 12, 12]),
-    ):
+    make_set(tmp_path)
+
+    def write(name, key, images, ids, **options):
         cells = np.array([[image] for image in images], dtype=object)
-        savemat(tmp_path / f"{name}_img_ID_pairs.mat", {f"{key}_set": cells, f"{key}_ids": np.array(ids)[:, None]})
+        content = {f"{key}_set": cells, f"{key}_ids": np.array(ids)[:, None]}
+        savemat(tmp_path / f"{name}_img_ID_pairs.mat", content, **options)
+
+    write("probe", "probe", ["12_2.jpg", "3_1.jpg"], [12, 3])
+    write("gallery_match", "gallery", ["3_2.jpg", "12_1.jpg", "gone.jpg"], [3, 12, 12])
+    return write
+
+
+def test_reads_official_lists(lists, tmp_path):
     found = read_tinyface(tmp_path)
     assert [path.name for path in found.probe_paths] == ["12_2.png", "3_1.png"]
-    assert found.probe_ids.tolist() == [12, 3]
-    assert [path.name for path in found.gallery_paths[:3]] == ["3_2.png", "12_1.png", "gone.jpg"]
-    savemat(tmp_path / "probe_img_ID_pairs.mat", {"images": cells})
-    with pytest.raises(ValueError, match=r"probe_set and probe_ids, got \['images'\]"):
+    assert found.probe_ids.tolist() == [12, 3] and found.probe_ids.dtype == np.int64
+    assert [path.name for path in found.gallery_paths] == ["3_2.png", "12_1.png", "gone.jpg", "0.png", "1.png"]
+    assert found.gallery_ids.tolist() == [3, 12, 12, DISTRACTOR_ID, DISTRACTOR_ID]
+    # The lists decide, not the names of the files.
+    lists("probe", "probe", ["12_2.jpg", "3_1.jpg"], [3, 12], do_compression=True)
+    assert read_tinyface(tmp_path).probe_ids.tolist() == [3, 12]
+
+
+def test_list_that_does_not_fit(lists, tmp_path):
+    lists("probe", "gallery", ["12_2.jpg"], [12])
+    with pytest.raises(ValueError, match=r"probe_img_ID_pairs\.mat .*: probe_set and probe_ids not found"):
         read_tinyface(tmp_path)
+    lists("probe", "probe", ["12_2.jpg", "3_1.jpg"], [12])
+    with pytest.raises(ValueError, match=r"probe_img_ID_pairs\.mat .*one identity for each image, got 1 for 2"):
+        read_tinyface(tmp_path)
+    lists("probe", "probe", ["12_2.jpg", 7], [12, 3])
+    with pytest.raises(ValueError, match="probe_set must be a cell of text"):
+        read_tinyface(tmp_path)
+    lists("probe", "probe", ["12_2.jpg", "3_1.jpg"], [12, 3.5])
+    with pytest.raises(ValueError, match="probe_ids must be whole numbers"):
+        read_tinyface(tmp_path)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_lists_equal_what_scipy_reads(lists, tmp_path, compressed):
+    names, ids = [f"{'é' * (n % 2)}{n}_{n * n}.jpg" for n in range(300)], np.arange(300) * 977
+    for values in (ids, ids.astype(float), ids.astype(np.uint16), (ids % 200).astype(np.uint8)):
+        lists("probe", "probe", names, values, do_compression=compressed)
+        found = read_mat_list(tmp_path / "probe_img_ID_pairs.mat", "probe_set", "probe_ids")
+        expected = pytest.importorskip("scipy.io").loadmat(tmp_path / "probe_img_ID_pairs.mat")
+        assert found[0] == [str(cell[0]) for cell in expected["probe_set"].ravel()] == names
+        assert found[1].tolist() == expected["probe_ids"].ravel().tolist()
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_damaged_lists_are_named(lists, tmp_path, compressed):
+    lists("probe", "probe", ["12_2.jpg", "3_1.jpg"], [12, 3], do_compression=compressed)
+    path = tmp_path / "probe_img_ID_pairs.mat"
+    whole = path.read_bytes()
+    for damaged in [whole[:length] for length in range(0, len(whole), 7)] + [b"HDF" * 200, whole[128:], b"\x80\x04."]:
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"probe_img_ID_pairs\.mat is not a list in MATLAB's format"):
+            read_mat_list(path, "probe_set", "probe_ids")
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.integers(128, len(whole))] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read_mat_list(path, "probe_set", "probe_ids")
+        except ValueError:
+            refused += 1
+    assert refused > 60  # and nothing else was raised; other damage changes a letter or a number
 
 
 def test_bad_folders(tmp_path):

@@ -111,7 +111,8 @@ class VisionTransformer(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the position tables and tokens, which weight decay should leave alone."""
-        names = {name for name, _ in self.named_parameters() if name.endswith("lookup_table_weight")}
+        tables = ("lookup_table_weight", "keypoint_linear.weight")
+        names = {name for name, _ in self.named_parameters() if name.endswith(tables)}
         return names | {"pos_embed", "mask_token"}
 
     @torch.jit.ignore

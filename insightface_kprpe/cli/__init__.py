@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import data, deployment, evaluation, training  # noqa: F401 - they add their verbs
+from . import arcface_torch, data, deployment, evaluation, faces, training  # noqa: F401 - they add their verbs
 from .app import app
 
 

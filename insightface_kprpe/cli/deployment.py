@@ -6,10 +6,38 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from .app import app
 
-Run = Annotated[Path, typer.Argument(help="output folder of a training run (config.json and model.pt)")]
+SOURCE = (
+    "weights: arcface_torch's model.pt, a CVLface folder, a snapshot of the Hugging Face Hub, "
+    "hf:OWNER/NAME[@REVISION], a training run, or what convert wrote"
+)
+Root = Annotated[Path, typer.Option(help="InsightFace's root folder")]
+Network = Annotated[str | None, typer.Option(help="name of the network, where the weights do not tell it")]
+Cache = Annotated[Path | None, typer.Option(help="folder for downloads from the Hub")]
+Offline = Annotated[bool, typer.Option("--offline", help="download nothing, use what is in the cache")]
+Pack = Annotated[str, typer.Argument(help="name of an installed pack, or its folder")]
+
+
+class BuildUnlessNamed(TyperGroup):
+    """A group whose first verb may be left out: `pack X --detector D` is `pack build X --detector D`."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        """Put the verb in front where there is none."""
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["build", *args]
+        return super().parse_args(ctx, args)
+
+
+pack_app = typer.Typer(
+    cls=BuildUnlessNamed,
+    help="Packs for FaceAnalysis: build (which may be left out: pack X --detector D), inspect, verify and remove them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(pack_app, name="pack")
 
 
 @app.command()
@@ -38,20 +66,94 @@ def export(
 
 
 @app.command()
-def pack(
-    run: Run,
-    detector: Annotated[Path, typer.Option(help="face detector, ONNX in InsightFace's SCRFD layout with landmarks")],
-    name: Annotated[str, typer.Option(help="what FaceAnalysis(name=...) will say")] = "kprpe",
-    root: Annotated[Path, typer.Option(help="InsightFace's root folder")] = Path("~/.insightface"),
-    licence: Annotated[str, typer.Option(help="licence of the recognition weights")] = "unknown",
-    detector_licence: Annotated[str, typer.Option(help="licence of the detector")] = "unknown",
-    aligner: Annotated[
-        Path | None, typer.Option(help="exported DFA that refines the detector's landmarks after register()")
-    ] = None,
+def convert(
+    source: Annotated[str, typer.Argument(help=SOURCE)],
+    out: Annotated[Path, typer.Argument(help="NAME.safetensors, or a new folder for model.pt and config.json")],
+    network: Network = None,
+    licence: Annotated[str | None, typer.Option(help="of the weights, where the source does not say it")] = None,
+    cache: Cache = None,
+    offline: Offline = False,
 ) -> None:
-    """Build a model pack for FaceAnalysis(name=NAME) from a trained network and a detector."""
-    from ..deployment.model_pack import build_from_network
-    from ..deployment.weights import load_run
+    """Convert published weights, once their architecture has been checked, and say what they are.
 
-    folder = build_from_network(load_run(run), detector, name, root, licence, detector_licence, aligner)
-    typer.echo(f"{folder}\nuse it: FaceAnalysis(name={name!r}, root={str(root)!r})")
+    The folder is what export, evaluate and pack take for a training run; its model.pt is arcface_torch's.
+    """
+    from ..deployment.published import convert as write
+    from ..deployment.published import load_published
+
+    net, description = load_published(source, network, cache, offline, licence)
+    typer.echo(f"{description.text()}\nwritten      {write(net, description, out)}")
+
+
+@pack_app.command("build")
+def build_pack(
+    source: Annotated[str | None, typer.Argument(help="the same as --recognition")] = None,
+    recognition: Annotated[str | None, typer.Option(help=SOURCE)] = None,
+    detector: Annotated[
+        str, typer.Option(help="InsightFace pack (buffalo_l), ONNX file or folder; or dfa: the aligner, for face crops")
+    ] = ...,
+    aligner: Annotated[
+        str | None, typer.Option(help="DFA that refines the detector's landmarks after register(): ONNX or weights")
+    ] = None,
+    name: Annotated[str, typer.Option(help="what FaceAnalysis(name=...) will say")] = "kprpe",
+    root: Root = Path("~/.insightface"),
+    precision: Annotated[str, typer.Option(help="of the recognition files: fp32, fp16 or int8")] = "fp32",
+    evaluate: Annotated[
+        Path | None, typer.Option(help="verification set (.bin): thresholds at FPR 1e-3 to 1e-5 for the manifest")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="of the recognition weights, where they do not say")] = None,
+    detector_licence: Annotated[str | None, typer.Option(help="of the detector, where it does not say")] = None,
+    network: Network = None,
+    cache: Cache = None,
+    offline: Offline = False,
+) -> None:
+    """Build a pack for FaceAnalysis(name=NAME): export, check against torch, add the detector, write the manifest."""
+    from ..deployment.installed_packs import describe
+    from ..deployment.pack_sources import make_pack
+
+    if (source is None) == (recognition is None):
+        raise ValueError("pack takes the recognition weights once: as --recognition X, or as the first argument")
+    folder = make_pack(
+        recognition or source,
+        detector,
+        aligner,
+        name,
+        root,
+        precision,
+        evaluate,
+        licence,
+        detector_licence,
+        network,
+        cache,
+        offline,
+    )
+    typer.echo(f"{describe(folder)}\n\nuse it: FaceAnalysis(name={name!r}, root={str(root)!r})")
+
+
+@pack_app.command("inspect")
+def inspect_pack(pack: Pack, root: Root = Path("~/.insightface")) -> None:
+    """Say what every file of a pack is, where it came from, and under which licence."""
+    from ..deployment.installed_packs import describe, find_pack
+
+    typer.echo(describe(find_pack(pack, root)))
+
+
+@pack_app.command("verify")
+def verify_pack(pack: Pack, root: Root = Path("~/.insightface")) -> None:
+    """Check a pack: hashes, how InsightFace takes each file, and one run of everything."""
+    from ..deployment.installed_packs import find_pack, verify
+
+    folder = find_pack(pack, root)
+    if problems := verify(folder):
+        raise ValueError(f"{folder}: " + "; ".join(problems))
+    typer.echo(f"{folder}: files unchanged, taken as intended, and working")
+
+
+@pack_app.command("remove")
+def remove_pack(pack: Pack, root: Root = Path("~/.insightface")) -> None:
+    """Delete a pack that this package built."""
+    from ..deployment.installed_packs import find_pack, remove
+
+    folder = find_pack(pack, root)
+    remove(folder)
+    typer.echo(f"{folder}: removed")

@@ -2,37 +2,251 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from .app import app
 
+if TYPE_CHECKING:
+    from ..evaluation.embedding import Embedder, EmbedOptions
+    from ..evaluation.report import Result
+
 evaluate_app = typer.Typer(help="Measure a model on a protocol.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(evaluate_app, name="evaluate")
+
+
+Models = Annotated[
+    list[str],
+    typer.Option(
+        "--model",
+        "--model-prefix",
+        help="[NAME=]PATH: training run, weights, .onnx, or pack; several: repeat it",
+    ),
+]
+Network = Annotated[str | None, typer.Option(help="backbone that the weights are of, where nothing else says")]
+Precision = Annotated[str, typer.Option(help="fp32, or bf16 for torch models")]
+BatchSize = Annotated[int, typer.Option(help="crops a forward pass")]
+Flip = Annotated[bool, typer.Option(help="add the embedding of the mirrored crop")]
+Aligner = Annotated[
+    Path | None, typer.Option(help="DFA that finds the keypoints: weights file, or output folder of train-dfa")
+]
+Missing = Annotated[str, typer.Option(help="images that are missing or damaged: fail, or skip them and say so")]
+Cache = Annotated[Path | None, typer.Option(help="folder for embeddings, which an interrupted evaluation resumes")]
+Workers = Annotated[int, typer.Option(help="processes that read images, on every rank")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "--result-dir", help="folder for the report: text, Markdown, JSON, curves, hardest pairs"),
+]
+Fusion = Annotated[str, typer.Option(help="average, norm, detector, norm_detector, landmark, or all of them")]
 
 
 @evaluate_app.command("bin")
 def evaluate_bin(
     sets: Annotated[list[str], typer.Argument(help=".bin files of pairs, or synthetic / synthetic_unaligned")],
-    model: Annotated[Path, typer.Option(help="output folder of a training run")],
-    batch_size: Annotated[int, typer.Option(help="crops a forward pass")] = 64,
-    flip: Annotated[bool, typer.Option(help="add the embedding of the mirrored crop")] = True,
+    model: Models,
+    network: Network = None,
+    precision: Precision = "fp32",
+    batch_size: BatchSize = 64,
+    flip: Flip = True,
+    aligner: Aligner = None,
+    missing: Missing = "fail",
+    cache: Cache = None,
+    num_workers: Workers = 0,
+    out: Out = None,
 ) -> None:
     """10-fold verification accuracy on InsightFace .bin sets; landmarks from NAME_ldmk_5points.csv beside each."""
-    from ..deployment.weights import load_run
-    from ..evaluation.embedding import TorchEmbedder
-    from ..evaluation.verification import open_verification, verify
+    from ..evaluation.protocols import run_pairs
+    from ..evaluation.verification import open_verification
 
-    embed = TorchEmbedder(load_run(model))
-    for name in sets:
-        pairs = open_verification(name)
-        result = verify(embed, pairs, batch_size, flip)
-        typer.echo(
-            f"{pairs.name}: accuracy {result.accuracy:.2f} +- {result.std:.2f} %  cosine threshold "
-            f"{result.cosine_threshold:.3f}  ({len(pairs.is_same)} pairs, flip {'added' if flip else 'off'})"
+    opened = [open_verification(name) for name in sets]
+    _measure(
+        lambda embed, options: [result for pairs in opened for result in run_pairs(embed, pairs, options, out)],
+        _Settings(model, network, precision, batch_size, flip, aligner, missing, cache, num_workers, out),
+    )
+
+
+@evaluate_app.command("ijb")
+def evaluate_ijb(
+    model: Models,
+    folder: Annotated[
+        Path | None, typer.Argument(help="folder with meta/ and loose_crop/, InsightFace's layout")
+    ] = None,
+    image_path: Annotated[Path | None, typer.Option(help="the same, as arcface_torch's eval_ijbc.py has it")] = None,
+    target: Annotated[str, typer.Option(help="IJBC or IJBB")] = "IJBC",
+    fusion: Fusion = "norm_detector",
+    network: Network = None,
+    precision: Precision = "fp32",
+    batch_size: BatchSize = 64,
+    flip: Flip = True,
+    aligner: Aligner = None,
+    missing: Missing = "fail",
+    cache: Cache = None,
+    num_workers: Workers = 2,
+    out: Out = None,
+) -> None:
+    """IJB-B or IJB-C: 1:1, and 1:N where its lists are in meta/. Many images: torchrun -m insightface_kprpe.cli ..."""
+    from ..evaluation.protocols import choose_fusions, run_ijb
+
+    if (folder is None) == (image_path is None):
+        raise ValueError("name the folder with meta/ and loose_crop/ once: evaluate ijb FOLDER, or --image-path FOLDER")
+    if target.upper() not in ("IJBC", "IJBB"):
+        raise ValueError(f"target must be IJBC or IJBB, got {target}")
+    fusions = choose_fusions(fusion)
+    _measure(
+        lambda embed, options: run_ijb(embed, folder or image_path, target.upper(), fusions, options, out),
+        _Settings(model, network, precision, batch_size, flip, aligner, missing, cache, num_workers, out),
+    )
+
+
+@evaluate_app.command("ijbs")
+def evaluate_ijbs(
+    folder: Annotated[Path, typer.Argument(help="folder with images.csv and a folder for each protocol")],
+    model: Models,
+    fusion: Fusion = "landmark",
+    network: Network = None,
+    precision: Precision = "fp32",
+    batch_size: BatchSize = 64,
+    flip: Flip = True,
+    aligner: Aligner = None,
+    missing: Missing = "fail",
+    cache: Cache = None,
+    num_workers: Workers = 2,
+    out: Out = None,
+) -> None:
+    """IJB-S from plain CSV files, whose form insightface_kprpe/evaluation/ijbs.py describes; use --cache."""
+    from ..evaluation.protocols import choose_fusions, run_ijbs
+
+    fusions = choose_fusions(fusion)
+    _measure(
+        lambda embed, options: run_ijbs(embed, folder, fusions, options),
+        _Settings(model, network, precision, batch_size, flip, aligner, missing, cache, num_workers, out),
+    )
+
+
+@evaluate_app.command("tinyface")
+def evaluate_tinyface(
+    folder: Annotated[Path, typer.Argument(help="folder with Probe, Gallery_Match, Gallery_Distractor; or above it")],
+    model: Models,
+    network: Network = None,
+    precision: Precision = "fp32",
+    batch_size: BatchSize = 64,
+    flip: Flip = True,
+    aligner: Aligner = None,
+    missing: Missing = "fail",
+    cache: Cache = None,
+    num_workers: Workers = 2,
+    out: Out = None,
+) -> None:
+    """TinyFace: rank-1, -5 and -20 among distractors; keypoints from --aligner, else the canonical template."""
+    from ..evaluation.protocols import run_tinyface
+
+    _measure(
+        lambda embed, options: run_tinyface(embed, folder, options),
+        _Settings(model, network, precision, batch_size, flip, aligner, missing, cache, num_workers, out),
+    )
+
+
+@app.command("embed")
+def embed_command(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of crops; also train.rec or a .bin file")],
+    model: Models,
+    out: Annotated[Path, typer.Option(help=".npz or .parquet file to write")],
+    network: Network = None,
+    precision: Precision = "fp32",
+    batch_size: BatchSize = 64,
+    flip: Flip = True,
+    aligner: Aligner = None,
+    missing: Missing = "fail",
+    cache: Cache = None,
+    num_workers: Workers = 2,
+) -> None:
+    """Embed aligned 112x112 crops: names, embeddings, norms, keypoints and face scores in one file."""
+    from ..evaluation.embedding_file import embed_to_file
+
+    if len(model) != 1:
+        raise ValueError(f"embed takes one --model, got {len(model)}")
+    settings = _Settings(model, network, precision, batch_size, flip, aligner, missing, cache, num_workers, None)
+    with _rank(settings) as (options, models):
+        rows = [embed_to_file(embed, source, out, options) for embed in models]
+        if _is_first():
+            typer.echo(f"{out}: {rows[0]} embeddings")
+
+
+class _Settings(NamedTuple):
+    """What all verbs that embed are told, in the order of their options."""
+
+    models: list[str]
+    network: str | None
+    precision: str
+    batch_size: int
+    flip: bool
+    aligner: Path | None
+    missing: str
+    cache: Path | None
+    num_workers: int
+    out: Path | None
+
+
+def _measure(run: Callable[[Embedder, EmbedOptions], list[Result]], settings: _Settings) -> None:
+    """Run a protocol on every model; print the tables and write the report."""
+    from ..evaluation.report import format_text, write_report
+    from ..evaluation.sanity import sanity_warnings
+
+    with _rank(settings) as (options, models):
+        results = [result for embed in models for result in run(embed, options)]
+        if not _is_first():
+            return
+        typer.echo(format_text(results))
+        for warning in sanity_warnings(results):
+            typer.echo(f"warning: {warning}", err=True)
+        if settings.out is not None:
+            write_report(results, settings.out)
+            typer.echo(f"report: {settings.out}")
+
+
+@contextlib.contextmanager
+def _rank(settings: _Settings) -> Iterator[tuple[EmbedOptions, Iterator[Embedder]]]:
+    """This rank's options, and the models, each opened when the one before is done with."""
+    from ..dfa import load_dfa
+    from ..evaluation.embedding import EmbedOptions
+    from ..evaluation.models import open_model
+    from ..training.loop import process_group
+
+    named = _named(settings.models)
+    with process_group() as device:
+        options = EmbedOptions(
+            settings.batch_size,
+            settings.flip,
+            settings.num_workers,
+            None if settings.aligner is None else load_dfa(settings.aligner).to(device),
+            f"DFA {settings.aligner}",
+            settings.missing,
+            settings.cache,
+            share=True,
         )
+        yield options, (open_model(path, settings.network, settings.precision, device, name) for name, path in named)
+
+
+def _named(models: list[str]) -> list[tuple[str | None, str]]:
+    """(name or None, path) of each ``[NAME=]PATH``."""
+    named = []
+    for text in models:
+        name, equals, path = text.partition("=")
+        named.append((name, path) if equals and name and not Path(text).exists() else (None, text))
+    names = [name for name, _ in named if name is not None]
+    if len(set(names)) < len(names):
+        raise ValueError(f"models must have different names, got {', '.join(names)}")
+    return named
+
+
+def _is_first() -> bool:
+    from ..partial_fc import rank_and_world_size
+
+    return rank_and_world_size()[0] == 0
 
 
 @evaluate_app.command("landmarks")

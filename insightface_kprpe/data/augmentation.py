@@ -1,28 +1,53 @@
-"""Augmentation in batch on the training device: pixels and keypoints are moved by the same matrix."""
+"""Augmentation in batch on the training device: pixels and keypoints are moved by the same matrix.
+
+The pixels' colours, blur and erasing are in :mod:`.photometric`; :class:`Augmentation` puts all of it together.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 
 from ..geometry import mirror_keypoints
+from .photometric import random_colour, random_degradation, random_erasing
+
+# The paper's supplement, Table 6, where it gives numbers; RandAugment is applied to colours only.
+PAPER = {
+    "rotation": 20.0,
+    "rotation_probability": 0.2,
+    "scale": 0.2,
+    "translation": 0.1,
+    "colour_operations": 2,
+    "colour_magnitude": (5, 23),  # 14 +- 9 of 31 grades
+    "degrade": 0.2,
+    "erase": 0.2,
+}
+# On a CPU: with much more, the memory that goes back to the system and is fetched anew costs more than the warp itself.
+_WARPED_AT_ONCE = 16
 
 
-def warp_images(images: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+def warp_images(images: torch.Tensor, matrix: torch.Tensor, black: float = -1.0) -> torch.Tensor:
     """Move the pixels of each image by its matrix; what comes from outside is black.
 
     Args:
-        images: (B, C, S, S) float in [-1, 1].
+        images: (B, C, S, S) float.
         matrix: (B, 2, 3) float, from [0, 1] of the old crop to [0, 1] of the new one.
+        black: the number of black pixels.
     """
-    linear, offset = matrix[:, :, :2], matrix[:, :, 2]
+    linear, offset = matrix[:, :, :2], matrix[:, :, 2:]
     inverse = torch.linalg.inv(linear)
     # grid_sample wants the way back, in [-1, 1], where x = (n + 1) / 2
-    shift = inverse @ (1 - linear.sum(-1) - 2 * offset).unsqueeze(-1)
-    grid = F.affine_grid(torch.cat([inverse, shift], -1), list(images.shape), align_corners=False)
-    return F.grid_sample(images + 1, grid, align_corners=False) - 1
+    shift = inverse @ (1 - linear.sum(-1, keepdim=True) - 2 * offset)
+    axis = (torch.arange(images.shape[-1], device=images.device) * 2 + 1) / images.shape[-1] - 1
+    along_x = inverse[:, None, :, 0] * axis[:, None]  # (B, S, 2)
+    along_y = inverse[:, None, :, 1] * axis[:, None] + shift.mT
+    grid = along_x[:, None] + along_y[:, :, None]  # (B, S, S, 2), twice as fast as affine_grid
+    if black == 0:
+        return F.grid_sample(images, grid, align_corners=False)
+    return F.grid_sample(images - black, grid, align_corners=False).add_(black)
 
 
 def move_keypoints(keypoints: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -30,19 +55,20 @@ def move_keypoints(keypoints: torch.Tensor, matrix: torch.Tensor) -> torch.Tenso
     return keypoints @ matrix[:, :, :2].mT + matrix[:, None, :, 2]
 
 
-def random_mirror(
-    images: torch.Tensor, keypoints: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def random_mirror(images: torch.Tensor, keypoints: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Mirror each face with probability 1/2, its keypoints along with it.
 
     Args:
-        images: (B, 3, H, W), any type.
+        images: (B, 3, H, W), any type; changed in place.
         keypoints: (B, 5, 2) float in [0, 1].
         generator: a CPU generator; the same state gives the same choice on any device.
+
+    Returns:
+        (B, 5, 2) where the keypoints are now.
     """
-    chosen = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
-    images = torch.where(chosen[:, None, None, None], images.flip(-1), images)
-    return images, torch.where(chosen[:, None, None], mirror_keypoints(keypoints), keypoints)
+    rows = torch.where(torch.rand(len(images), generator=generator) < 0.5)[0].to(images.device)
+    images.index_copy_(0, rows, images[rows].flip(-1))
+    return keypoints.index_copy(0, rows, mirror_keypoints(keypoints[rows]))
 
 
 def random_similarity(
@@ -53,17 +79,22 @@ def random_similarity(
     scale: float,
     translation: float,
     probability: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    rotation_probability: float = 1.0,
+) -> torch.Tensor:
     """Turn, scale and shift some of the crops about their centres, their keypoints along with them.
 
     Args:
-        images: (B, 3, S, S) float in [-1, 1].
+        images: (B, 3, S, S) float in [0, 1]; changed in place.
         keypoints: (B, 5, 2) float in [0, 1].
         generator: a CPU generator; the same state gives the same choice on any device.
         rotation: largest angle in degrees, either way.
         scale: crops are scaled by 1 - scale to 1 + scale.
         translation: largest shift along each axis, as a share of the side.
         probability: share of the crops that are moved at all.
+        rotation_probability: share of these that are turned.
+
+    Returns:
+        (B, 5, 2) where the keypoints are now.
     """
     count = len(images)
 
@@ -72,13 +103,116 @@ def random_similarity(
 
     chosen = torch.rand(count, generator=generator) < probability
     if not chosen.any():
-        return images, keypoints
+        return keypoints
     angle, zoom = uniform(math.radians(rotation)), 1 + uniform(scale)
+    shift = torch.stack([uniform(translation), uniform(translation)], -1)
+    if rotation_probability < 1:
+        angle = torch.where(torch.rand(count, generator=generator) < rotation_probability, angle, 0.0)
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
     linear = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
     centre = torch.full((2,), 0.5)
-    offset = centre + torch.stack([uniform(translation), uniform(translation)], -1) - linear @ centre
-    matrix = torch.cat([linear, offset.unsqueeze(-1)], -1)[chosen].to(images.device)
-    rows = torch.where(chosen)[0].to(images.device)
-    images = images.index_copy(0, rows, warp_images(images[rows], matrix))
-    return images, keypoints.index_copy(0, rows, move_keypoints(keypoints[rows], matrix))
+    matrix = torch.cat([linear, (centre + shift - linear @ centre).unsqueeze(-1)], -1)
+    matrix, rows = matrix[chosen].to(images.device), torch.where(chosen)[0].to(images.device)
+    at_once = _WARPED_AT_ONCE if images.device.type == "cpu" else len(rows)
+    for some, part in zip(rows.split(at_once), matrix.split(at_once), strict=True):
+        images.index_copy_(0, some, warp_images(images[some], part, black=0))
+    return keypoints.index_copy(0, rows, move_keypoints(keypoints[rows], matrix))
+
+
+class Augmentation:
+    """Mirroring, colour, degradation, similarity and erasing, in this order; all but mirroring are off by default.
+
+    What lies outside the old crop, and what is erased, is black, whatever the colours became.
+
+    Args:
+        rotation: largest angle in degrees, either way.
+        rotation_probability: share of the moved crops that are turned.
+        scale: crops are scaled by 1 - scale to 1 + scale.
+        translation: largest shift along each axis, as a share of the side.
+        probability: share of the crops that are turned, scaled and shifted at all.
+        colour_operations: operations of RandAugment on each crop.
+        colour_magnitude: lowest and highest of them, in 0 to 30.
+        degrade: share of the crops that are blurred or lose resolution.
+        erase: share of the crops of which a part is blacked out.
+
+    Raises:
+        ValueError: a probability is not in [0, 1], or another number out of its range.
+    """
+
+    def __init__(
+        self,
+        rotation: float = 0.0,
+        rotation_probability: float = 1.0,
+        scale: float = 0.0,
+        translation: float = 0.0,
+        probability: float = 1.0,
+        colour_operations: int = 0,
+        colour_magnitude: tuple[int, int] = PAPER["colour_magnitude"],
+        degrade: float = 0.0,
+        erase: float = 0.0,
+    ) -> None:
+        shares = {"probability": probability, "rotation_probability": rotation_probability}
+        for name, share in {**shares, "degrade": degrade, "erase": erase}.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"augment: {name} must be a probability in [0, 1], got {share}")
+        if not 0 <= scale < 1 or rotation < 0 or translation < 0 or colour_operations < 0:
+            got = f"{scale}, {rotation}, {translation}, {colour_operations}"
+            raise ValueError(
+                f"augment: scale must be in [0, 1), rotation, translation and colour_operations not negative, got {got}"
+            )
+        low, high = colour_magnitude
+        if not 0 <= low <= high <= 30:
+            raise ValueError(f"augment: colour_magnitude must be lowest and highest in 0 to 30, got {colour_magnitude}")
+        self.similarity = {
+            "rotation": rotation,
+            "scale": scale,
+            "translation": translation,
+            "probability": probability if rotation or scale or translation else 0.0,
+            "rotation_probability": rotation_probability,
+        }
+        self.colour_operations, self.colour_magnitude = colour_operations, (low, high)
+        self.degrade, self.erase = degrade, erase
+
+    def __call__(
+        self, images: torch.Tensor, keypoints: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augment one batch.
+
+        Args:
+            images: (B, 3, S, S) uint8.
+            keypoints: (B, 5, 2) float in [0, 1] of the crop.
+            generator: on the CPU; the same state gives the same choices on any device.
+
+        Returns:
+            New images, (B, 3, S, S) float in [-1, 1], and where their keypoints are.
+        """
+        images = images.float().div_(255)
+        keypoints = random_mirror(images, keypoints, generator)
+        if self.colour_operations:
+            random_colour(images, generator, self.colour_operations, self.colour_magnitude)
+        if self.degrade:
+            random_degradation(images, generator, self.degrade)
+        keypoints = random_similarity(images, keypoints, generator, **self.similarity)
+        if self.erase:
+            random_erasing(images, generator, self.erase)
+        return images.mul_(2).sub_(1), keypoints
+
+
+def build_augmentation(augment: str | Mapping[str, float]) -> Augmentation:
+    """What a config's ``augment`` asks for.
+
+    Args:
+        augment: "paper", or arguments of :class:`Augmentation` by name; empty for mirroring alone.
+
+    Raises:
+        ValueError: another string, an unknown name or a number out of its range.
+    """
+    if isinstance(augment, str):
+        if augment != "paper":
+            raise ValueError(f'augment must be "paper" or a dict of Augmentation\'s arguments, got {augment!r}')
+        augment = PAPER
+    try:
+        return Augmentation(**augment)
+    except TypeError as error:
+        known = ", ".join([*PAPER, "probability"])
+        raise ValueError(f"augment must have keys among {known}; got {', '.join(augment)}") from error

@@ -7,13 +7,12 @@ arithmetic on pixels waits until a batch is on its device.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from ..geometry import CANONICAL_KEYPOINTS
 from .image_codec import decode_image
@@ -31,7 +30,8 @@ class FaceDataset(Dataset):
     """A source of faces as tensors.
 
     Args:
-        source: has ``labels`` (N,) int64 and ``source[i] -> (image (H, W, 3) uint8 RGB, keypoints (5, 2) or None)``.
+        source: has ``labels`` (N,) int64, ``source[i] -> (image (H, W, 3) uint8 RGB, keypoints (5, 2) or None)``, and
+            ``record_key(i)``, by which a person finds the image.
         size: side of the crops, pixels; other sizes are resized.
     """
 
@@ -53,6 +53,10 @@ class FaceDataset(Dataset):
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return image, int(self.labels[index]), torch.tensor(keypoints, dtype=torch.float32)
 
+    def record_key(self, index: int) -> int | str:
+        """What the source calls an image: the key of its record, the path of its file."""
+        return self.source.record_key(index)
+
 
 class RecordFaces:
     """``train.rec`` of InsightFace's layout and, beside it, ``ldmk_5points.csv``."""
@@ -66,6 +70,9 @@ class RecordFaces:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         _, image = self.reader.read_image(int(self.keys[index]))
         return image, None if self.keypoints is None else self.keypoints[index]
+
+    def record_key(self, index: int) -> int:
+        return int(self.keys[index])
 
 
 class FolderFaces:
@@ -84,6 +91,9 @@ class FolderFaces:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         return read_image_file(self.paths[index]), None if self.keypoints is None else self.keypoints[index]
 
+    def record_key(self, index: int) -> str:
+        return str(self.paths[index])
+
 
 class DrawnFaces:
     """Synthetic people; see :mod:`insightface_kprpe.data.synthetic`."""
@@ -95,6 +105,9 @@ class DrawnFaces:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         image, _, keypoints = self.faces[index]
         return image, keypoints
+
+    def record_key(self, index: int) -> int:
+        return index
 
 
 def open_faces(rec: str | Path, num_classes: int = 0, num_image: int = 0, seed: int = 0) -> FaceDataset:
@@ -150,47 +163,6 @@ def read_image_file(path: Path) -> np.ndarray:
         return decode_image(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: {error}; remove or replace it") from error
-
-
-class EpochSampler(Sampler[list[int]]):
-    """Batches of one rank: every epoch another permutation, the same on all ranks, cut into shares of equal size.
-
-    A step's images do not depend on how many ranks share them: rank r of W takes the r-th part of every block of
-    ``W * batch_size``. The tail that does not fill a block is left out of this epoch.
-
-    Args:
-        length: number of images.
-        batch_size: images a rank and batch.
-        rank: of this process.
-        world_size: number of ranks.
-        seed: of the permutations.
-
-    Raises:
-        ValueError: there are fewer images than one block.
-    """
-
-    def __init__(self, length: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
-        self.length, self.batch_size, self.rank, self.world_size, self.seed = length, batch_size, rank, world_size, seed
-        self.batches = length // (batch_size * world_size)
-        if not self.batches:
-            raise ValueError(
-                f"batch_size must let {length} images fill a batch on each rank, got {batch_size} on {world_size} ranks"
-            )
-        self.set_position(0, 0)
-
-    def set_position(self, epoch: int, first_batch: int) -> None:
-        """Where the next iteration starts: epoch number, and how many of its batches are done already."""
-        self.epoch, self.first_batch = epoch, first_batch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        blocks = order[: self.batches * self.world_size * self.batch_size]
-        mine = blocks.reshape(self.batches, self.world_size, self.batch_size)[:, self.rank]
-        for batch in mine[self.first_batch :]:
-            yield batch.tolist()
-
-    def __len__(self) -> int:
-        return self.batches - self.first_batch
 
 
 def to_network_input(images: torch.Tensor) -> torch.Tensor:

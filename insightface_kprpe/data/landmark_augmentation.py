@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from insightface_kprpe.data.augmentation import move_keypoints, warp_images
 from insightface_kprpe.data.landmark_dataset import UNKNOWN, FaceSample
+from insightface_kprpe.data.photometric import gaussian_blur, lower_resolution
 from insightface_kprpe.geometry import MIRROR_ORDER
 
 Uniform = Callable[[float, float], torch.Tensor]  # low, high -> one random number per image
@@ -18,22 +18,6 @@ Uniform = Callable[[float, float], torch.Tensor]  # low, high -> one random numb
 def to_float(images: torch.Tensor) -> torch.Tensor:
     """uint8 pixels to float in [-1, 1]; float images, which are in that range already, as they are."""
     return images if images.is_floating_point() else images.float() / 127.5 - 1
-
-
-def gaussian_blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Blur (B, 3, H, W) images by a Gaussian of ``sigma`` pixels; edges are repeated."""
-    radius = max(1, math.ceil(3 * sigma))
-    offsets = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma).square())
-    kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
-    padded = F.pad(images, [radius] * 4, mode="replicate")
-    return F.conv2d(F.conv2d(padded, kernel, groups=3), kernel.mT, groups=3)
-
-
-def lower_resolution(images: torch.Tensor, side: int) -> torch.Tensor:
-    """What (B, 3, S, S) images look like when the crop had only ``side`` pixels a side: averaged down, blown up."""
-    small = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
-    return F.interpolate(small, size=images.shape[-2:], mode="bilinear")
 
 
 class LandmarkAugmentation:

@@ -7,29 +7,48 @@
       recognition.onnx            images -> embedding; what the stock loader uses
       keypoints/recognition.onnx  images + keypoints -> embedding; used after insightface_kprpe.register()
       keypoints/dfa.onnx          a DFA that refines the detector's landmarks, in the layout of a detector; likewise
-      pack.json                   SHA-256, licence and origin of every file
+      pack.json                   what every file is, its SHA-256, origin and licence
 
-The stock loader does not look into ``keypoints/``, where a second detector would only be in its way.
+The stock loader does not look into ``keypoints/``, where a second detector would only be in its way. Files of this
+package say what they are in their own metadata, of which ``pack.json`` is a copy that people can read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import torch.nn as nn
 
 from ..files import atomic_folder
 from .detector_export import DFA_DETECTOR, export_detector
-from .onnx_export import export_onnx, needs_keypoints, read_metadata
+from .onnx_export import add_metadata, export_onnx, needs_keypoints, read_metadata
+from .precision import Precision, check_precision, lower_precision, measure
+from .published import file_sha256
+
+if TYPE_CHECKING:
+    from ..evaluation.verification import VerificationPairs
 
 DETECTION, RECOGNITION, MANIFEST = "detection.onnx", "recognition.onnx", "pack.json"
+FORMAT = "insightface-kprpe pack"
 TWIN, ALIGNER = f"keypoints/{RECOGNITION}", "keypoints/dfa.onnx"
-_DETECTOR_OUTPUTS = (9, 15)  # SCRFD with landmarks, on 3 or 5 strides
+DETECTOR_OUTPUTS = (9, 15)  # SCRFD with landmarks, on 3 or 5 strides
+_LANDMARKS = "(faces, 5, 2) pixels of the picture: left eye, right eye, nose, left and right mouth corner as seen in it"
+# What the record says of a file that does not say it itself: InsightFace feeds all detectors alike.
+_DETECTOR = {"colour_order": "RGB", "keypoint_convention": _LANDMARKS}
+_RECOGNISER = {key: "unknown" for key in ("architecture", "colour_order", "mean", "std", "keypoint_convention")}
+_DEFAULTS = {
+    DETECTION: {"task": "detection", "architecture": "SCRFD", **_DETECTOR},
+    ALIGNER: {"task": "aligner", "architecture": "DFA", **_DETECTOR},
+    RECOGNITION: {"task": "recognition", **_RECOGNISER},
+    TWIN: {"task": "recognition", **_RECOGNISER},
+}
+_JSON_ENTRIES = ("evaluation", "change")  # that metadata hold as JSON
 
 
 class PackError(ValueError):
@@ -44,6 +63,7 @@ def build(
     root: str | Path = "~/.insightface",
     detector_licence: str = "unknown",
     aligner: str | Path | None = None,
+    detector_source: str | None = None,
 ) -> Path:
     """Build a pack for ``FaceAnalysis(name=NAME, root=ROOT)`` and check that the stock loader takes it as intended.
 
@@ -56,6 +76,7 @@ def build(
         detector_licence: of the detector file, for the record.
         aligner: DFA (``export_detector(dfa, path)``) that refines the detector's landmarks for users of ``register()``,
             and so needs ``keypoint_recognition``.
+        detector_source: where the detector came from, for the record; None: its file name.
 
     Returns:
         The pack's folder.
@@ -85,12 +106,10 @@ def build(
         for target, source in sources.items():
             (temporary / target).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, temporary / target)
-            records[target] = {
-                "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
-                "source": source.name,
-                "licence": read_metadata(source).get("licence", detector_licence),
-            }
-        (temporary / MANIFEST).write_text(json.dumps({"name": name, "files": records}, indent=2) + "\n")
+            origin = detector_source if target == DETECTION and detector_source else source.name
+            records[target] = _record(temporary / target, target, origin, detector_licence)
+        manifest = {"name": name, "format": FORMAT, "files": records}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return folder
 
 
@@ -102,20 +121,68 @@ def build_from_network(
     licence: str = "unknown",
     detector_licence: str = "unknown",
     aligner: str | Path | None = None,
+    *,
+    precision: Precision = "fp32",
+    pairs: VerificationPairs | None = None,
+    origin: Mapping[str, str] | None = None,
+    detector_source: str | None = None,
 ) -> Path:
     """Export a network in the forms that a pack holds, and build the pack; see :func:`build`.
 
     The aligner inside a self-aligned network also becomes the pack's, where no other is given.
+
+    Args:
+        licence: of the network's weights.
+        precision: "fp32", or "fp16" or "int8" for the recognition files, see
+            :func:`~insightface_kprpe.deployment.precision.lower_precision`.
+        pairs: verification set, for thresholds in ``pack.json`` and to see what a lower precision changes.
+        origin: more for the record of the recognition files, as "source" and "architecture".
+
+    Raises:
+        PackError: see :func:`build`.
+        ValueError: there is no such precision.
+        PrecisionError: a lower precision changes too much.
     """
+    check_precision(precision)
     with tempfile.TemporaryDirectory() as folder:
         image_only, two_inputs = Path(folder) / "image_only.onnx", Path(folder) / "keypoints.onnx"
-        export_onnx(net, image_only, image_only=True, licence=licence)
-        if needs_keypoints(net):
-            export_onnx(net, two_inputs, licence=licence)
+        forms = [image_only, two_inputs] if needs_keypoints(net) else [image_only]
+        for path in forms:
+            export_onnx(net, path, path is image_only, licence, origin)
+            _finish(path, precision, pairs)
         if aligner is None and getattr(net, "finds_keypoints", False):
             aligner = export_detector(net.dfa, Path(folder) / "dfa.onnx", licence)
+            add_metadata(aligner, {"source": origin["source"]} if origin else {})
         twin = two_inputs if needs_keypoints(net) else None
-        return build(image_only, detector, twin, name, root, detector_licence, aligner)
+        return build(image_only, detector, twin, name, root, detector_licence, aligner, detector_source)
+
+
+def _finish(path: Path, precision: Precision, pairs: VerificationPairs | None) -> None:
+    """Lower an exported file's precision and measure it, and write into the file what came of it."""
+    facts, measured = {"precision": precision}, None
+    if precision != "fp32":
+        change, measured = lower_precision(path, path, precision, pairs)
+        facts["change"] = json.dumps(change._asdict())
+    if pairs is not None:
+        measured = measured or measure(path, pairs)
+        evaluation = {"set": pairs.name, "pairs": len(pairs.is_same), "keypoints": pairs.keypoint_source}
+        evaluation |= {"accuracy": measured.accuracy, "thresholds": measured.thresholds}
+        facts["evaluation"] = json.dumps(evaluation)
+    add_metadata(path, facts)
+
+
+def _record(path: Path, target: str, origin: str, licence: str) -> dict[str, Any]:
+    """What the manifest says of a file: what the file itself says, completed by what is known of its kind."""
+    metadata = read_metadata(path)
+    record = {
+        "sha256": file_sha256(path),
+        "source": metadata.get("source", origin),
+        "precision": metadata.get("precision", "fp32"),
+        "licence": metadata.get("licence", licence),
+        **{key: metadata.get(key, value) for key, value in _DEFAULTS[target].items()},
+        "task": _DEFAULTS[target]["task"],
+    }
+    return record | {key: json.loads(metadata[key]) for key in _JSON_ENTRIES if key in metadata}
 
 
 def _check_aligner(path: Path, keypoint_recognition: str | Path | None) -> None:
@@ -129,7 +196,7 @@ def _check_aligner(path: Path, keypoint_recognition: str | Path | None) -> None:
 def _check_detector(path: Path) -> None:
     graph = _load_graph(path, "detector")
     outputs = len(graph.output)
-    if outputs not in _DETECTOR_OUTPUTS:
+    if outputs not in DETECTOR_OUTPUTS:
         raise PackError(
             f"detector {path} must have 9 or 15 outputs (score, box and landmarks of 3 or 5 strides), got {outputs}: "
             + (

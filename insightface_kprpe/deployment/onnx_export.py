@@ -164,8 +164,7 @@ def save_graph(
             verbose=False,
         )
     model = program.model_proto
-    for key, value in metadata.items():
-        model.metadata_props.add(key=METADATA_PREFIX + key, value=str(value))
+    _set_metadata(model, metadata)
     onnx.save(model, str(path))
 
 
@@ -174,6 +173,23 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     model = onnx.load(str(path), load_external_data=False)
     prefix = METADATA_PREFIX
     return {p.key[len(prefix) :]: p.value for p in model.metadata_props if p.key.startswith(prefix)}
+
+
+def add_metadata(path: str | Path, entries: Mapping[str, str]) -> None:
+    """Store more in a file, for :func:`read_metadata`; entries of the same name are replaced."""
+    model = onnx.load(str(path))
+    _set_metadata(model, entries)
+    with atomic_path(path) as temporary:
+        onnx.save(model, str(temporary))
+
+
+def _set_metadata(model: onnx.ModelProto, entries: Mapping[str, str]) -> None:
+    named = {METADATA_PREFIX + key: str(value) for key, value in entries.items()}
+    kept = [prop for prop in model.metadata_props if prop.key not in named]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    for key, value in named.items():
+        model.metadata_props.add(key=key, value=value)
 
 
 def _example(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:

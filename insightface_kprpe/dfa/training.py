@@ -15,28 +15,21 @@ from easydict import EasyDict as edict
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from insightface_kprpe.data.face_dataset import EpochSampler
 from insightface_kprpe.data.landmark_augmentation import LandmarkAugmentation, to_float
 from insightface_kprpe.data.landmark_dataset import FaceSample, LandmarkDataset
+from insightface_kprpe.data.sampler import EpochSampler
 from insightface_kprpe.dfa.loss import DFALoss
 from insightface_kprpe.dfa.network import RetinaFaceNet
 from insightface_kprpe.dfa.weights import start_from
 from insightface_kprpe.evaluation.landmarks import evaluate_landmarks
 from insightface_kprpe.partial_fc import rank_and_world_size
 from insightface_kprpe.training.callbacks import Metrics, SpeedLog, start_logging
+from insightface_kprpe.training.checkpoint import Checkpointer
 from insightface_kprpe.training.command_line import run_command_line
 from insightface_kprpe.training.config import dump_config, merge_config
-from insightface_kprpe.training.loop import (
-    AUTOCAST,
-    Plan,
-    build_loader,
-    build_state,
-    distributed,
-    optimize,
-    process_group,
-    run_steps,
-    step_generator,
-)
+from insightface_kprpe.training.loop import build_loader, process_group, resuming, run_steps, step_generator
+from insightface_kprpe.training.optimization import AUTOCAST, distributed, optimize
+from insightface_kprpe.training.state import Plan, build_state
 
 logger = logging.getLogger("insightface_kprpe.dfa.training")  # under "python -m" __name__ is another
 
@@ -71,7 +64,8 @@ def train_dfa(config: edict) -> dict[str, float]:
             start_from(net, config.init_from)
         net.to(device, memory_format=torch.channels_last)  # a sixth faster
         training = LandmarkTraining(net, dataset, loss, augmentation, config, device)
-        step = training.state.resume(output) if config.resume else 0
+        checkpoints = Checkpointer(output, config.keep_checkpoints, config.save_every, config.async_save)
+        step = checkpoints.start(training.state, training.plan, resuming(config.resume))
 
         results: dict[str, float] = {}
         log = validate = metrics = None
@@ -83,12 +77,13 @@ def train_dfa(config: edict) -> dict[str, float]:
             if config.val is not None:
                 validation = Validation(config, metrics, device)
 
-                def validate(step: int) -> None:
+                def validate(step: int) -> float:
                     results.update(validation(step, net))
+                    return -results["nme"]
 
             logger.info("%s", _summary(config, dataset, net, world_size, device, total_steps))
         try:
-            training.run(step=step, log=log, output=output, validate=validate, verbose=config.verbose)
+            training.run(step=step, log=log, checkpoints=checkpoints, validate=validate, verbose=config.verbose)
         finally:
             if metrics is not None:
                 metrics.close()
@@ -189,7 +184,7 @@ class LandmarkTraining:
 
     def run(self, **options: Any) -> None:
         """Take the steps; ``options`` are those of :func:`~insightface_kprpe.training.loop.run_steps`."""
-        net, loss, optimizer, _, scaler = self.state
+        net, loss = self.state.model, self.state.loss
         network = distributed(net, self.device)
         dtype = AUTOCAST[self.config.precision]
 
@@ -200,7 +195,7 @@ class LandmarkTraining:
 
         def take_step(step: int, batches: Sequence[FaceSample]) -> float:
             batches = [self._prepare(batch, step) for batch in batches]
-            return optimize(loss_of, batches, network, optimizer, scaler, self.config.clip_grad)
+            return optimize(loss_of, batches, network, self.state, self.config.clip_grad)
 
         run_steps(self.state, take_step, self.loader, self.plan, **options)
 

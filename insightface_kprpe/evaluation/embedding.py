@@ -1,42 +1,130 @@
-"""Images -> embeddings, in batches, for whatever maps crops to vectors: a torch network or an ONNX session."""
+"""Images -> embeddings, for every protocol: in batches, shared by ranks, in memory or in a folder that can be resumed.
+
+What maps crops to vectors is any callable; :mod:`.models` makes one of torch weights or of an ONNX file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn as nn
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
+from ..blocks import fingerprint, run_blocks
 from ..data.face_dataset import to_network_input
-from ..geometry import mirror_keypoints
+from ..dfa.aligner import DFA
+from ..geometry import CANONICAL_KEYPOINTS, SCORE_THRESHOLD, mirror_keypoints
+from .embedding_store import FolderStore, MemoryStore
+from .models import Embedder, TorchEmbedder
 
-# (images (B, 3, 112, 112) float RGB in [-1, 1], keypoints (B, 5, 2) in [0, 1]) -> (B, D)
-Embedder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+__all__ = ["EmbedOptions", "Embedder", "Embeddings", "TorchEmbedder", "embed_faces", "embed_images"]
+
+logger = logging.getLogger(__name__)
+
+SIZE = 112
+_SHOWN = 5  # unreadable images that a warning names
 
 
-class TorchEmbedder:
-    """A network as an :data:`Embedder`: in eval mode, on its own device, without gradients.
+class Embeddings(NamedTuple):
+    """What is known of N images; where ``readable`` is False the other values are zeros.
 
-    Args:
-        net: a backbone ``(images, keypoints) -> embeddings``; one that finds the keypoints itself does so.
+    Attributes:
+        embeddings: (N, D) float32, not normalised; with flip test the sum of both. A memory map where it was asked for.
+        norms: (N,) float32, their lengths.
+        keypoints: (N, 5, 2) float32 in [0, 1] of the crops: where the aligner found them, or those that were given.
+            NaN where the network keeps them to itself.
+        scores: (N,) float32, face score of the aligner in [0, 1]; NaN where there is no aligner.
+        readable: (N,) bool.
     """
 
-    def __init__(self, net: nn.Module) -> None:
-        self.net = net
-        self.device = next(net.parameters()).device
+    embeddings: np.ndarray
+    norms: np.ndarray
+    keypoints: np.ndarray
+    scores: np.ndarray
+    readable: np.ndarray
 
-    @torch.inference_mode()
-    def __call__(self, images: torch.Tensor, keypoints: torch.Tensor) -> torch.Tensor:
-        """Embed one batch; the network is put back into the mode it was in."""
-        was_training = self.net.training
-        self.net.eval()
-        try:
-            keypoints = None if getattr(self.net, "finds_keypoints", False) else keypoints.to(self.device)
-            return self.net(images.to(self.device), keypoints).float().cpu()
-        finally:
-            self.net.train(was_training)
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """How to embed, whatever the protocol.
+
+    Attributes:
+        batch_size: crops a call of the model; it is called a second time for the mirrored crops.
+        flip: add the embedding of the mirrored crop, as InsightFace's evaluations do.
+        num_workers: processes that read images ahead, on every rank; 0: none.
+        aligner: finds the keypoints of every crop, instead of those given.
+        aligner_name: what reports call it.
+        missing: what to do about an image that is missing or damaged: "fail", or "skip" it and count it.
+        cache: folder in which every set gets one for its embeddings, as memory maps that an interrupted run resumes;
+            None: they are kept in memory.
+        share: all ranks of the process group make the same call and share the work; False: this rank is on its own.
+    """
+
+    batch_size: int = 64
+    flip: bool = True
+    num_workers: int = 0
+    aligner: DFA | None = None
+    aligner_name: str = "DFA"
+    missing: Literal["fail", "skip"] = "fail"
+    cache: Path | None = None
+    share: bool = False
+
+
+def embed_faces(
+    embed: Embedder,
+    images: Sequence[np.ndarray | None],
+    keypoints: np.ndarray | None = None,
+    options: EmbedOptions | None = None,
+    *,
+    name: str = "images",
+    source: str = "",
+) -> Embeddings:
+    """Embed crops; the one function that all protocols embed by.
+
+    The network sees, in this order: the keypoints that it finds itself, those of ``options.aligner``, those given, the
+    canonical ones. Keypoints of an aligner whose score is below 0.5 are reported and not used.
+
+    Args:
+        embed: the model.
+        images: N crops (112, 112, 3) uint8 RGB; anything with ``len`` and ``[i]``, decoded when needed. An image that
+            is None, or raises ValueError or OSError, is a missing one.
+        keypoints: (N, 5, 2) float in [0, 1] of the crops.
+        options: how; None: the defaults.
+        name: of the set, for the progress bar, errors and the folder in ``options.cache``.
+        source: text that tells this set of images from others; a cached result of another one is refused.
+
+    Raises:
+        ValueError: shapes do not fit, an image is missing and ``options.missing`` is "fail", or the cache holds
+            embeddings of something else.
+    """
+    options = options or EmbedOptions()
+    if options.missing not in ("fail", "skip"):
+        raise ValueError(f"missing must be 'fail' or 'skip', got {options.missing!r}")
+    if not len(images) or (keypoints is not None and np.shape(keypoints) != (len(images), 5, 2)):
+        raise ValueError(
+            f"{name}: keypoints must be ({len(images)}, 5, 2), one set for each image, and images at least one, got "
+            f"{np.shape(keypoints)}"
+        )
+    store = _open_store(embed, len(images), keypoints, options, name, source)
+    work = _Work(embed, keypoints, options, name)
+    reading = {"batch_size": options.batch_size, "num_workers": options.num_workers, "label": f"embedding {name}"}
+    for block, rows in run_blocks(_Crops(images), store.pending(), work, **reading):
+        store.write(block, rows)
+    result = Embeddings(*store.finish())
+    missing = np.flatnonzero(~result.readable)
+    if len(missing) == len(images) or (len(missing) and options.missing == "fail"):
+        raise ValueError(f"{name}: {len(missing)} of {len(images)} images cannot be read (first: number {missing[0]})")
+    if len(missing):
+        shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
+        logger.warning(
+            "%s: %d of %d images cannot be read and are left out: %s", name, len(missing), len(images), shown
+        )
+    return result
 
 
 def embed_images(
@@ -45,34 +133,100 @@ def embed_images(
     keypoints: np.ndarray,
     batch_size: int = 64,
     flip: bool = True,
-    label: str = "embedding",
+    label: str = "images",
 ) -> np.ndarray:
-    """Embed crops.
+    """(N, D) float32 embeddings alone, in memory and by this process; arguments as for :func:`embed_faces`."""
+    return embed_faces(embed, images, keypoints, EmbedOptions(batch_size, flip), name=label).embeddings
 
-    Args:
-        embed: the model.
-        images: N crops (112, 112, 3) uint8 RGB; anything with ``len`` and ``[i]``, decoded when needed.
-        keypoints: (N, 5, 2) float in [0, 1] of the crops.
-        batch_size: crops a call of the model (twice that with ``flip``).
-        flip: add the embedding of the mirrored crop, as InsightFace's verification does.
-        label: what the progress bar says.
 
-    Returns:
-        (N, D) float32, not normalised.
+class _Crops(Dataset):
+    """Index -> (crop, index, what is wrong with it): faults travel as text, as workers garble exceptions."""
 
-    Raises:
-        ValueError: there is not one set of keypoints for each image.
-    """
-    if len(images) != len(keypoints):
-        raise ValueError(f"keypoints must be ({len(images)}, 5, 2), one set for each image, got {np.shape(keypoints)}")
-    parts = []
-    for start in tqdm(range(0, len(images), batch_size), desc=label, leave=False, disable=None):
-        stop = min(start + batch_size, len(images))
-        crops = np.stack([np.asarray(images[i]) for i in range(start, stop)])
-        batch = to_network_input(torch.from_numpy(crops).permute(0, 3, 1, 2))
-        points = torch.tensor(np.asarray(keypoints[start:stop]), dtype=torch.float32)
-        embeddings = embed(batch, points)
-        if flip:
-            embeddings = embeddings + embed(batch.flip(-1), mirror_keypoints(points))
-        parts.append(np.asarray(embeddings, dtype=np.float32))
-    return np.concatenate(parts)
+    def __init__(self, images: Sequence[np.ndarray | None]) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int, str]:
+        blank = np.zeros((SIZE, SIZE, 3), np.uint8)
+        try:
+            image = self.images[index]
+        except (ValueError, OSError) as error:
+            return blank, index, str(error) or type(error).__name__
+        if image is None:
+            return blank, index, "there is no such image"
+        image = np.asarray(image)
+        if image.shape != blank.shape or image.dtype != np.uint8:
+            return blank, index, f"it must be (112, 112, 3) uint8 RGB, got {image.shape} {image.dtype}"
+        return image, index, ""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A batch of crops -> its rows of :class:`Embeddings`."""
+
+    embed: Embedder
+    keypoints: np.ndarray | None
+    options: EmbedOptions
+    name: str
+
+    @torch.inference_mode()
+    def __call__(self, batch: tuple[torch.Tensor, torch.Tensor, list[str]]) -> tuple[np.ndarray, ...]:
+        crops, indices, faults = batch
+        faulty = np.array([bool(fault) for fault in faults])
+        if faulty.any() and self.options.missing == "fail":
+            first = int(faulty.argmax())
+            raise ValueError(
+                f"{self.name}: image {int(indices[first])}: {faults[first]}; or choose to skip such images"
+            )
+        images = to_network_input(crops.to(getattr(self.embed, "device", "cpu")).permute(0, 3, 1, 2))
+        given = None if self.keypoints is None else np.asarray(self.keypoints[indices.numpy()], dtype=np.float32)
+        used, reported, scores = self._keypoints(images, given)
+        embeddings = self.embed(images, used)
+        if self.options.flip:
+            mirrored = images.flip(-1)
+            aligner = self.options.aligner
+            seen = mirror_keypoints(used) if aligner is None else _trusted(*aligner.locate(mirrored)[:2])
+            embeddings = embeddings + self.embed(mirrored, seen)
+        embeddings = embeddings.float().cpu().numpy().copy()  # the model may keep its own
+        rows = (embeddings, np.linalg.norm(embeddings, axis=1), reported, scores)
+        for values in rows:
+            values[faulty] = 0
+        return *rows, ~faulty
+
+    def _keypoints(self, images: torch.Tensor, given: np.ndarray | None) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        """Keypoints for the network, keypoints to report, and scores."""
+        aligner, own = self.options.aligner, getattr(self.embed, "locate", None)
+        canonical = np.tile(CANONICAL_KEYPOINTS, (len(images), 1, 1))
+        if aligner is not None or own is not None:
+            located, scores = (own or aligner.locate)(images)[:2] if aligner is None else aligner.locate(images)[:2]
+            return _trusted(located, scores), located.float().cpu().numpy(), scores.float().cpu().numpy()
+        used = canonical if given is None else given
+        hidden = getattr(self.embed, "finds_keypoints", False)
+        reported = np.full_like(used, np.nan) if hidden else used.copy()
+        return torch.from_numpy(used).to(images.device), reported, np.full(len(images), np.nan, np.float32)
+
+
+def _trusted(keypoints: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """An aligner's keypoints, or the canonical ones where it does not believe in them itself."""
+    canonical = torch.tensor(CANONICAL_KEYPOINTS).to(keypoints)
+    return torch.where((scores >= SCORE_THRESHOLD)[:, None, None], keypoints, canonical)
+
+
+def _open_store(
+    embed: Embedder, count: int, keypoints: np.ndarray | None, options: EmbedOptions, name: str, source: str
+) -> MemoryStore | FolderStore:
+    if options.cache is None:
+        return MemoryStore(count, options.share)
+    if not hasattr(embed, "fingerprint") or not source:
+        raise ValueError("to cache embeddings, embed must come from open_model, and source must tell the images apart")
+    blank = torch.zeros(1, 3, SIZE, SIZE), torch.tensor(CANONICAL_KEYPOINTS)[None]
+    aligner = options.aligner
+    identity = {
+        "model": f"{embed.name} {embed.fingerprint()}",
+        "precision": embed.precision,
+        "images": f"{source} ({count})",
+        "keypoints": "none" if keypoints is None else fingerprint(np.asarray(keypoints, np.float32)),
+        "aligner": "none" if aligner is None else fingerprint(*aligner.state_dict().values()),
+        "flip": options.flip,
+    }
+    folder = Path(options.cache) / f"{embed.name}-{name}"
+    return FolderStore(folder, count, embed(*blank).shape[1], identity, options.share)

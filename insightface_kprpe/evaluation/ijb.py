@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .fusion import pool_templates
-from .metrics import rank_k, tpir_at_fpir, tpr_at_fpr
+from .metrics import Matches, rank_k, tpir_at_fpir, tpr_at_fpr
 from .search import search
 
 FPRS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -127,12 +127,34 @@ def identification(
     """
     pooled, known = pool_templates(embeddings, templates, medias, weights)
     probe_embeddings = pooled[_positions(known, probe.templates, "probe")]
-    results = {}
+    matches = {}
     for name, gallery in galleries.items():
         gallery_embeddings = pooled[_positions(known, gallery.templates, f"gallery {name}")]
-        matches = search(probe_embeddings, gallery_embeddings, probe.subjects, gallery.subjects)
-        results[name] = {f"rank_{rank}": value for rank, value in rank_k(matches, ranks).items()}
-        results[name] |= {f"tpir_at_fpir_{point.target}": point.tpr for point in tpir_at_fpir(matches, fpirs)}
+        matches[name] = search(probe_embeddings, gallery_embeddings, probe.subjects, gallery.subjects)
+    return identification_rates(matches, ranks, fpirs)
+
+
+def identification_rates(
+    matches: Mapping[str, Matches], ranks: Sequence[int] = (1, 5, 10), fpirs: Sequence[float] = (0.01, 0.1)
+) -> dict[str, dict[str, float]]:
+    """The numbers of 1:N identification, for each gallery and as ``mean`` over them.
+
+    Args:
+        matches: gallery -> what ``search`` found there.
+        ranks: for rank-k, over the probes whose subject is in the gallery.
+        fpirs: false positive identification rates, fractions; none for closed sets, where all subjects are in.
+
+    Returns:
+        As ``identification``.
+
+    Raises:
+        ValueError: a gallery holds no probe's subject; or all of them, and there are ``fpirs``.
+    """
+    results = {}
+    for name, found in matches.items():
+        results[name] = {f"rank_{rank}": value for rank, value in rank_k(found, ranks).items()}
+        points = tpir_at_fpir(found, fpirs) if fpirs else []
+        results[name] |= {f"tpir_at_fpir_{point.target}": point.tpr for point in points}
     keys = next(iter(results.values()))
     return results | {"mean": {key: float(np.mean([result[key] for result in results.values()])) for key in keys}}
 

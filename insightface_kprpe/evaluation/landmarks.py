@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from insightface_kprpe.data.landmark_augmentation import gaussian_blur, lower_resolution, to_float
 from insightface_kprpe.data.landmark_dataset import LandmarkDataset
-from insightface_kprpe.files import atomic_path, write_atomically
+from insightface_kprpe.evaluation.curves import new_figure, save_figure
+from insightface_kprpe.files import write_atomically
 
 POINT_NAMES = ("left eye", "right eye", "nose", "left mouth", "right mouth")
 FAILURE_THRESHOLD = 0.1  # an image above this NME has failed; the curve ends there, as in the paper's Fig. 8
@@ -198,16 +199,11 @@ def plot_curves(results: Mapping[str, LandmarkResult], path: str | Path) -> None
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("curves need matplotlib: pip install 'insightface-kprpe[plots]'") from error
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    figure = new_figure((6, 4.5))
     axes = figure.subplots()
     for name, result in results.items():
         axes.plot(CURVE_THRESHOLDS, result.curve, label=f"{name}: NME {result.nme:.4f}")
     axes.set(xlabel="NME", ylabel="images (%)", xlim=(0, FAILURE_THRESHOLD), ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(figure, path)

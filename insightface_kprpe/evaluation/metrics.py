@@ -136,7 +136,7 @@ def kfold_accuracy(
 
 def roc(scores: np.ndarray, labels: np.ndarray) -> Roc:
     """All points of the ROC curve, for plotting; see ``tpr_at_fpr`` for the arguments and errors."""
-    positives, negatives = _split(scores, labels)
+    positives, negatives = split_scores(scores, labels)
     return _roc_head(positives, negatives, len(negatives))
 
 
@@ -165,7 +165,7 @@ def tpr_at_fpr(
         raise ValueError(f"fprs must be fractions in [0, 1], got {list(fprs)}")
     if rule not in ("insightface", "at_most"):
         raise ValueError(f"rule must be 'insightface' or 'at_most', got {rule!r}")
-    positives, negatives = _split(scores, labels)
+    positives, negatives = split_scores(scores, labels)
     count = int(max(fprs, default=0) * len(negatives) * 1.5) + 1000
     while True:
         count = min(count, len(negatives))
@@ -176,8 +176,8 @@ def tpr_at_fpr(
         count *= 4
 
 
-def _split(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Copies of the positives' and the negatives' scores, after checks."""
+def split_scores(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Copies of the scores of the positives and of the negatives, checked as ``tpr_at_fpr`` says."""
     scores = np.asarray(scores)
     if scores.ndim != 1:
         raise ValueError(f"scores must be (N,), got shape {scores.shape}")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .mat_list import read_mat_list
 from .metrics import rank_k
 from .search import search
 
@@ -86,15 +87,8 @@ def _read_list(folder: Path, images: str, name: str) -> tuple[list[Path], np.nda
     mat = folder / f"{name}_img_ID_pairs.mat"
     if not mat.is_file():
         return paths, np.array([_identity(path) for path in paths])
-    from scipy.io import loadmat  # reads no Python objects
-
-    table, key = loadmat(mat), name.split("_")[0]
-    if f"{key}_set" not in table or f"{key}_ids" not in table:
-        raise ValueError(f"{mat} must hold {key}_set and {key}_ids, got {sorted(k for k in table if k[0] != '_')}")
-    names = [str(np.ravel(cell)[0]) for cell in table[f"{key}_set"].ravel()]
-    ids = table[f"{key}_ids"].ravel().astype(np.int64)
-    if len(names) != len(ids):
-        raise ValueError(f"{mat} must hold one identity for each image, got {len(ids)} for {len(names)}")
+    key = name.split("_")[0]
+    names, ids = read_mat_list(mat, f"{key}_set", f"{key}_ids")
     by_stem = {path.stem: path for path in paths}  # aligned copies of the set may have another suffix
     return [by_stem.get(Path(image).stem, folder / images / image) for image in names], ids
 

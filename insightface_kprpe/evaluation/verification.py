@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..blocks import fingerprint
 from ..data.face_dataset import LANDMARK_FILE
 from ..data.landmark_csv import read_keypoints
 from ..data.synthetic import verification_pairs
@@ -32,12 +33,16 @@ class VerificationPairs:
         images: 2P crops (112, 112, 3) uint8 RGB, indexable.
         keypoints: (2P, 5, 2) float32 in [0, 1] of the crops.
         is_same: (P,) bool.
+        keypoint_source: where the keypoints come from, for reports.
+        source: text that tells this set from others of its name.
     """
 
     name: str
     images: Sequence[np.ndarray]
     keypoints: np.ndarray
     is_same: np.ndarray
+    keypoint_source: str = "given"
+    source: str = ""
 
 
 class _Decoded(Sequence):
@@ -69,7 +74,7 @@ def open_verification(target: str, rec: str | Path = ".") -> VerificationPairs:
         images, is_same, keypoints = verification_pairs(
             num_identities=60, pairs=600, seed=0, first_identity=FIRST_UNSEEN_IDENTITY, aligned=aligned
         )
-        return VerificationPairs(target, images, keypoints, is_same)
+        return VerificationPairs(target, images, keypoints, is_same, "as drawn", target)
     path = Path(target) if target.endswith(".bin") else Path(rec) / f"{target}.bin"
     if not path.is_file():
         raise ValueError(
@@ -78,7 +83,7 @@ def open_verification(target: str, rec: str | Path = ".") -> VerificationPairs:
     pairs = read_verification_bin(path)
     landmarks = path.with_name(f"{path.stem}_{LANDMARK_FILE}")
     if landmarks.is_file():
-        keypoints = read_keypoints(landmarks, len(pairs.images))
+        keypoints, keypoint_source = read_keypoints(landmarks, len(pairs.images)), landmarks.name
     else:
         logger.warning(
             "%s not found: the canonical template stands in for every face's keypoints, unless the network finds them; "
@@ -87,7 +92,9 @@ def open_verification(target: str, rec: str | Path = ".") -> VerificationPairs:
             path,
         )
         keypoints = np.broadcast_to(CANONICAL_KEYPOINTS, (len(pairs.images), 5, 2))
-    return VerificationPairs(path.stem, _Decoded(pairs), keypoints, pairs.is_same)
+        keypoint_source = "the canonical template"
+    source = fingerprint(*pairs.images)
+    return VerificationPairs(path.stem, _Decoded(pairs), keypoints, pairs.is_same, keypoint_source, source)
 
 
 def verify(embed: Embedder, pairs: VerificationPairs, batch_size: int = 64, flip: bool = True) -> KFoldResult:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,18 +40,20 @@ def start_logging(output: Path, rank: int) -> None:
 
 
 class Metrics:
-    """Numbers of the run: one JSON object a line in ``metrics.jsonl``, and TensorBoard events if asked for.
+    """Numbers of the run: one JSON object a line in ``metrics.jsonl``, and TensorBoard and wandb if asked for.
 
     Args:
         output: the run's folder.
         tensorboard: also write events; needs the extra "tensorboard".
         from_step: steps after this one are dropped from an older file, because the run repeats them.
+        wandb: an open run of Weights & Biases, see :mod:`.wandb_run`; closed together with this.
 
     Raises:
         ImportError: tensorboard is asked for and not installed.
     """
 
-    def __init__(self, output: Path, tensorboard: bool, from_step: int = 0) -> None:
+    def __init__(self, output: Path, tensorboard: bool, from_step: int = 0, wandb: Any = None) -> None:
+        self.wandb = wandb
         self.path = output / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if from_step and self.path.is_file() else []
         kept = [line for line in lines if _step_of(line) <= from_step]
@@ -70,11 +73,15 @@ class Metrics:
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
 
     def close(self) -> None:
-        """Flush and close the TensorBoard writer."""
+        """Flush and close TensorBoard's events and the run of wandb."""
         if self.writer is not None:
             self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
 def _step_of(line: str) -> float:

@@ -1,29 +1,40 @@
-"""Training checkpoints that are whole or absent, and an exact way back to the step they were taken at.
+"""Training checkpoints that are whole or absent, from which any number of ranks goes on.
 
-``checkpoints/step_00001234/`` holds one ``rank_R.pt`` a rank. It is written under another name and renamed when every
-rank has finished, so a folder of that name is always complete.
+``checkpoints/`` in the run's folder holds
+
+- ``step_00001234/``: one checkpoint. Its tensors are written through ``torch.distributed.checkpoint``: what all ranks
+  share once, class centers and their moments as shards of one tensor; ``run.pt`` holds the rest. It is written under
+  another name and renamed when every rank has finished, so a folder of that name is always whole;
+- ``latest``: the name of the checkpoint to resume from;
+- ``best``: the name of the one that scored best when it was validated.
+
+All ranks must see the same folder.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import random
 import re
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..files import atomic_path, sync_folder
+from ..files import atomic_path, sync_folder, write_atomically
 from ..partial_fc import rank_and_world_size
+from . import arcface_torch_checkpoint
+from .random_state import random_state, seed_everything, set_random_state
+from .sharded_tensors import read_tensors, stage, write_tensors
+from .state import Plan, TrainingState
 
 logger = logging.getLogger(__name__)
 
-_FOLDER = re.compile(r"step_(\d{8,})")
+_FOLDER = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
 
 
 def barrier() -> None:
@@ -32,65 +43,19 @@ def barrier() -> None:
         dist.barrier()
 
 
-def save_checkpoint(output: str | Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Write this rank's state; publish the checkpoint when all ranks have written theirs.
-
-    Args:
-        output: the run's folder.
-        step: optimizer steps done.
-        state: tensors and plain python values only (it is read back with ``weights_only=True``).
-        keep: how many newest checkpoints to leave.
-
-    Returns:
-        The checkpoint's folder.
-    """
-    rank, world_size = rank_and_world_size()
-    root = Path(output) / "checkpoints"
-    folder, pending = root / f"step_{step:08d}", root / f"pending_{step:08d}"
-    if rank == 0:
-        for leftover in root.glob("pending_*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        pending.mkdir(parents=True)
-    barrier()
-    with open(pending / f"rank_{rank}.pt", "wb") as file:
-        torch.save({**state, "world_size": world_size, "random": _random_state()}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    barrier()
-    if rank == 0:
-        if folder.exists():  # saved at this very step before: the new one is the same
-            shutil.rmtree(folder)
-        os.replace(pending, folder)
-        sync_folder(root)
-        for old in list_checkpoints(output)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    barrier()
-    return folder
-
-
 def list_checkpoints(output: str | Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """Whole checkpoints of a run, by their step."""
     folders = [path for path in (Path(output) / "checkpoints").glob("step_*") if _FOLDER.fullmatch(path.name)]
-    return sorted(folders, key=lambda path: int(path.name[len("step_") :]))
+    return sorted(folders, key=_number)
 
 
-def load_checkpoint(folder: str | Path) -> dict[str, Any]:
-    """Read this rank's state and set the random number generators to what they were.
-
-    Raises:
-        ValueError: the checkpoint was written by another number of ranks, or is damaged.
-    """
-    rank, world_size = rank_and_world_size()
-    folder = Path(folder)
-    written = len(list(folder.glob("rank_*.pt")))
-    if written != world_size:
-        raise ValueError(f"{folder} was written by {written} ranks, this run has {world_size}; start as many")
-    try:
-        state = torch.load(folder / f"rank_{rank}.pt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{folder}/rank_{rank}.pt is damaged; remove {folder} to resume from an older one") from error
-    _set_random_state(state.pop("random"))
-    return state
+def latest_checkpoint(output: str | Path) -> Path | None:
+    """The checkpoint to resume from, or None where there is none yet."""
+    named = _pointed(Path(output) / "checkpoints", "latest")
+    if named is not None:
+        return named
+    folders = list_checkpoints(output)
+    return folders[-1] if folders else None
 
 
 def save_model(path: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
@@ -99,24 +64,212 @@ def save_model(path: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
         torch.save({key: value.detach().cpu() for key, value in state_dict.items()}, temporary)
 
 
-def _random_state() -> dict[str, Any]:
-    version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the one that data sets may use
-    state = {
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+class Checkpointer:
+    """Saves the checkpoints of a run, removes old ones, and goes back to the latest.
+
+    Args:
+        output: the run's folder.
+        keep: how many newest checkpoints to leave, beside the best one.
+        every: optimizer steps between checkpoints, beside one at the end of every epoch; 0: no others.
+        asynchronous: write in the background while training goes on, from a copy in main memory; at most one at once.
+
+    Attributes:
+        best_score: of all validations so far; None before the first.
+    """
+
+    def __init__(self, output: str | Path, keep: int = 2, every: int = 0, asynchronous: bool = False) -> None:
+        self.output, self.root = Path(output), Path(output) / "checkpoints"
+        self.keep, self.every, self.asynchronous = keep, every, asynchronous
+        self.best_score: float | None = None
+        self.rank, self.world_size = rank_and_world_size()
+        # The background's messages must not mix with those of training.
+        self.group = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self._writing: _Background | None = None
+
+    def due(self, step: int, plan: Plan, score: float | None = None) -> bool:
+        """Whether to save after this step."""
+        often = self.every > 0 and step % self.every == 0
+        return often or step % plan.steps_per_epoch == 0 or step == plan.total_steps or self._is_best(score)
+
+    def _is_best(self, score: float | None) -> bool:
+        return score is not None and (self.best_score is None or score > self.best_score)
+
+    def save(self, step: int, state: TrainingState, plan: Plan, score: float | None = None) -> None:
+        """Save after ``step`` optimizer steps; call it on every rank.
+
+        Args:
+            step: optimizer steps done.
+            state: what to save; may change as soon as the call returns.
+            plan: how long the run is.
+            score: what validation said of this step, the higher the better, the same on every rank; None: nothing.
+        """
+        self.wait()
+        best = self._is_best(score)
+        if best:
+            self.best_score = score
+        if self.rank == 0:
+            for leftover in self.root.glob("pending_*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        tensors = stage(state.tensors(), state.sharded(), self.group)
+        values = {
+            "step": step,
+            "steps_per_epoch": plan.steps_per_epoch,
+            "best_score": self.best_score,
+            "random": self._of_all_ranks(random_state()),  # no rank gets past this before rank 0 has cleared up
+            **state.values(),
+        }
+
+        def write() -> None:
+            self._write(step, tensors, values, best)
+
+        if self.asynchronous:
+            self._writing = _Background(write)
+        else:
+            write()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more; raises what went wrong in the background."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def start(self, state: TrainingState, plan: Plan, resume: bool) -> int:
+        """Go back to the latest checkpoint, or begin anew; returns the optimizer steps done.
+
+        A new run puts the checkpoints of an earlier one aside as ``checkpoints.old``, where they replace older ones.
+        """
+        if resume:
+            return self.resume(state, plan)
+        if self.rank == 0 and list_checkpoints(self.output):
+            aside = self.root.with_suffix(".old")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(self.root, aside)
+            logger.warning("the checkpoints of an earlier run are now in %s; resume=True continues a run", aside)
+        return 0
+
+    def resume(self, state: TrainingState, plan: Plan) -> int:
+        """Go back to the latest checkpoint, or else to that of arcface_torch; returns the optimizer steps done.
+
+        With as many ranks as wrote it, the run continues with the same bits; otherwise with the same weights, moments
+        and images, and other random numbers. Where a step takes more or fewer images than it did, the run continues
+        at the step that has seen as many.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or of another network or optimizer.
+        """
+        folder = latest_checkpoint(self.output)
+        if folder is None and (files := arcface_torch_checkpoint.find(self.output)):
+            return arcface_torch_checkpoint.resume(files, state, plan)
+        if folder is None:
+            logger.info("no checkpoint in %s yet, starting from the beginning", self.output)
+            return 0
+        values = _read_values(folder)
+        if values["optimizer"] != type(state.optimizer).__name__:
+            raise ValueError(
+                f"{folder} was written with optimizer {values['optimizer']}, this run has "
+                f"{type(state.optimizer).__name__}; start with the same, or with init_from to begin anew"
+            )
+        tensors = read_tensors(folder, state.tensors(), state.sharded(), state.optimized(), self.group)
+        state.restore(tensors, values)
+        step, self.best_score = values["step"], values["best_score"]
+        logger.info("resumed from %s", folder)
+        if values["steps_per_epoch"] != plan.steps_per_epoch:
+            step = plan.step_after(step, values["steps_per_epoch"])
+            state.go_to(step)
+            logger.warning(
+                "an epoch had %d steps, now %d: step %d continues as step %d",
+                values["steps_per_epoch"], plan.steps_per_epoch, values["step"], step,
+            )  # fmt: skip
+        if len(values["random"]) == self.world_size:
+            set_random_state(values["random"][self.rank])
+        else:
+            logger.info("saved by %d ranks, resumed on %d", len(values["random"]), self.world_size)
+            seed_everything(torch.initial_seed(), step, self.rank)
+        return step
+
+    def _of_all_ranks(self, value: Any) -> list[Any]:
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, self.group)
+        return values
+
+    def _write(self, step: int, tensors: dict[str, Any], values: dict[str, Any], best: bool) -> None:
+        pending = self.root / f"pending_{step:08d}"
+        write_tensors(pending, tensors, self.group)
+        if self.rank == 0:
+            with open(pending / "run.pt", "wb") as file:
+                torch.save(values, file)
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(pending)
+            # Before the checkpoint: a run that is killed here writes it again, but not one that has nothing left to do.
+            model = {key[len("model.") :]: value for key, value in tensors.items() if key.startswith("model.")}
+            save_model(self.output / "model.pt", model)
+            if best:
+                save_model(self.output / "best_model.pt", model)
+            self._publish(pending, step, best)
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def _publish(self, pending: Path, step: int, best: bool) -> None:
+        folder, attempt = self.root / f"step_{step:08d}", 0
+        while folder.exists():  # of an earlier attempt, and perhaps what `latest` names: leave it until later
+            attempt += 1
+            folder = self.root / f"step_{step:08d}.{attempt}"
+        os.replace(pending, folder)
+        sync_folder(self.root)
+        if best:  # before `latest`: a run killed between the two comes here again
+            write_atomically(self.root / "best", f"{folder.name}\n".encode())
+        write_atomically(self.root / "latest", f"{folder.name}\n".encode())
+        self._remove_old(folder)
+
+    def _remove_old(self, latest: Path) -> None:
+        """Remove what is too old, and what an earlier attempt left of this and later steps."""
+        folders = list_checkpoints(self.output)
+        done = [folder for folder in folders if _number(folder)[0] < _number(latest)[0]]
+        kept = {latest, _pointed(self.root, "best"), *(done[1 - self.keep :] if self.keep > 1 else [])}
+        for folder in folders:
+            if folder not in kept:
+                trash = self.root / f"pending_removal_of_{folder.name}"
+                os.replace(folder, trash)  # a kill must not leave half a folder under its name
+                shutil.rmtree(trash, ignore_errors=True)
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+class _Background:
+    """Runs a function in a thread that does not keep the process alive."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, args=(function,), name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def _run(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except BaseException as error:
+            self.error = error
+
+    def result(self) -> None:
+        self.thread.join()
+        if self.error is not None:
+            raise RuntimeError(f"a checkpoint could not be written: {self.error}") from self.error
+
+
+def _number(folder: Path) -> tuple[int, int]:
+    step, attempt = _FOLDER.fullmatch(folder.name).groups()
+    return int(step), int(attempt or 0)
+
+
+def _pointed(root: Path, pointer: str) -> Path | None:
+    """The checkpoint that a pointer file names, if both exist."""
+    path = root / pointer
+    name = path.read_text().strip() if path.is_file() else ""
+    return root / name if _FOLDER.fullmatch(name) and (root / name).is_dir() else None
+
+
+def _read_values(folder: Path) -> dict[str, Any]:
+    try:
+        return torch.load(folder / "run.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{folder}/run.pt is damaged; remove {folder} to resume from an older one") from error

@@ -15,17 +15,22 @@ from typing import Any
 from easydict import EasyDict as edict
 
 from ..files import write_atomically
+from . import recipes
 
 # Keys whose default is None: what else they may be.
-_OPTIONAL_TYPES = dict.fromkeys(("output", "precision", "init_from", "val", "suffix_run_name", "notes"), str)
+_OPTIONAL_TYPES = dict.fromkeys(
+    ("output", "precision", "init_from", "gradient_compression", "val", "suffix_run_name", "notes"), str
+)
 _OPTIONAL_TYPES |= dict.fromkeys(("wandb_key", "wandb_entity", "wandb_project"), str)
+SECRETS = ("wandb_key",)  # never written to a run's folder
 _CHOICES = {
     "loss": ("margin", "adaface"),
     "optimizer": ("adamw", "sgd"),
     "scheduler": ("polynomial", "cosine", "step"),
+    "gradient_compression": (None, "bf16"),
     "precision": (None, "fp32", "fp16", "bf16"),
 }
-_POSITIVE = ("batch_size", "gradient_acc", "num_epoch", "lr", "clip_grad", "frequent", "verbose")
+_POSITIVE = ("batch_size", "gradient_acc", "num_epoch", "lr", "clip_grad", "frequent", "verbose", "keep_checkpoints")
 _POSITIVE += ("embedding_size", "image_size")
 
 
@@ -42,7 +47,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: str = "ba
     """Read a config file over its base, apply ``key=value`` overrides and check every key, type and choice.
 
     Args:
-        path: a config file, a run's ``config.json``, or the name of a shipped config (e.g. "quickstart").
+        path: a config file, a run's ``config.json``, the name of a shipped config (e.g. "quickstart"), or one that
+            :mod:`.recipes` knows (e.g. "wf12m_vit_b_kprpe").
         overrides: strings ``key=value``; values are python literals, anything else is taken as a string.
         base: name of the config that has every key and its default: "base", or "dfa_base" to train landmarks.
 
@@ -90,8 +96,9 @@ def merge_config(sources: Mapping[str, Mapping[str, Any]], base: str = "base") -
 
 
 def dump_config(config: edict, path: str | Path) -> None:
-    """Write the merged config as JSON; :func:`load_config` reads it back for the same run."""
-    write_atomically(path, (json.dumps(config, indent=2) + "\n").encode())
+    """Write the merged config but its secrets as JSON; :func:`load_config` reads it back for the same run."""
+    public = {key: value for key, value in config.items() if key not in SECRETS}
+    write_atomically(path, (json.dumps(public, indent=2) + "\n").encode())
 
 
 def _find(path: str | Path) -> Path:
@@ -101,12 +108,19 @@ def _find(path: str | Path) -> Path:
         return path
     if len(path.parts) <= 2 and shipped.is_file():
         return shipped
+    if path.stem in recipes.names() and path.suffix in ("", ".py"):
+        return path
     stems = {file.stem for file in configs_folder().glob("*.py")} - {"base", "dfa_base", "__init__"}
     names = ", ".join(sorted(stems))
-    raise ConfigError(f"config must be a python file or one of {names}; got {path}, which does not exist")
+    raise ConfigError(
+        f"config must be a python file, one of {names}, or DATASET_NETWORK or DATASET_NETWORK_LOSS such as "
+        f"wf12m_vit_b_kprpe_cosface; got {path}, which does not exist"
+    )
 
 
 def _run(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return recipes.by_name(path.stem)
     try:
         if path.suffix == ".json":
             return json.loads(path.read_text())
@@ -138,6 +152,8 @@ def _checked(config: edict, key: str, value: Any, where: str) -> Any:
         return (value,)
     if issubclass(expected, dict) and isinstance(value, dict):
         return dict(value)
+    if key == "augment" and isinstance(value, str):
+        return value
     if type(value) is not expected:
         raise ConfigError(f"{where}: {key} must be {expected.__name__}, got {type(value).__name__} {value!r}")
     return value
@@ -152,5 +168,7 @@ def _check_values(config: edict) -> None:
             raise ConfigError(f"{key} must be positive, got {config[key]}")
     if not 0 < config.get("sample_rate", 1) <= 1:
         raise ConfigError(f"sample_rate must be in (0, 1], got {config.sample_rate}")
+    if not 0 <= config.get("init_min_match", 0) <= 1:
+        raise ConfigError(f"init_min_match must be in [0, 1], got {config.init_min_match}")
     if config.scheduler == "step" and not config.decay_epochs:
         raise ConfigError('scheduler "step" needs decay_epochs, e.g. (10, 16, 22)')

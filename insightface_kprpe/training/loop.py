@@ -4,94 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
 import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-from easydict import EasyDict as edict
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.face_dataset import EpochSampler
+from ..data.sampler import EpochSampler
+from ..files import atomic_path, write_atomically
 from ..partial_fc import rank_and_world_size
 from .callbacks import StopSignal
-from .checkpoint import barrier, list_checkpoints, load_checkpoint, save_checkpoint, save_model
-from .lr_scheduler import build_scheduler
+from .checkpoint import Checkpointer
+from .optimization import Batch, NotFinite
+from .state import Plan, TrainingState
 
 logger = logging.getLogger(__name__)
 
-AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun
 EXIT_STOPPED = 128 + 15  # what a shell reports for a process ended by SIGTERM
 WORKER_GRACE = 10  # seconds that a reader process goes on after SIGTERM
 
-Batch = Any  # whatever the data set's items are, stacked
 Log = Callable[[int, int, float, float, float | None], None]  # step, epoch, loss, lr, loss scale of fp16
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stood."""
-
-
-class Plan(NamedTuple):
-    """How long a run is; a step is one of the optimizer.
-
-    Attributes:
-        steps_per_epoch: at least 1.
-        epochs: at least 1.
-        batches_per_step: forward passes whose gradients one step adds up.
-    """
-
-    steps_per_epoch: int
-    epochs: int
-    batches_per_step: int = 1
-
-    @property
-    def total_steps(self) -> int:
-        return self.steps_per_epoch * self.epochs
-
-
-class TrainingState(NamedTuple):
-    """Everything that changes while training runs.
-
-    Attributes:
-        model: the network, not wrapped; its weights alone are ``model.pt``.
-        loss: may have weights too, as PartialFC has.
-        optimizer: over both.
-        scheduler: of the learning rate, by optimizer step.
-        scaler: scales the loss in fp16 training; disabled otherwise.
-    """
-
-    model: nn.Module
-    loss: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler
-
-    def state_dict(self, step: int) -> dict:
-        """What a checkpoint holds."""
-        return {"step": step, **{name: part.state_dict() for name, part in self._asdict().items()}}
-
-    def resume(self, output: Path) -> int:
-        """Load the newest checkpoint, if there is one; returns the optimizer steps done."""
-        checkpoints = list_checkpoints(output)
-        if not checkpoints:
-            logger.info("resume=True: no checkpoint in %s yet, starting from the beginning", output)
-            return 0
-        state = load_checkpoint(checkpoints[-1])
-        for name, part in self._asdict().items():
-            part.load_state_dict(state[name])
-        logger.info("resumed from %s", checkpoints[-1])
-        return state["step"]
 
 
 def run_steps(
@@ -102,139 +47,117 @@ def run_steps(
     *,
     step: int = 0,
     log: Log | None = None,
-    output: Path | None = None,
-    validate: Callable[[int], None] | None = None,
+    checkpoints: Checkpointer | None = None,
+    validate: Callable[[int], float | None] | None = None,
     verbose: int = 1,
 ) -> None:
     """Take the steps of a run that are still to do.
 
     Args:
         state: what ``take_step`` changes.
-        take_step: called with the steps done so far and the batches of this one; returns the loss (of all ranks).
+        take_step: called with the steps done so far and the batches of this one; returns the loss (of all ranks), or
+            raises ``NotFinite``.
         loader: made by :func:`build_loader`.
         plan: how long the run is.
         step: steps done before.
         log: called after every step.
-        output: a checkpoint is saved here at the end of every epoch and when a signal asks the run to stop; None: the
-            run saves nothing and a signal does what it does elsewhere.
-        validate: called with the number of steps done; other ranks wait meanwhile, so it may be None there.
+        checkpoints: saves at the end of every epoch, as often as it was told to, after the best validation so far, and
+            when a signal asks the run to stop; None: nothing is saved, and a signal does what it does elsewhere.
+        validate: called with the number of steps done; returns a score, the higher the better, or None. Other ranks
+            wait meanwhile, so it may be None there.
         verbose: steps between validations; there is always one at the end.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss or a gradient is not finite.
         SystemExit: a signal asked the run to stop; its state is saved.
     """
-    with StopSignal() if output else contextlib.nullcontext() as stop:
+    with StopSignal() if checkpoints else contextlib.nullcontext() as stop:
         while step < plan.total_steps:
             epoch, done = divmod(step, plan.steps_per_epoch)
             loader.batch_sampler.set_position(epoch, done * plan.batches_per_step)
             state.model.train()
             for batches in grouped(loader, plan.batches_per_step):
                 lr = state.optimizer.param_groups[0]["lr"]
-                loss = take_step(step, batches)
-                scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
-                if not math.isfinite(loss):
-                    raise TrainingError(
-                        f"loss is {loss} at step {step + 1} (epoch {epoch}, lr {lr:.6g}, loss scale {scale or 1:g}); "
-                        "lower lr, lengthen warmup_epoch or use precision bf16; "
-                        "resume=True starts from the last checkpoint"
-                    )
+                try:
+                    loss = take_step(step, batches)
+                except NotFinite as error:
+                    folder = checkpoints.output if checkpoints else None
+                    if checkpoints:
+                        checkpoints.wait()
+                    raise broken_step(error, state, step, plan, batches, loader, folder) from error
                 state.scheduler.step()
                 step += 1
                 if log:
+                    scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
                     log(step, epoch, loss, lr, scale)
-                end_of_epoch = step % plan.steps_per_epoch == 0
-                if stop:
-                    _save_and_stop(output, step, state, end_of_epoch, stop.agreed())
-                if step % verbose == 0 or step == plan.total_steps:
-                    if validate:
-                        validate(step)
-                    barrier()
-                if end_of_epoch:
+                stopping = stop.agreed() if stop else False
+                score = None
+                if (step % verbose == 0 or step == plan.total_steps) and not stopping:
+                    score = _same_on_all_ranks(validate(step) if validate else None)
+                if checkpoints and (stopping or checkpoints.due(step, plan, score)):
+                    checkpoints.save(step, state, plan, score)
+                if stopping:
+                    checkpoints.wait()
+                    logger.warning("stopped by a signal after step %d; continue with resume=True", step)
+                    raise SystemExit(EXIT_STOPPED)
+                if step % plan.steps_per_epoch == 0:
                     break
+        if checkpoints:
+            checkpoints.wait()
 
 
-def _save_and_stop(output: Path, step: int, state: TrainingState, end_of_epoch: bool, stopping: bool) -> None:
-    if end_of_epoch or stopping:
-        save_checkpoint(output, step, state.state_dict(step))
-        if rank_and_world_size()[0] == 0:
-            save_model(output / "model.pt", state.model.state_dict())
-    if stopping:
-        logger.warning("stopped by a signal after step %d; continue with resume=True", step)
-        raise SystemExit(EXIT_STOPPED)
+def _same_on_all_ranks(score: float | None) -> float | None:
+    """What rank 0 says, on all ranks once rank 0 has got here."""
+    if rank_and_world_size()[1] == 1:
+        return score
+    value = torch.tensor(math.nan if score is None else score, dtype=torch.float64)  # on the CPU: goes over gloo
+    dist.broadcast(value, 0)
+    return None if value.isnan() else value.item()
 
 
-def optimize(
-    loss_of: Callable[[Batch], torch.Tensor],
+def broken_step(
+    error: NotFinite,
+    state: TrainingState,
+    step: int,
+    plan: Plan,
     batches: Sequence[Batch],
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    clip_grad: float,
-) -> float:
-    """One optimizer step over one or more batches, whose gradients are those of their union.
+    loader: DataLoader,
+    output: Path | None,
+) -> TrainingError:
+    """Write what a step that is not finite was made of, and say where training stood.
 
     Args:
-        loss_of: the mean loss of one batch.
-        batches: of equal size.
-        network: what ``loss_of`` runs, wrapped or not.
-        optimizer: over the network and whatever else learns.
-        scaler: scales the loss in fp16 training; disabled otherwise.
-        clip_grad: largest norm of the network's gradient.
-
-    Returns:
-        The mean loss over all batches and ranks.
+        error: of the step.
+        state: not changed by it.
+        step: steps done before.
+        plan: how long the run is.
+        batches: of the step, as they were loaded.
+        loader: of the batches.
+        output: ``bad_batch_step_N_rank_R.json`` and ``.pt`` are written here; None: nowhere.
     """
-    total = 0.0
-    for number, batch in enumerate(batches, 1):
-        local = number < len(batches) and isinstance(network, DistributedDataParallel)
-        with network.no_sync() if local else contextlib.nullcontext():
-            loss = loss_of(batch) / len(batches)
-            scaler.scale(loss).backward()
-        total += loss.item()
-    total = _mean_over_ranks(total)
-    scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(network.parameters(), clip_grad)
-    if math.isfinite(total):  # a broken loss must not reach the weights
-        scaler.step(optimizer)
-        scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return total
-
-
-def _mean_over_ranks(value: float) -> float:
-    world_size = rank_and_world_size()[1]
-    if world_size == 1:
-        return value
-    total = torch.tensor(value, dtype=torch.float64)  # on the CPU: goes over gloo
-    dist.all_reduce(total)
-    return total.item() / world_size
-
-
-def build_state(config: edict, net: nn.Module, loss: nn.Module, plan: Plan, device: torch.device) -> TrainingState:
-    """What a config's ``optimizer``, ``scheduler`` and ``precision`` ask for; network and loss are on the device."""
-    optimizer = build_optimizer(config, net, loss)
-    scheduler = build_scheduler(
-        optimizer,
-        config.scheduler,
-        plan.total_steps,
-        round(max(0.0, config.warmup_epoch) * plan.steps_per_epoch),
-        [epoch * plan.steps_per_epoch for epoch in config.decay_epochs],
+    epoch, done = divmod(step, plan.steps_per_epoch)
+    lr, scale = state.optimizer.param_groups[0]["lr"], state.scaler.get_scale()
+    names = ", ".join(error.names[:3]) + (f" and {len(error.names) - 3} more" if len(error.names) > 3 else "")
+    saved = ""
+    if output is not None:
+        path = output / f"bad_batch_step_{step + 1}_rank_{rank_and_world_size()[0]}.json"
+        loader.batch_sampler.set_position(epoch, done * plan.batches_per_step)
+        indices = [int(i) for batch in itertools.islice(loader.batch_sampler, plan.batches_per_step) for i in batch]
+        key_of = getattr(loader.dataset, "record_key", lambda index: index)
+        report = {
+            "step": step + 1, "epoch": epoch, "lr": lr, "loss_scale": scale, "loss": str(error.loss),
+            "not_finite": error.names, "indices": indices, "keys": [key_of(index) for index in indices],
+        }  # fmt: skip
+        write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+        with atomic_path(path.with_suffix(".pt")) as temporary:
+            torch.save([[tensor.cpu() for tensor in batch] for batch in batches], temporary)
+        saved = f"its images are in {path.with_suffix('.pt')}, their keys in {path.name}; "
+    what = f"loss is {error.loss}" if not math.isfinite(error.loss) else "a gradient is not finite"
+    return TrainingError(
+        f"{what} at step {step + 1} (epoch {epoch}, lr {lr:.6g}, loss scale {scale:g}; not finite: "
+        f"{names or 'nothing on this rank but the loss'}); {saved}"
+        "lower lr, lengthen warmup_epoch or use precision bf16; resume=True starts from the last checkpoint"
     )
-    scaler_class = ShardedGradScaler if rank_and_world_size()[1] > 1 else torch.amp.GradScaler
-    return TrainingState(net, loss, optimizer, scheduler, scaler_class(device.type, enabled=config.precision == "fp16"))
-
-
-def build_optimizer(config: edict, net: nn.Module, loss: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or SGD over network and loss, without weight decay on biases, norms and what the network names."""
-    spared = net.no_weight_decay() if hasattr(net, "no_weight_decay") else set()
-    named = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for name, parameter in named if parameter.ndim > 1 and name not in spared]
-    plain = [parameter for name, parameter in named if parameter.ndim <= 1 or name in spared]
-    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}, {"params": loss.parameters()}]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def build_loader(
@@ -271,13 +194,6 @@ def step_generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
-def distributed(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network itself, or, where there are several ranks, wrapped to share its gradients with them."""
-    if rank_and_world_size()[1] == 1:
-        return net
-    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
-
-
 @contextlib.contextmanager
 def process_group() -> Iterator[torch.device]:
     """The device of this rank; under torchrun with several ranks also a process group (gloo, and nccl on CUDA)."""
@@ -288,8 +204,16 @@ def process_group() -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield device
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    # torchrun keeps its store when it restarts a group, and in it the addresses of ranks that are no more.
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {os.environ.get(RESTARTS, 0)} of {world_size}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size)
     try:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def resuming(resume: bool) -> bool:
+    """Whether to go on from the last checkpoint: asked for, or this is torchrun's second attempt after a failure."""
+    return resume or int(os.environ.get(RESTARTS, 0)) > 0

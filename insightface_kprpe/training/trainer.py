@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,25 +11,23 @@ import torch.nn as nn
 from easydict import EasyDict as edict
 
 from ..backbones import get_model
-from ..data.augmentation import random_mirror, random_similarity
-from ..data.face_dataset import EpochSampler, FaceDataset, open_faces, to_network_input
+from ..data.augmentation import Augmentation, build_augmentation
+from ..data.face_dataset import FaceDataset, open_faces
+from ..data.feed import BadImages, DeviceFeed, RawBatch, ReadableFaces
+from ..data.sampler import EpochSampler
 from ..evaluation.verification import open_verification
 from ..losses import AdaFace, CombinedMarginLoss
 from ..partial_fc import PartialFC, rank_and_world_size
 from .callbacks import Metrics, SpeedLog, Verification, start_logging
+from .checkpoint import Checkpointer
 from .command_line import run_command_line
 from .config import dump_config
-from .loop import (
-    AUTOCAST,
-    Plan,
-    build_loader,
-    build_state,
-    distributed,
-    optimize,
-    process_group,
-    run_steps,
-    step_generator,
-)
+from .initialization import initialize
+from .loop import build_loader, process_group, resuming, run_steps, step_generator
+from .norm_watch import NormWatch
+from .optimization import AUTOCAST, distributed, optimize
+from .state import Plan, TrainingState, build_state
+from .wandb_run import save_artifact, start_wandb
 
 logger = logging.getLogger("insightface_kprpe.training.trainer")  # under "python -m" __name__ is another
 
@@ -58,7 +56,9 @@ def train(config: edict) -> dict[str, float]:
 
         dataset = open_faces(config.rec, config.num_classes, config.num_image, config.seed)
         check_labels(dataset, config)
-        sampler = EpochSampler(len(dataset), config.batch_size, rank, world_size, config.seed)
+        repeat = {"repetition": config.repeated_augmentation, "labels": dataset.labels}
+        sampler = EpochSampler(len(dataset), config.batch_size, rank, world_size, config.seed, **repeat)
+        augment = build_augmentation(config.augment)
         plan = Plan(len(sampler) // config.gradient_acc, config.num_epoch, config.gradient_acc)
         if not plan.steps_per_epoch:
             raise ValueError(f"gradient_acc must fit {len(sampler)} batches an epoch, got {config.gradient_acc}")
@@ -67,42 +67,58 @@ def train(config: edict) -> dict[str, float]:
         backbone = get_model(config.network, num_features=config.embedding_size, **config.network_kwargs).to(device)
         if config.gradient_checkpointing:
             backbone.set_grad_checkpointing()
+        if config.compile:
+            backbone.compile()  # in place: names of weights stay what they are
         torch.manual_seed(config.seed + 1 + rank)  # class centers, dropped paths and masked patches differ by rank
         partial_fc = PartialFC(margin_loss(config), config.embedding_size, config.num_classes, config.sample_rate)
         state = build_state(config, backbone, partial_fc.to(device), plan, device)
-        step = state.resume(output) if config.resume else 0
+        checkpoints = Checkpointer(output, config.keep_checkpoints, config.save_every, config.async_save)
+        step = checkpoints.start(state, plan, resuming(config.resume))
+        if config.init_from is not None and step == 0:
+            initialize(backbone, partial_fc, config.init_from, config.init_min_match)
 
         accuracies: dict[str, float] = {}
-        log = validate = metrics = None
+        log = validate = metrics = wandb = None
         if rank == 0:
             dump_config(config, output / "config.json")
-            metrics = Metrics(output, config.tensorboard, step)
+            wandb = start_wandb(config, output, resumed=step > 0) if config.using_wandb else None
+            metrics = Metrics(output, config.tensorboard, step, wandb)
             sets = [open_verification(target, config.rec) for target in config.val_targets]
             verification = Verification(sets, metrics)
             step_size = config.batch_size * world_size * config.gradient_acc
             log = SpeedLog(metrics, plan.total_steps, step_size, config.frequent, step)
             logger.info("%s", _summary(config, dataset, backbone, world_size, device, plan.total_steps))
 
-            def validate(step: int) -> None:
+            def validate(step: int) -> float | None:
                 accuracies.update(verification(step, backbone))
+                return sum(accuracies.values()) / len(accuracies) if accuracies else None
 
             if config.verify_at_start:
                 validate(step)
-        network = distributed(backbone, device)
-        loader = build_loader(dataset, sampler, config.num_workers, device, config.seed)
+        network = distributed(backbone, device, config.gradient_compression)
+        loader = build_loader(ReadableFaces(dataset), sampler, config.num_workers, device, config.seed)
+        loader = DeviceFeed(loader, device, BadImages(dataset, config.max_bad_images))
+
+        watch = NormWatch(partial_fc.margin_loss)
 
         def take_step(step: int, batches: Sequence[Batch]) -> float:
             seed = (config.seed, step, rank)
-            batches = [prepare(batch, device, (*seed, part), config.augment) for part, batch in enumerate(batches)]
+            batches = [prepare(batch, device, (*seed, part), augment) for part, batch in enumerate(batches)]
             if getattr(backbone, "finds_keypoints", False):
                 batches = [(images, labels, None) for images, labels, _ in batches]
-            return train_step(network, partial_fc, batches, state.optimizer, state.scaler, config)
+            looking = metrics is not None and (step + 1) % config.frequent == 0
+            loss = train_step(network, batches, state, config, watch if looking else None)
+            if looking:
+                metrics.write(step + 1, **watch.values())
+            return loss
 
         try:
             run_steps(
                 state, take_step, loader, plan,
-                step=step, log=log, output=output, validate=validate, verbose=config.verbose,
+                step=step, log=log, checkpoints=checkpoints, validate=validate, verbose=config.verbose,
             )  # fmt: skip
+            if wandb is not None and config.save_artifacts:
+                save_artifact(wandb, output / "model.pt")
         finally:
             if metrics is not None:
                 metrics.close()
@@ -112,34 +128,65 @@ def train(config: edict) -> dict[str, float]:
 
 def train_step(
     network: nn.Module,
-    partial_fc: PartialFC,
     batches: Sequence[Batch],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    state: TrainingState,
     config: edict,
+    watch: NormWatch | None = None,
 ) -> float:
-    """One optimizer step over one or more batches, whose gradients are those of their union.
+    """One optimizer step over one or more batches, as if they were one.
+
+    They share the sampled class centers and the norm statistics of AdaFace, which takes a second forward pass.
+    Batch normalisation alone sees each of them by itself, as it does those of different ranks.
 
     Args:
         network: the backbone, wrapped or not.
-        partial_fc: class centers and loss.
         batches: (images float in [-1, 1], labels, keypoints), of equal size, on the device.
-        optimizer: over both.
-        scaler: scales the loss in fp16 training; disabled otherwise.
+        state: of the backbone and of PartialFC, its loss.
         config: ``precision`` and ``clip_grad`` are used.
+        watch: is shown the batches and their embeddings.
 
     Returns:
         The mean loss over all batches and ranks.
     """
     dtype = AUTOCAST[config.precision]
 
-    def loss_of(batch: Batch) -> torch.Tensor:
-        images, labels, keypoints = batch
+    def embed(batch: Batch) -> torch.Tensor:
+        images, _, keypoints = batch
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
-            embeddings = network(images, keypoints)
-        return partial_fc(embeddings, labels)
+            return network(images, keypoints)
 
-    return optimize(loss_of, batches, network, optimizer, scaler, config.clip_grad)
+    def loss_of(batch: Batch) -> torch.Tensor:
+        embeddings = embed(batch)
+        if watch is not None:
+            watch(batch[0], batch[2], embeddings)
+        return state.loss(embeddings, batch[1])
+
+    if len(batches) == 1:
+        return optimize(loss_of, batches, network, state, config.clip_grad)
+    norms = norms_of(embed, batches, state.model) if state.loss.needs_norms else None
+    with state.loss.one_batch(torch.cat([batch[1] for batch in batches]), norms):
+        return optimize(loss_of, batches, network, state, config.clip_grad)
+
+
+@torch.no_grad()
+def norms_of(embed: Callable[[Batch], torch.Tensor], batches: Sequence[Batch], backbone: nn.Module) -> torch.Tensor:
+    """Lengths of the embeddings that the training pass is about to make; random numbers and buffers are put back.
+
+    Args:
+        embed: batch -> embeddings, in training mode.
+        batches: parts of one step.
+        backbone: what ``embed`` runs.
+
+    Returns:
+        (n,) float, of all batches.
+    """
+    buffers = [buffer.clone() for buffer in backbone.buffers()]
+    devices = [batches[0][0].device] if batches[0][0].is_cuda else []
+    with torch.random.fork_rng(devices):
+        norms = torch.cat([embed(batch).float().norm(dim=1) for batch in batches])
+    for buffer, before in zip(backbone.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    return norms
 
 
 def margin_loss(config: edict) -> nn.Module:
@@ -167,14 +214,10 @@ def check_labels(dataset: FaceDataset, config: edict) -> None:
     config.num_image = len(dataset)
 
 
-def prepare(batch: Batch, device: torch.device, seed: Iterable[int], augment: Mapping[str, float]) -> Batch:
-    """Move a batch to the device and augment it there; the same seed gives the same choices everywhere."""
-    images, labels, keypoints = (tensor.to(device, non_blocking=True) for tensor in batch)
-    generator = step_generator(*seed)
-    images, keypoints = random_mirror(images, keypoints, generator)
-    images = to_network_input(images)
-    if augment:
-        images, keypoints = random_similarity(images, keypoints, generator, **augment)
+def prepare(batch: RawBatch, device: torch.device, seed: Iterable[int], augment: Augmentation) -> Batch:
+    """Augment a batch on the device; the same seed gives the same choices everywhere."""
+    images, labels, keypoints = (tensor.to(device, non_blocking=True) for tensor in batch[:3])
+    images, keypoints = augment(images, keypoints, step_generator(*seed))
     return images, labels, keypoints
 
 

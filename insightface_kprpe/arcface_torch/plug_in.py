@@ -1,0 +1,168 @@
+"""This package's networks, AdaFace and configs, put into the checkout's own modules as these are imported."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import runpy
+import sys
+from collections.abc import Callable, Mapping
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch.nn as nn
+
+from .. import backbones
+from ..losses import AdaFace
+from ..partial_fc import PartialFC
+from .changes import Change
+
+_ALIGNER_LOGGER = logging.getLogger("insightface_kprpe.backbones.self_aligned")
+
+
+class Parts:
+    """What takes the place of the checkout's functions; each falls back on the one that it replaces.
+
+    Args:
+        root: the checkout.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config: Mapping[str, Any] | None = None  # of train_v2.py, once it has read one
+
+    def get_config(self, original: Callable, config_file: str) -> Mapping[str, Any]:
+        """The checkout's ``get_config`` for a config file anywhere."""
+        path = Path(config_file)
+        if not path.is_file():
+            path = self.root / config_file
+        if not path.is_file():
+            raise FileNotFoundError(f"config must be a python file, got {config_file}, which does not exist")
+        if path.resolve().parent == self.root / "configs":
+            self.config = original(f"configs/{path.name}")
+            return self.config
+        config = importlib.import_module("configs.base").config
+        values = runpy.run_path(str(path)).get("config")
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must define `config = edict()`; it does not")
+        config.update(values)
+        if config.output is None:
+            config.output = os.path.join("work_dirs", path.stem)
+        self.config = config
+        return config
+
+    def get_model(self, original: Callable, name: str, **kwargs) -> nn.Module:
+        """The checkout's ``get_model``, which also knows this package's names."""
+        try:
+            return original(name, **kwargs)
+        except ValueError:
+            if name not in backbones.list_models():
+                raise
+        if name.endswith("_kprpe"):
+            raise ValueError(
+                f"network {name} needs keypoints, and arcface_torch's scripts pass images only; use {name}_dfa, which "
+                "finds them itself"
+            )
+        settings = {**kwargs, **((self.config or {}).get("network_kwargs") or {})}
+        if self.config is not None and name.endswith("_dfa"):
+            if "dfa_weights" not in settings:
+                raise ValueError(
+                    f"network {name} is trained around a trained aligner: add config.network_kwargs = "
+                    '{"dfa_weights": FILE} to the config'
+                )
+        # The other scripts load a model.pt with the aligner in it: a warning of its random start would be wrong.
+        _ALIGNER_LOGGER.disabled = self.config is None
+        try:
+            return backbones.get_model(name, **settings)
+        finally:
+            _ALIGNER_LOGGER.disabled = False
+
+    def margin_loss(self, original: Callable, s: float, m1: Any, m2: float, m3: float, *args, **kwargs) -> nn.Module:
+        """``CombinedMarginLoss``, or AdaFace where the config asks for it."""
+        config = self.config or {}
+        if m1 == "adaface":  # margin_list = ("adaface", m, h)
+            return AdaFace(m2, m3, config.get("adaface_t_alpha", 0.01), s)
+        if config.get("loss", "margin") == "adaface":
+            settings = (config.get(f"adaface_{key}", value) for key, value in (("m", 0.4), ("h", 0.333)))
+            return AdaFace(*settings, config.get("adaface_t_alpha", 0.01), s)
+        return original(s, m1, m2, m3, *args, **kwargs)
+
+    def partial_fc(
+        self,
+        original: Callable,
+        margin_loss: nn.Module,
+        embedding_size: int,
+        num_classes: int,
+        sample_rate: float = 1.0,
+        fp16: bool = False,
+    ) -> nn.Module:
+        """``PartialFC_V2``, or this package's where the margin has to see the embeddings' norms."""
+        if isinstance(margin_loss, AdaFace):
+            return PartialFC(margin_loss, embedding_size, num_classes, sample_rate)
+        return original(margin_loss, embedding_size, num_classes, sample_rate, fp16)
+
+
+# Module and attribute of the checkout -> method of Parts, and why.
+_PLUGS = {
+    ("backbones", "get_model"): ("get_model", "also builds this package's networks (vit_s_kprpe_dfa, vit_s_irpe, ...)"),
+    ("utils.utils_config", "get_config"): ("get_config", "also takes config files outside configs/"),
+    ("losses", "CombinedMarginLoss"): (
+        "margin_loss",
+        'is AdaFace where the config says loss = "adaface" or margin_list = ("adaface", m, h)',
+    ),
+    ("partial_fc_v2", "PartialFC_V2"): ("partial_fc", "with AdaFace: one that hands it the norms of the embeddings"),
+}
+
+
+def plug_in(root: Path) -> list[Change]:
+    """One change for each part of the checkout that is replaced when its module is imported."""
+    parts, finder = Parts(root), _ReplacingFinder(root)
+
+    def plug(module: str, attribute: str, replacement: Callable) -> Callable[[Path, bool], bool]:
+        def apply(root: Path, cpu: bool) -> bool:
+            finder.replacements[module] = (attribute, replacement)
+            if finder not in sys.meta_path:
+                sys.meta_path.insert(0, finder)
+            return True
+
+        return apply
+
+    return [
+        Change(f"{module}.{attribute}", why, plug(module, attribute, getattr(parts, method)))
+        for (module, attribute), (method, why) in _PLUGS.items()
+    ]
+
+
+class _ReplacingFinder(MetaPathFinder):
+    """Imports the checkout's modules as Python does, and then replaces a function in some of them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.replacements: dict[str, tuple[str, Callable]] = {}
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name not in self.replacements:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None or not Path(spec.origin or "").resolve().is_relative_to(self.root):
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_replace(module: ModuleType) -> None:
+            execute(module)
+            attribute, replacement = self.replacements[name]
+            original = getattr(module, attribute, None)
+            if original is None:
+                raise ImportError(
+                    f"{module.__file__} has no {attribute}: this revision of arcface_torch is too old or too new to "
+                    "plug into; take one with partial_fc_v2.py"
+                )
+            setattr(module, attribute, lambda *args, **kwargs: replacement(original, *args, **kwargs))
+
+        spec.loader.exec_module = execute_and_replace
+        return spec

@@ -1,0 +1,79 @@
+"""Long work over a set of images: cut into blocks that are done or not, read ahead, and told apart by a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .partial_fc import rank_and_world_size
+
+
+def cut_into_blocks(count: int, size: int) -> list[range]:
+    """The ranges of at most ``size`` that cover 0 to ``count``."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def run_blocks(
+    dataset: Dataset,
+    blocks: Sequence[range],
+    compute: Callable[[Any], tuple[np.ndarray, ...]],
+    *,
+    batch_size: int,
+    num_workers: int,
+    label: str,
+) -> Iterator[tuple[range, tuple[np.ndarray, ...]]]:
+    """Compute block by block; no batch reaches over the end of a block.
+
+    Args:
+        dataset: index -> what one image is to ``compute``; read in ``num_workers`` processes, ahead of the computation.
+        blocks: ranges of indices.
+        compute: collated batch -> arrays with one row for each image.
+        batch_size: images a batch.
+        num_workers: processes that read; 0: this one.
+        label: what the progress bar says.
+
+    Yields:
+        Each block and the arrays of all its images.
+    """
+    batches = [list(block[i : i + batch_size]) for block in blocks for i in range(0, len(block), batch_size)]
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=_start_worker)
+    results = iter(loader)
+    hidden = None if rank_and_world_size()[0] == 0 else True  # None: where the output is no terminal
+    with tqdm(total=sum(map(len, blocks)), desc=label, leave=False, disable=hidden) as progress:
+        for block in blocks:
+            parts: list[tuple[np.ndarray, ...]] = []
+            for start in range(0, len(block), batch_size):
+                parts.append(compute(next(results)))
+                progress.update(min(batch_size, len(block) - start))
+            yield block, tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+
+def barrier() -> None:
+    """Wait for all ranks, if there are several."""
+    if rank_and_world_size()[1] > 1:
+        dist.barrier()
+
+
+def _start_worker(worker: int) -> None:
+    import cv2
+
+    cv2.setNumThreads(0)  # one thread a worker: they are many
+
+
+def fingerprint(*parts: str | bytes | np.ndarray | torch.Tensor) -> str:
+    """Twelve hexadecimal digits that tell inputs apart."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            part = part.detach().cpu().reshape(-1).view(torch.uint8).numpy()  # also where NumPy has no such type
+        elif isinstance(part, str):
+            part = part.encode()
+        digest.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
+    return digest.hexdigest()[:12]

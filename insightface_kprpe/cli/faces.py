@@ -1,0 +1,132 @@
+"""Verbs about the faces of photos, and about whether everything is installed as it should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+
+Pack = Annotated[str, typer.Option(help="model pack: its name in ROOT/models, or its folder")]
+Root = Annotated[Path, typer.Option(help="InsightFace's root folder")]
+Index = Annotated[Path, typer.Argument(help="gallery file (.npz)")]
+DetectorThreshold = Annotated[float, typer.Option(help="score from which on the detector's find is a face")]
+
+gallery_app = typer.Typer(help="The people that recognize knows.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(gallery_app, name="gallery")
+
+
+@app.command()
+def recognize(
+    gallery: Annotated[Path, typer.Argument(help="folder of people (NAME/*.jpg or NAME.jpg), or a gallery file")],
+    photo: Annotated[Path, typer.Argument(help="picture whose faces are to be named")],
+    out: Annotated[Path | None, typer.Option(help="picture to write, with boxes and names (.jpg, .png)")] = None,
+    pack: Pack = "kprpe",
+    root: Root = Path("~/.insightface"),
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="cosine from which on a face is somebody's; default: the pack's, or 0.3"),
+    ] = None,
+    det_thresh: DetectorThreshold = 0.5,
+    aligned: Annotated[bool, typer.Option(help="--no-aligned: the network sees the detector's box as it is")] = True,
+) -> None:
+    """Name the people in a photo, with similarity (cosine) and quality (0 to 1)."""
+    from ..deployment.installed_packs import load_note
+    from ..gallery import Gallery
+    from ..pictures import read_picture, write_picture
+    from ..recognition import DEFAULT_THRESHOLD, annotate, enrol, measured_threshold, open_pack, people_of_folder
+    from ..recognition import recognize as name_faces
+
+    picture = read_picture(photo)
+    people = Gallery() if gallery.is_dir() else Gallery.load(gallery)
+    analysis = open_pack(pack, root, det_thresh, aligned=aligned)
+    typer.echo(load_note(analysis.models["recognition"].model_file) or f"{pack}: not built by this package", err=True)
+    if gallery.is_dir():
+        _report_faceless(enrol(analysis, people, people_of_folder(gallery)))
+    if threshold is None:
+        threshold = measured_threshold(analysis)
+    if threshold is None:
+        threshold = DEFAULT_THRESHOLD
+        typer.echo(f"threshold {threshold}: nothing measured in the pack; set --threshold", err=True)
+    faces = name_faces(analysis, people, picture, threshold)
+    found = f"{len(faces)} face" if len(faces) == 1 else f"{len(faces)} faces"
+    typer.echo(f"{photo}: {found}, gallery of {len(people.people())} people, threshold {threshold:.3f}")
+    for number, (name, nearest, quality, face) in enumerate(faces, 1):
+        box = " ".join(f"{value:.0f}" for value in face.bbox)
+        similarity = "" if nearest is None else f"similarity {nearest.similarity:.3f}  "
+        doubt = f"  (nearest: {nearest.name})" if name is None and nearest is not None else ""
+        typer.echo(f"{number:3}  {name or 'unknown':<16}  {similarity}quality {quality:.3f}  box {box}{doubt}")
+    if out is not None:
+        write_picture(out, annotate(picture, faces))
+        typer.echo(f"{out}: written")
+
+
+@gallery_app.command("add")
+def add_people(
+    index: Index,
+    people: Annotated[Path, typer.Argument(help="folder of people (NAME/*.jpg or NAME.jpg); one person's with --name")],
+    name: Annotated[str | None, typer.Option(help="whose pictures these are; PEOPLE may then be one picture")] = None,
+    pack: Pack = "kprpe",
+    root: Root = Path("~/.insightface"),
+    det_thresh: DetectorThreshold = 0.5,
+    aligned: Annotated[bool, typer.Option(help="--no-aligned: the network sees the detector's box as it is")] = True,
+) -> None:
+    """Add the largest face of each picture; pictures that are in the gallery already are passed over."""
+    from ..gallery import Gallery
+    from ..pictures import list_pictures
+    from ..recognition import enrol, open_pack, people_of_folder
+
+    if name is None:
+        pictures = people_of_folder(people)
+    elif not people.exists():
+        raise FileNotFoundError(f"pictures not found: {people}")
+    else:
+        pictures = [(name, path) for path in ([people] if people.is_file() else list_pictures(people))]
+    gallery = Gallery.load(index) if index.exists() else Gallery()
+    before = len(gallery.names)
+    _report_faceless(enrol(open_pack(pack, root, det_thresh, aligned=aligned), gallery, pictures, index))
+    typer.echo(f"{index}: {len(gallery.names) - before} pictures added, {len(gallery.people())} people")
+
+
+@gallery_app.command("list")
+def list_people(index: Index) -> None:
+    """Say who is in the gallery, and with how many pictures."""
+    from ..gallery import Gallery
+
+    gallery = Gallery.load(index)
+    for name, pictures in gallery.people().items():
+        typer.echo(f"{pictures:6}  {name}")
+    typer.echo(f"{index}: {len(gallery.people())} people, {len(gallery.names)} pictures, model {gallery.model}")
+
+
+@gallery_app.command("remove")
+def remove_person(index: Index, name: Annotated[str, typer.Argument(help="whom to forget")]) -> None:
+    """Forget a person."""
+    from ..gallery import Gallery
+
+    gallery = Gallery.load(index)
+    pictures = gallery.remove(name)
+    gallery.save(index)
+    typer.echo(f"{index}: {name} removed ({pictures} pictures), {len(gallery.people())} people left")
+
+
+@app.command()
+def doctor(
+    root: Root = Path("~/.insightface"),
+    as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+) -> None:
+    """Check the installation and the model packs; what is wrong comes with the command that mends it."""
+    import json
+
+    from ..doctor import BROKEN, examine, format_findings
+
+    findings = examine(root)
+    typer.echo(json.dumps([item._asdict() for item in findings], indent=2) if as_json else format_findings(findings))
+    raise typer.Exit(int(any(item.status == BROKEN for item in findings)))
+
+
+def _report_faceless(faceless: list[Path]) -> None:
+    for path in faceless:
+        typer.echo(f"{path}: no face found, left out", err=True)

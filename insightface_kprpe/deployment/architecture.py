@@ -1,0 +1,185 @@
+"""What a recognition network is, read from the shapes of its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..backbones import get_model, list_models
+from ..backbones.relative_position import NUM_BUCKETS, SHARINGS
+from .weights import ALIGNER_PREFIX
+
+LANDMARK_NETWORK = "LandmarkHead.0.conv1x1.weight"  # a tensor that every landmark network has
+# Tensors that only one kind of network has, for saying what a file is that holds none of ours.
+_OTHERS = {
+    "layer1.0.prelu.weight": "an InsightFace IResNet",
+    "input_layer.0.weight": "a CVLface IResNet",
+    LANDMARK_NETWORK: "a landmark network (DFA or RetinaFace)",
+    "layers.0.blocks.0.attn.relative_position_bias_table": "a Swin transformer",
+    "kernel": "class centers of a training run",
+    "weight": "class centers of a training run",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A ViT as its weights tell it.
+
+    Attributes:
+        embed_dim, depth, patch_size, img_size, num_features, position: as of ``VisionTransformer``.
+        mlp_width: hidden width of the MLPs.
+        num_heads: None where weights do not tell: without relative positions, or with tables shared by heads.
+        num_keypoints: 0 without KPRPE.
+        num_tables: how many tables of bucket biases KPRPE makes for all layers and heads together; 0 without it.
+        self_aligned: whether the weights of an aligner are among them.
+    """
+
+    embed_dim: int
+    depth: int
+    patch_size: int
+    img_size: int
+    mlp_width: int
+    num_features: int
+    position: str | None
+    num_heads: int | None
+    num_keypoints: int = 0
+    num_tables: int = 0
+    self_aligned: bool = False
+
+    def describe(self) -> str:
+        """One line for people."""
+        kind = {None: "ViT", "irpe": "ViT with iRPE", "kprpe": "ViT with KPRPE"}[self.position]
+        heads = f", {self.num_heads} heads" if self.num_heads else ""
+        keypoints = f" ({self.num_keypoints} keypoints, {self.num_tables} tables)" if self.num_tables else ""
+        return (
+            f"{kind}{keypoints}: {self.depth} layers, width {self.embed_dim}{heads}, MLP {self.mlp_width}, patches of "
+            f"{self.patch_size}, embedding {self.num_features}{', with DFA' if self.self_aligned else ''}"
+        )
+
+    def size(self) -> tuple[int, ...]:
+        """What named sizes differ in."""
+        return self.patch_size, self.img_size, self.embed_dim, self.depth, self.mlp_width
+
+
+def read_architecture(state: Mapping[str, torch.Tensor]) -> Architecture:
+    """Read the architecture from weights without prefixes.
+
+    Raises:
+        ValueError: they are not those of a ViT of this package; the message says what they are, where that is known.
+    """
+    try:
+        patches = state["patch_embed.proj.weight"]
+        num_patches, width = state["pos_embed"].shape[1:]
+        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+        mlp_width, num_features = len(state["blocks.0.mlp.fc1.weight"]), len(state["feature.2.weight"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"these are not the weights of a ViT of this package: {_what_else(state)}") from error
+    position, heads, tables, keypoints = None, None, 0, 0
+    if "keypoint_linear.weight" in state:
+        rows, columns = state["keypoint_linear.weight"].shape
+        position, tables, keypoints = "kprpe", rows // NUM_BUCKETS, columns // 2
+        heads = tables // depth if tables > depth and tables % depth == 0 else None
+    elif "blocks.0.attn.rpe_q.lookup_table_weight" in state:
+        position, heads = "irpe", width // state["blocks.0.attn.rpe_q.lookup_table_weight"].shape[1]
+    patch, grid = patches.shape[-1], math.isqrt(num_patches)
+    return Architecture(
+        embed_dim=width,
+        depth=depth,
+        patch_size=patch,
+        img_size=112 if 112 // patch == grid else grid * patch,  # pixels after the last whole patch are not seen
+        mlp_width=mlp_width,
+        num_features=num_features,
+        position=position,
+        num_heads=heads,
+        num_keypoints=keypoints,
+        num_tables=tables,
+        self_aligned=any(key.startswith(ALIGNER_PREFIX) for key in state),
+    )
+
+
+def _what_else(state: Mapping[str, torch.Tensor]) -> str:
+    for key, kind in _OTHERS.items():
+        if key in state:
+            return f"they are those of {kind}"
+    shown = ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(state.items())[:3])
+    return f"the first of {len(state)} tensors are {shown}"
+
+
+def named_network(architecture: Architecture) -> tuple[str, dict[str, Any]] | None:
+    """The registered network of this architecture.
+
+    Weights do not always tell the number of heads; the named sizes do.
+
+    Returns:
+        Its name and the arguments that differ from the name's own, both for ``get_model``; None if there is none.
+    """
+    found = _named_sizes(tuple(list_models())).get(architecture.size())
+    if found is None:
+        return None
+    name, heads = found
+    suffix = {None: "", "irpe": "_irpe", "kprpe": "_kprpe_dfa" if architecture.self_aligned else "_kprpe"}
+    settings: dict[str, Any] = {}
+    if architecture.position == "kprpe":
+        sharing = _sharing(architecture.num_tables, architecture.depth, heads)
+        if sharing is None:
+            return None
+        settings = {"num_keypoints": architecture.num_keypoints, "kprpe_sharing": sharing}
+        settings = {key: value for key, value in settings.items() if value not in (5, "none")}  # the defaults
+    elif architecture.num_heads not in (None, heads):
+        return None
+    return name + suffix[architecture.position], settings
+
+
+def check_network(name: str, settings: Mapping[str, Any], architecture: Architecture, where: str) -> None:
+    """Compare what is said of weights with what they are.
+
+    Args:
+        name: of the network that they are said to be of.
+        settings: of it, both for ``get_model``.
+        architecture: what they are.
+        where: they come from, for the message.
+
+    Raises:
+        ValueError: it is another network; the message says which.
+    """
+    plain = {key: value for key, value in settings.items() if not key.startswith("dfa_")}
+    try:
+        with torch.device("meta"):
+            said = read_architecture(get_model(name.removesuffix("_dfa"), **plain).state_dict())
+    except TypeError as error:
+        raise ValueError(f"{where}: {name} does not take these settings: {plain} ({error})") from error
+    # A self-aligned network may get its aligner's weights from elsewhere.
+    if dataclasses.replace(said, self_aligned=architecture.self_aligned) == architecture:
+        return
+    found = named_network(architecture)
+    changes = "".join(f", {key}={value!r}" for key, value in found[1].items()) if found else ""
+    known = f"; that is {found[0]}{changes}" if found else ""
+    raise ValueError(f"{where} is said to be {name}, a {said.describe()}, but it is a {architecture.describe()}{known}")
+
+
+def _sharing(num_tables: int, depth: int, num_heads: int) -> str | None:
+    """Which sharing of KPRPE's tables gives their number; None if none does."""
+    counts = {"none": depth * num_heads, "layers": num_heads, "heads": depth, "both": 1}
+    return next((sharing for sharing in SHARINGS if counts[sharing] == num_tables), None)
+
+
+@functools.cache
+def _named_sizes(names: tuple[str, ...]) -> dict[tuple[int, ...], tuple[str, int]]:
+    """Size -> the plain network of it among these names, and its number of heads."""
+    sizes: dict[tuple[int, ...], tuple[str, int]] = {}
+    for name in names:
+        if name.endswith(("_irpe", "_kprpe", "_dfa")):
+            continue
+        with torch.device("meta"):  # shapes alone, no memory
+            net = get_model(name)
+        try:
+            size = read_architecture(net.state_dict()).size()
+        except ValueError:  # someone else's backbone
+            continue
+        sizes.setdefault(size, (name, net.blocks[0].attn.num_heads))
+    return sizes

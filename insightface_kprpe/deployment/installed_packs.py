@@ -1,0 +1,186 @@
+"""Packs that are installed already: what is in them, whether they still are what was built, and removing them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.synthetic import draw_face
+from .model_pack import ALIGNER, DETECTION, MANIFEST, RECOGNITION, TWIN, PackError
+from .onnx_export import read_metadata
+from .precision import format_change
+from .published import file_sha256
+
+_PICTURE = 320  # pixels, of the drawn face that a detector is tried on
+
+
+def find_pack(name: str | Path, root: str | Path = "~/.insightface") -> Path:
+    """The folder of a pack.
+
+    Args:
+        name: of the pack in ``root/models``, or its folder.
+        root: InsightFace's root folder.
+
+    Raises:
+        FileNotFoundError: there is no such pack.
+    """
+    for folder in (Path(root).expanduser() / "models" / name, Path(name).expanduser()):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"pack not found: {name} is neither a folder nor a name in {root}/models")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What ``pack.json`` says.
+
+    Raises:
+        PackError: there is none, so the pack is someone else's, or it is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise PackError(f"{folder} was not built by this package: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(path.read_text())
+        if not all("sha256" in record for record in manifest["files"].values()):
+            raise ValueError("a file has no sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PackError(f"{path} is damaged ({error!r}); build the pack again") from error
+    return manifest
+
+
+def describe(folder: Path) -> str:
+    """A pack for people: of ours what the manifest says, of others what InsightFace takes the files for."""
+    if not (folder / MANIFEST).is_file():
+        from ..model_zoo import stock_route
+
+        lines = [f"{folder}: not built by this package; InsightFace takes its files for"]
+        for path in sorted(folder.rglob("*.onnx")):
+            route = stock_route(path)
+            lines.append(f"  {path.relative_to(folder)}: {route.task or 'nothing'} ({route.kind})")
+        return "\n".join(lines)
+    manifest = read_manifest(folder)
+    lines = [f"{folder}: pack {manifest['name']}"]
+    for name, record in manifest["files"].items():
+        size = (folder / name).stat().st_size / 1e6 if (folder / name).is_file() else 0.0
+        lines.append(f"\n{name} ({size:.1f} MB)")
+        lines += [f"  {key:<12} {value}" for key, value in _facts(record).items()]
+    return "\n".join(lines)
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, str]:
+    facts = {key: record[key] for key in ("task", "architecture", "precision") if key in record}
+    if "colour_order" in record:
+        scale = f", (pixel - {record['mean']}) / {record['std']}" if "mean" in record else ""
+        facts["colours"] = record["colour_order"] + scale
+    facts["keypoints"] = record.get("keypoint_convention", "unknown")
+    if "change" in record:
+        facts["change"] = format_change(record["change"])
+    if "evaluation" in record:
+        found = record["evaluation"]
+        facts["evaluated"] = f"{found['accuracy']:.2f} % on {found['set']} ({found['pairs']} pairs)"
+        facts["thresholds"] = format_thresholds(found["thresholds"])
+    return facts | {"source": record["source"], "licence": record["licence"], "sha256": record["sha256"]}
+
+
+def format_thresholds(thresholds: Mapping[str, float]) -> str:
+    """Cosine thresholds by false positive rate, as JSON has them, for people."""
+    shown = ", ".join(f"cosine {value:.4f} at FPR {float(fpr):g}" for fpr, value in thresholds.items())
+    return shown or "none: the set has too few pairs of different people"
+
+
+def load_note(path: str | Path) -> str | None:
+    """One line about a pack's file for the log of whoever loads it; None if it is not of a pack of this package."""
+    path = Path(path)
+    for folder in path.parents[:2]:
+        if (folder / MANIFEST).is_file():
+            name = path.relative_to(folder).as_posix()
+            record = read_manifest(folder)["files"].get(name)
+            if record is None:
+                return None
+            precision, architecture = record.get("precision", "fp32"), record.get("architecture", "unknown")
+            return f"{folder.name}/{name}: {architecture}, {precision}; {record['source']}; licence {record['licence']}"
+    return None
+
+
+def verify(folder: Path) -> list[str]:
+    """Check that a pack's files are those that were built, are loaded as intended, and work.
+
+    Args:
+        folder: of the pack.
+
+    Returns:
+        What is wrong, one sentence each; empty if nothing is.
+
+    Raises:
+        PackError: it is no pack of this package.
+    """
+    files = read_manifest(folder)["files"]
+    problems = [
+        f"{path.name} was added after the pack was built, and InsightFace would load it; move it away"
+        for path in sorted(folder.glob("*.onnx"))
+        if path.name not in files
+    ]
+    embeddings = {}
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing; build the pack again")
+        elif file_sha256(path) != record["sha256"]:
+            problems.append(f"{name} has changed since the pack was built; build it again")
+        else:
+            try:
+                embeddings[name] = _try(path, name)
+            except Exception as error:  # onnxruntime and protobuf raise what they like
+                problems.append(f"{name} does not work: {str(error).splitlines()[0]}")
+    lengths = {name: value.shape[-1] for name, value in embeddings.items() if value is not None}
+    if len(set(lengths.values())) > 1:
+        problems.append(f"recognition files disagree on the length of embeddings: {lengths}")
+    return problems
+
+
+def _try(path: Path, name: str) -> np.ndarray | None:
+    """Run a file once; what a recognition file embeds a drawn face to."""
+    from ..evaluation.models import OnnxEmbedder
+    from ..model_zoo import stock_model
+
+    if name in (RECOGNITION, DETECTION, ALIGNER):
+        task = "recognition" if name == RECOGNITION else "detection"
+        model = stock_model(path)
+        if model is None or model.taskname != task:
+            raise PackError(f"InsightFace takes it for {'nothing' if model is None else model.taskname}, not {task}")
+    if name in (DETECTION, ALIGNER):
+        fixed = model.input_size is not None
+        model.prepare(-1, input_size=model.input_size if fixed else (_PICTURE, _PICTURE), det_thresh=0.5)
+        model.detect(draw_face(0, 0, size=_PICTURE)[0][..., ::-1].copy())
+        return None
+    if name == TWIN and read_metadata(path).get("inputs") != "images+keypoints":
+        raise PackError("it does not take images and keypoints")
+    image, keypoints = draw_face(0, 0)
+    images = torch.tensor(image).permute(2, 0, 1)[None].float() / 127.5 - 1
+    embedding = OnnxEmbedder(path)(images, torch.tensor(keypoints)[None].float()).numpy()
+    if not np.isfinite(embedding).all():
+        raise PackError("its embedding of a drawn face is not finite")
+    return embedding
+
+
+def remove(folder: Path) -> None:
+    """Delete a pack that this package built.
+
+    Args:
+        folder: of the pack.
+
+    Raises:
+        PackError: it is someone else's, or holds files that the pack does not list; nothing was deleted.
+    """
+    listed = {*read_manifest(folder)["files"], MANIFEST}
+    others = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    others = [name for name in others if name not in listed]
+    if others:
+        raise PackError(f"{folder} also holds {', '.join(others[:5])}, which the pack does not list; move them away")
+    shutil.rmtree(folder)

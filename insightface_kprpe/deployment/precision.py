@@ -1,0 +1,179 @@
+"""ONNX recognition files in half precision or with 8-bit weights, and what verification says of them.
+
+Inputs and outputs stay float32, so that every host feeds a smaller file as it fed the large one.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import onnx
+
+from ..files import atomic_path
+
+if TYPE_CHECKING:
+    from ..evaluation.verification import VerificationPairs
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "fp16", "int8"]
+MINIMAL_COSINE = {"fp16": 0.999, "int8": 0.98}  # of every face, to its float32 embedding
+MAXIMAL_DROP = 1.0  # of verification accuracy, percentage points
+_CHANCE = 3  # pairs that may change sides on a small set without meaning anything
+FPRS = (1e-3, 1e-4, 1e-5)
+_DRAWN_PEOPLE, _DRAWN_PAIRS = 30, 100
+
+
+def check_precision(precision: str) -> None:
+    """Refuse, before anything takes time, a precision that there is not."""
+    if precision != "fp32" and precision not in MINIMAL_COSINE:
+        raise ValueError(f"precision must be fp32, fp16 or int8, got {precision!r}")
+
+
+class PrecisionError(ValueError):
+    """A file of lower precision is too far from the float32 one; nothing was written."""
+
+
+class Measurement(NamedTuple):
+    """What a file makes of pairs of faces, embedded once and unmirrored, as FaceAnalysis does."""
+
+    embeddings: np.ndarray  # (2P, D)
+    accuracy: float  # percent, mean of ten folds
+    thresholds: dict[float, float]  # FPR -> cosine at or above which two faces are one person; those P can tell
+
+
+class PrecisionChange(NamedTuple):
+    """What a lower precision changed."""
+
+    minimal_cosine: float  # to the float32 embedding, of the worst face
+    mean_cosine: float
+    accuracy_fp32: float  # percent
+    accuracy: float  # percent
+    pairs: str  # that it was measured on
+
+
+def measure(path: str | Path, pairs: VerificationPairs) -> Measurement:
+    """Embed pairs with a recognition file and verify them.
+
+    Args:
+        path: ONNX file, of one or two inputs.
+        pairs: what to verify.
+    """
+    from ..evaluation.embedding import embed_images
+    from ..evaluation.metrics import kfold_accuracy, tpr_at_fpr, unit_rows
+    from ..evaluation.models import OnnxEmbedder
+
+    embeddings = embed_images(OnnxEmbedder(path), pairs.images, pairs.keypoints, flip=False, label=pairs.name)
+    first, second = embeddings[0::2], embeddings[1::2]
+    scores = (unit_rows(first) * unit_rows(second)).sum(1)
+    negatives = int((~pairs.is_same).sum())
+    fprs = [fpr for fpr in FPRS if fpr * negatives >= 1]
+    points = tpr_at_fpr(scores, pairs.is_same, fprs) if fprs else []
+    thresholds = {point.target: float(point.threshold) for point in points}
+    return Measurement(embeddings, kfold_accuracy(first, second, pairs.is_same).accuracy, thresholds)
+
+
+def drawn_pairs() -> VerificationPairs:
+    """A few pairs of drawn faces, for when there is no verification set."""
+    from ..data.synthetic import verification_pairs
+    from ..evaluation.verification import FIRST_UNSEEN_IDENTITY, VerificationPairs
+
+    drawn = verification_pairs(_DRAWN_PEOPLE, _DRAWN_PAIRS, first_identity=FIRST_UNSEEN_IDENTITY)
+    images, is_same, keypoints = drawn
+    return VerificationPairs(f"{_DRAWN_PAIRS} drawn pairs", images, keypoints, is_same, "as drawn")
+
+
+def lower_precision(
+    source: str | Path, target: str | Path, precision: Precision, pairs: VerificationPairs | None = None
+) -> tuple[PrecisionChange, Measurement]:
+    """Write a recognition file in a lower precision, if it still tells people apart as the float32 file does.
+
+    Args:
+        source: float32 ONNX file with one or two inputs.
+        target: file to write; may be ``source``.
+        precision: "fp16": weights and arithmetic in half precision; "int8": 8-bit weights of all matrix products,
+            whose activations are rounded to 8 bit as they come. The map from keypoints to attention stays float32.
+        pairs: to compare the two on; None: drawn ones.
+
+    Returns:
+        What changed, and the new file's measurement.
+
+    Raises:
+        ValueError: another precision.
+        PrecisionError: a face's cosine to its float32 embedding, or the accuracy, falls too far.
+    """
+    if precision not in MINIMAL_COSINE:
+        raise ValueError(f"precision must be fp16 or int8 to lower it, got {precision!r}")
+    pairs = pairs or drawn_pairs()
+    before = measure(source, pairs)
+    with atomic_path(target) as temporary:
+        _WRITERS[precision](Path(source), temporary)
+        after = measure(temporary, pairs)
+        change = _compare(before, after, pairs)
+        _check(change, precision, len(pairs.is_same), str(source))
+    logger.info("%s: %s", target, format_change(change._asdict()))
+    return change, after
+
+
+def format_change(change: dict[str, Any]) -> str:
+    """One line for people."""
+    return (
+        f"cosine to fp32 at least {change['minimal_cosine']:.5f}, mean {change['mean_cosine']:.5f}; accuracy "
+        f"{change['accuracy_fp32']:.2f} % -> {change['accuracy']:.2f} % on {change['pairs']}"
+    )
+
+
+def _compare(before: Measurement, after: Measurement, pairs: VerificationPairs) -> PrecisionChange:
+    from ..evaluation.metrics import unit_rows
+
+    if not np.isfinite(after.embeddings).all():
+        return PrecisionChange(-1.0, -1.0, before.accuracy, 0.0, pairs.name)
+    cosines = (unit_rows(before.embeddings) * unit_rows(after.embeddings)).sum(1)
+    return PrecisionChange(float(cosines.min()), float(cosines.mean()), before.accuracy, after.accuracy, pairs.name)
+
+
+def _check(change: PrecisionChange, precision: str, count: int, name: str) -> None:
+    allowed = max(MAXIMAL_DROP, 100 * _CHANCE / count)
+    if change.minimal_cosine >= MINIMAL_COSINE[precision] and change.accuracy >= change.accuracy_fp32 - allowed:
+        return
+    raise PrecisionError(
+        f"{name} in {precision}: {format_change(change._asdict())}; at least cosine {MINIMAL_COSINE[precision]} and no "
+        f"more than {allowed:.1f} points less accuracy are required; use a higher precision"
+    )
+
+
+def _write_half(source: Path, target: Path) -> None:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    model = onnx.load(str(source))
+    half = convert_float_to_float16(model, keep_io_types=True, node_block_list=_keypoint_nodes(model))
+    onnx.save(half, str(target))
+
+
+def _write_int8(source: Path, target: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as folder:
+        shaped = Path(folder) / "shaped.onnx"
+        quant_pre_process(str(source), str(shaped), skip_optimization=True, skip_symbolic_shape=True)
+        quantize_dynamic(
+            str(shaped),
+            str(target),
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=_keypoint_nodes(onnx.load(str(shaped))),
+        )
+
+
+def _keypoint_nodes(model: onnx.ModelProto) -> list[str]:
+    """The few nodes from keypoints to attention biases: small, and precise to a fraction of a pixel only in float32."""
+    return [node.name for node in model.graph.node if any("keypoint_linear" in name for name in node.input)]
+
+
+_WRITERS = {"fp16": _write_half, "int8": _write_int8}

@@ -1,0 +1,113 @@
+"""The packs of an InsightFace root folder: what each file is loaded as, what is not loaded and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+from .deployment.installed_packs import verify
+from .deployment.model_pack import MANIFEST, PackError
+from .deployment.onnx_export import read_metadata
+from .doctor import BROKEN, OK, WARNING, Finding
+
+# InsightFace decides by shapes.
+_ROUTING = (
+    "detection has 5 or more outputs; of the others, landmarks take squares of 192 pixels, attributes of 96, "
+    "recognition of 112 or more, in steps of 16"
+)
+
+
+def examine_packs(root: Path) -> list[Finding]:
+    """One finding for each file of each pack, and for each pack that cannot be used."""
+    models = root / "models"
+    folders = sorted(path for path in models.iterdir() if path.is_dir()) if models.is_dir() else []
+    folders = [folder for folder in folders if not folder.name.startswith(".")]
+    if not folders:
+        mend = f"insightface-kprpe pack RUN --detector buffalo_l --root {root}"
+        return [Finding("packs", WARNING, f"none in {models}", mend)]
+    return [finding for folder in folders for finding in _examine_pack(folder)]
+
+
+def _examine_pack(folder: Path) -> list[Finding]:
+    name = f"pack {folder.name}"
+    files = sorted(folder.glob("*.onnx"))
+    if not files:
+        nested = sorted({path.parent for path in folder.rglob("*.onnx") if path.parent.parent == folder})
+        if nested:
+            found = f"{folder} has its files one folder too deep, FaceAnalysis does not find them"
+            return [Finding(name, BROKEN, found, f"mv {nested[0]}/*.onnx {folder}/")]
+        return [Finding(name, BROKEN, f"{folder} holds no ONNX file", f"rm -r {folder}")]
+    findings, tasks = [], {}
+    for path in files:
+        finding, task = _examine_file(name, path, tasks)
+        findings.append(finding)
+        if task is not None:
+            tasks.setdefault(task, path.name)
+    if "detection" not in tasks and not any(finding.status == BROKEN for finding in findings):
+        mend = f"insightface-kprpe pack RUN --detector buffalo_l --name {folder.name} --root {folder.parent.parent}"
+        findings.append(Finding(name, BROKEN, f"{folder} has no face detector, FaceAnalysis needs one", mend))
+    return findings + _examine_manifest(name, folder)
+
+
+def _examine_file(name: str, path: Path, tasks: dict[str, str]) -> tuple[Finding, str | None]:
+    """How a file is routed, or why not; and its task."""
+    from .model_zoo import stock_route
+
+    try:
+        route = stock_route(path)
+    except Exception as error:  # onnxruntime and protobuf raise what they like
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        mend = f"rm {path}   # then install the pack again"
+        return Finding(name, BROKEN, f"{path.name} does not load: {reason}", mend), None
+    if route.task is None:
+        return Finding(name, WARNING, f"{path.name} is ignored: {why_ignored(path)}"), None
+    if route.task in tasks:
+        found = f"{path.name} is ignored: {tasks[route.task]}, which comes first, is the pack's {route.task} model"
+        return Finding(name, WARNING, found, f"mv {path} {path}.unused"), None
+    return Finding(name, OK, f"{path.name}: {route.task} ({route.kind}){_after_register(path)}"), route.task
+
+
+def why_ignored(path: Path) -> str:
+    """Why InsightFace makes nothing of an ONNX file."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    initializers = {initializer.name for initializer in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in initializers]
+    shapes = [
+        [size.dim_value or size.dim_param or "?" for size in value.type.tensor_type.shape.dim] for value in inputs
+    ]
+    shown = " and ".join("x".join(str(size) for size in shape) for shape in shapes)
+    return f"it takes {shown} and has {len(graph.output)} outputs; {_ROUTING}"
+
+
+def _after_register(path: Path) -> str:
+    """What else becomes of a file of this package after ``register()``."""
+    from .deployment.detector_export import DFA_DETECTOR
+    from .model_zoo import ALIGNER_FILE, KEYPOINT_FOLDER
+
+    metadata = read_metadata(path)
+    if metadata.get("detector") == DFA_DETECTOR:
+        return "; after register() FaceAligner"
+    if "inputs" not in metadata or "detector" in metadata:
+        return ""
+    folder = path.parent / KEYPOINT_FOLDER
+    if metadata.get("inputs") == "images+keypoints":
+        return "; after register() KeypointRecognizer"
+    if (folder / path.name).is_file():
+        refined = f", its keypoints refined by {ALIGNER_FILE}" if (folder / ALIGNER_FILE).is_file() else ""
+        return f"; after register() KeypointRecognizer from {KEYPOINT_FOLDER}/{path.name}{refined}"
+    return f"; the same after register(): there is no {KEYPOINT_FOLDER}/{path.name}"
+
+
+def _examine_manifest(name: str, folder: Path) -> list[Finding]:
+    """What a pack of this package says of itself against what it is."""
+    if not (folder / MANIFEST).is_file():
+        return []
+    mend = f"insightface-kprpe pack RUN --detector {folder / 'detection.onnx'} --name {folder.name}"
+    try:
+        problems = verify(folder)
+    except PackError as error:
+        problems = [str(error)]
+    if problems:
+        return [Finding(name, BROKEN, problem, f"{mend} --root {folder.parent.parent}") for problem in problems]
+    return [Finding(name, OK, f"the files are those that {MANIFEST} lists, and they work")]

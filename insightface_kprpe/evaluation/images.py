@@ -1,0 +1,65 @@
+"""Crops read from files when they are asked for: cut by landmarks, or whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from ..data.face_dataset import read_image_file
+from ..geometry import ARCFACE_TEMPLATE_112, align_face, similarity_transform
+
+SIZE = 112
+
+
+class AlignedFiles(Sequence):
+    """Faces cut out of image files and moved onto InsightFace's template, as ``norm_crop`` does.
+
+    Args:
+        paths: of N images.
+        landmarks_px: (N, 5, 2) float, pixels of each image.
+
+    Attributes:
+        keypoints: (N, 5, 2) float32 in [0, 1] of the crops: where the landmarks come to lie.
+    """
+
+    def __init__(self, paths: Sequence[Path], landmarks_px: np.ndarray) -> None:
+        self.paths, self.landmarks_px = paths, landmarks_px
+        points = torch.from_numpy(np.asarray(landmarks_px, dtype=np.float64))
+        similarity = similarity_transform(points, torch.tensor(ARCFACE_TEMPLATE_112, dtype=torch.float64))
+        moved = points @ similarity[..., :2].mT + similarity[:, None, :, 2]
+        self.keypoints = (moved / SIZE).float().numpy()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return align_face(read_image_file(self.paths[index]), self.landmarks_px[index], SIZE)[0]
+
+
+class WholeFiles(Sequence):
+    """Image files as crops; those of another size are resized, smaller ones smoothly (bicubic).
+
+    Args:
+        paths: of N images.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return fit_crop(read_image_file(self.paths[index]))
+
+
+def fit_crop(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 -> (112, 112, 3) uint8; the whole image, averaged where it is larger, bicubic where smaller."""
+    if image.shape[:2] == (SIZE, SIZE):
+        return image
+    smooth = cv2.INTER_AREA if min(image.shape[:2]) > SIZE else cv2.INTER_CUBIC
+    return cv2.resize(image, (SIZE, SIZE), interpolation=smooth)

@@ -1,0 +1,218 @@
+"""Recognition models from whatever file they come in, each a callable that embeds a batch of crops."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from ..blocks import fingerprint
+
+# (images (B, 3, 112, 112) float RGB in [-1, 1], keypoints (B, 5, 2) in [0, 1]) -> (B, D)
+Embedder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Precision = Literal["fp32", "bf16"]
+
+PACKS = "~/.insightface/models"
+MANIFEST = "pack.json"  # of the packs that this package builds
+
+
+class TorchEmbedder:
+    """A network as an :data:`Embedder`: in eval mode, on its own device, without gradients.
+
+    Args:
+        net: a backbone ``(images, keypoints) -> embeddings``; one that finds the keypoints itself does so.
+        name: what reports call it.
+        precision: "bf16" computes in bfloat16 where that is safe.
+
+    Attributes:
+        needs_keypoints: whether embeddings depend on the keypoints passed.
+        finds_keypoints: whether it finds them itself.
+        locate: images -> its own keypoints and their scores; None where it finds none.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+
+    def __init__(self, net: nn.Module, name: str = "network", precision: Precision = "fp32") -> None:
+        _check_precision(precision)
+        self.net, self.name, self.precision = net, name, precision
+        self.device = next(net.parameters()).device
+        self.finds_keypoints = getattr(net, "finds_keypoints", False)
+        self.needs_keypoints = getattr(net, "position", None) == "kprpe" and not self.finds_keypoints
+        self.locate = net.dfa.locate if self.finds_keypoints else None
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor, keypoints: torch.Tensor) -> torch.Tensor:
+        """Embed one batch; the network is put back into the mode it was in."""
+        was_training = self.net.training
+        self.net.eval()
+        try:
+            keypoints = None if self.finds_keypoints else keypoints.to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                return self.net(images.to(self.device), keypoints).float().cpu()
+        finally:
+            self.net.train(was_training)
+
+    def fingerprint(self) -> str:
+        """Tells this network from others."""
+        return fingerprint(type(self.net).__name__, *self.net.state_dict().values())
+
+    def describe(self) -> str:
+        """What it is, for reports."""
+        return f"torch {type(self.net).__name__}, RGB in [-1, 1], {self.precision} on {self.device.type}"
+
+
+class OnnxEmbedder:
+    """An ONNX file in onnxruntime as an :data:`Embedder`, fed as InsightFace's ``ArcFaceONNX`` would feed it.
+
+    Args:
+        path: a file of this package, with or without input for keypoints, or any one-input ArcFace model.
+        name: what reports call it; None: after the file.
+        device: where to compute; CUDA needs onnxruntime-gpu, without which the CPU does it.
+
+    Attributes:
+        mean, std: the file takes (pixel in [0, 255] - mean) / std, RGB.
+        needs_keypoints, finds_keypoints, locate: as of :class:`TorchEmbedder`; a file never tells what it finds.
+
+    Raises:
+        ValueError: the file is no recognition model for 112 x 112 crops.
+    """
+
+    precision = "fp32"
+    locate = None
+
+    def __init__(self, path: str | Path, name: str | None = None, device: str | torch.device = "cpu") -> None:
+        import onnxruntime
+
+        from ..deployment.onnx_export import read_metadata
+        from ..providers import settle_providers
+
+        self.path, self.name = Path(path), name or Path(path).stem
+        metadata = read_metadata(path)
+        cuda = torch.device(device).type == "cuda"
+        providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
+        self.session = onnxruntime.InferenceSession(str(path), **settle_providers({"providers": providers}))
+        self.inputs = self.session.get_inputs()
+        self.needs_keypoints = metadata.get("inputs") == "images+keypoints"
+        self.finds_keypoints = metadata.get("keypoint_source") == "dfa"
+        shape = self.inputs[0].shape
+        if len(self.inputs) != 1 + self.needs_keypoints or len(shape) != 4 or tuple(shape[2:]) != (112, 112):
+            found = ", ".join(f"{value.name} {value.shape}" for value in self.inputs)
+            raise ValueError(
+                f"{path} must take images (batch, 3, 112, 112), and keypoints where this package wrote it, got {found}"
+            )
+        self.batch = shape[0] if isinstance(shape[0], int) else None
+        self.mean, self.std = _input_convention(self.path, metadata)
+
+    def __call__(self, images: torch.Tensor, keypoints: torch.Tensor) -> torch.Tensor:
+        """Embed one batch, in parts where the file has a fixed batch size."""
+        values = [(images.cpu() * 127.5 + (127.5 - self.mean)) / self.std, keypoints.cpu()][: len(self.inputs)]
+        types = [np.float16 if value.type == "tensor(float16)" else np.float32 for value in self.inputs]
+        feeds = [np.ascontiguousarray(v.numpy(), dtype=t) for v, t in zip(values, types, strict=True)]
+        step = self.batch or len(images)
+        parts = [self._run([feed[i : i + step] for feed in feeds], step) for i in range(0, len(images), step)]
+        return torch.from_numpy(np.concatenate(parts)).float()
+
+    def _run(self, feeds: list[np.ndarray], step: int) -> np.ndarray:
+        count = len(feeds[0])
+        if count < step:  # the end of a set, and a file with a fixed batch
+            feeds = [np.concatenate([feed, np.repeat(feed[-1:], step - count, 0)]) for feed in feeds]
+        names = [value.name for value in self.inputs]
+        return self.session.run(None, dict(zip(names, feeds, strict=True)))[0][:count]
+
+    def fingerprint(self) -> str:
+        """Tells this file from others."""
+        beside = [self.path, self.path.with_name(f"{self.path.name}.data")]
+        return fingerprint(*(path.read_bytes() for path in beside if path.is_file()))
+
+    def describe(self) -> str:
+        """What it is, for reports."""
+        provider = self.session.get_providers()[0].removesuffix("ExecutionProvider")
+        return f"ONNX {self.path.name}, RGB, (pixel - {self.mean:g}) / {self.std:g}, fp32 on {provider}"
+
+
+def _input_convention(path: Path, metadata: dict[str, str]) -> tuple[float, float]:
+    """Mean and std that the file expects: what it says itself, else what InsightFace's loader makes of it."""
+    if metadata:
+        return float(metadata["mean"]), float(metadata["std"])
+    from ..model_zoo import stock_route
+
+    route = stock_route(path)
+    if route.task != "recognition" or route.outputs != 1:
+        raise ValueError(f"{path} must be a recognition model with one output, InsightFace takes it for {route.kind}")
+    return route.input_mean, route.input_std
+
+
+def open_model(
+    path: str | Path,
+    network: str | None = None,
+    precision: Precision = "fp32",
+    device: str | torch.device = "cpu",
+    name: str | None = None,
+) -> TorchEmbedder | OnnxEmbedder:
+    """Open a recognition model.
+
+    Args:
+        path: an ``.onnx`` file; a FaceAnalysis pack, by its folder or by its name in ``~/.insightface/models``; or torch
+            weights as :func:`~insightface_kprpe.deployment.published.load_published` takes them: a training run, a
+            ``.pt`` or ``.safetensors`` file, a published model. Of a pack that this package built, the model with
+            keypoints is taken where there is one.
+        network: name of the backbone that the weights are of, where neither the files beside them nor their shapes say.
+        precision: "fp32" or "bf16"; ONNX files have their own.
+        device: where to compute.
+        name: what reports call it; None: after the file or folder.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or pack.
+        ValueError: it holds no recognition model, or nothing says which network the weights are of.
+    """
+    _check_precision(precision)
+    path = _find(path)
+    name = name or (path.parent.name if path.name == "model.pt" else path.stem if path.is_file() else path.name)
+    if path.is_dir() and (any(path.glob("*.onnx")) or (path / MANIFEST).is_file()):
+        path = _recognition_file(path)
+    if path.suffix == ".onnx":
+        if precision != "fp32" or network is not None:
+            raise ValueError(f"{path} is ONNX, which fixes network and precision; leave both options out")
+        return OnnxEmbedder(path, name, device)
+    from ..deployment.published import load_published
+
+    net, about = load_published(path, network)
+    if about.task != "recognition":
+        raise ValueError(f"model must be a recognition network, {path} holds an {about.task}")
+    return TorchEmbedder(net.to(device).eval(), name, precision)
+
+
+def _find(path: str | Path) -> Path:
+    """The path itself, or the installed pack of that name."""
+    found = Path(path).expanduser()
+    if found.exists():
+        return found
+    pack = Path(PACKS).expanduser() / str(path)
+    if len(found.parts) == 1 and pack.is_dir():
+        return pack
+    raise FileNotFoundError(f"model not found: {path} is no file or folder, and no pack in {PACKS}")
+
+
+def _recognition_file(folder: Path) -> Path:
+    """The recognition model of a pack, as FaceAnalysis finds it; of ours, the one with keypoints."""
+    from ..deployment.model_pack import RECOGNITION, TWIN
+    from ..model_zoo import stock_route
+
+    if (folder / MANIFEST).is_file():
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return folder / (TWIN if TWIN in files else RECOGNITION)
+    for path in sorted(folder.glob("*.onnx")):
+        if stock_route(path).task == "recognition":
+            return path
+    raise ValueError(f"{folder} is no pack with a recognition model: InsightFace takes none of its .onnx files for one")
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")

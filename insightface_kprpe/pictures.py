@@ -1,0 +1,89 @@
+"""Pictures of any of the usual kinds as the one kind that detectors and recognisers take: (H, W, 3) uint8 BGR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from .files import write_atomically
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def as_bgr(image: np.ndarray, name: str = "image") -> np.ndarray:
+    """A picture as (H, W, 3) uint8 BGR; one that is so already is returned itself.
+
+    Args:
+        image: (H, W), (H, W, 1), (H, W, 3) BGR or (H, W, 4) BGRA, uint8 or uint16 of full range; H or W may be 0.
+        name: what to call it in an error.
+
+    Raises:
+        ValueError: None, another shape or another type of numbers.
+    """
+    if image is None:
+        raise ValueError(f"{name} must be an array, got None; cv2.imread returns None for what it cannot read")
+    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
+        got = f"shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"{name} must be (H, W) grey, (H, W, 3) BGR or (H, W, 4) BGRA, got {got}")
+    if image.ndim == 3 and image.shape[2] not in (1, 3, 4):
+        raise ValueError(
+            f"{name} must have 1, 3 or 4 channels last, got shape {image.shape}; channels first? transpose(1, 2, 0)"
+        )
+    if image.dtype == np.uint16:
+        image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise ValueError(
+            f"{name} must be uint8 in 0 to 255 or uint16 in 0 to 65535, got {image.dtype}; "
+            "convert it first, e.g. (255 * image).astype(np.uint8) for floats in [0, 1]"
+        )
+    if image.ndim == 2 or image.shape[2] == 1:
+        return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+    return np.ascontiguousarray(image[..., :3]) if image.shape[2] == 4 else image
+
+
+def read_picture(path: str | Path) -> np.ndarray:
+    """Read a picture file as (H, W, 3) uint8 BGR, turned as its EXIF entry says.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: OpenCV cannot read it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"picture not found: {path}")
+    # Through memory, because OpenCV cannot open every file name that the system can.
+    content = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
+    if image is None:
+        raise ValueError(f"{path} could not be read as a picture; expected JPEG, PNG, BMP, WebP or TIFF")
+    return image
+
+
+def list_pictures(folder: str | Path) -> list[Path]:
+    """The picture files of a folder and its sub-folders, in order; hidden ones are left out."""
+    folder = Path(folder)
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in PICTURE_SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def write_picture(path: str | Path, image: np.ndarray) -> None:
+    """Write a picture at once, in the format that its suffix names.
+
+    Raises:
+        ValueError: OpenCV knows no such format.
+    """
+    path = Path(path)
+    try:
+        whole, content = cv2.imencode(path.suffix, image)
+    except cv2.error:
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} must end in one of {', '.join(PICTURE_SUFFIXES)} to be written as a picture")
+    write_atomically(path, content.tobytes())

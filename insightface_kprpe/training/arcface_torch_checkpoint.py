@@ -1,0 +1,116 @@
+"""arcface_torch's own checkpoints, ``checkpoint_gpu_R.pt`` of every rank R, read on any number of ranks.
+
+Each holds the whole backbone, the class centers of its rank, and the optimizer's moments of both, by number:
+the backbone's parameters in the order of its state dict, then the centers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..deployment.weights import load_weights, strip_prefixes
+from ..partial_fc import PartialFC
+from .state import Plan, TrainingState
+
+logger = logging.getLogger(__name__)
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_MOMENTS = {"AdamW": {"exp_avg", "exp_avg_sq", "step"}, "SGD": {"momentum_buffer"}}
+
+
+def find(folder: str | Path) -> list[Path]:
+    """The checkpoint files in a folder, one of every rank that wrote; none: an empty list.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    found = {path.name for path in Path(folder).glob("checkpoint_gpu_*.pt")}
+    names = [f"checkpoint_gpu_{rank}.pt" for rank in range(len(found))]
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(f"{folder} has {len(found)} checkpoint_gpu_*.pt but no {missing[0]}; copy those of all ranks")
+    return [Path(folder) / name for name in names]
+
+
+def backbone_weights(files: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """The backbone's state dict."""
+    return strip_prefixes(_read(files[0])["state_dict_backbone"])
+
+
+def load_centers(files: Sequence[Path], partial_fc: PartialFC) -> bool:
+    """Copy this rank's class centers; False where people or embedding size are others."""
+    parts = [_read(file)["state_dict_softmax_fc"]["weight"] for file in files]
+    size = (sum(len(part) for part in parts), parts[0].shape[1])
+    if size != (partial_fc.num_classes, partial_fc.class_centers.shape[1]):
+        return False
+    with torch.no_grad():
+        partial_fc.class_centers.copy_(_rows(parts, partial_fc.first_class, partial_fc.num_local))
+    return True
+
+
+def resume(files: Sequence[Path], state: TrainingState, plan: Plan) -> int:
+    """Continue a run of arcface_torch after its last whole epoch; returns the optimizer steps done.
+
+    Args:
+        files: what :func:`find` returned.
+        state: of a backbone that both know, PartialFC and an optimizer of the same kind.
+        plan: how long the run is.
+
+    Raises:
+        ValueError: a file is damaged or of another network, number of people or optimizer.
+    """
+    shards = [_read(file) for file in files]
+    weights = strip_prefixes(shards[0]["state_dict_backbone"])
+    load_weights(state.model, weights)
+    if not load_centers(files, state.loss):
+        raise ValueError(
+            f"{files[0].parent} has other class centers than {state.loss.num_classes} of "
+            f"{state.loss.class_centers.shape[1]}; set num_classes and embedding_size to its own, or use init_from"
+        )
+    names = [f"model.{name}" for name in weights if name.rpartition(".")[2] not in _BUFFERS]
+    state.restore_moments(_moments(shards, names, state), state.optimizer.state_dict()["param_groups"])
+    step = shards[0]["epoch"] * plan.steps_per_epoch
+    state.go_to(step)
+    logger.info("resumed from arcface_torch's checkpoint of %d ranks in %s", len(files), files[0].parent)
+    return step
+
+
+def _moments(shards: Sequence[dict[str, Any]], names: Sequence[str], state: TrainingState) -> dict[str, torch.Tensor]:
+    """Moments by the names that :meth:`TrainingState.tensors` gives them; the centers' are this rank's rows."""
+    kind = type(state.optimizer).__name__
+    moments = [shard["state_optimizer"]["state"] for shard in shards]
+    if any(not _MOMENTS[kind] >= set(values) for values in moments[0].values()):
+        raise ValueError(f'the checkpoint was not written with optimizer {kind}; set optimizer to "sgd" or "adamw"')
+    tensors = {}
+    for index, name in enumerate([*names, "loss.class_centers"]):
+        for moment, value in moments[0].get(index, {}).items():
+            if value is None or name not in state.optimized():
+                continue
+            if name == "loss.class_centers" and moment != "step":
+                value = _rows([part[index][moment] for part in moments], state.loss.first_class, state.loss.num_local)
+            tensors[f"optimizer.{name}.{moment}"] = torch.as_tensor(value, dtype=torch.float32)
+    return tensors
+
+
+def _rows(parts: Sequence[torch.Tensor], first: int, count: int) -> torch.Tensor:
+    """Rows of the concatenation of tensors, of which only the needed ones are read."""
+    pieces, start = [], 0
+    for part in parts:
+        pieces.append(part[max(0, first - start) : max(0, first + count - start)])
+        start += len(part)
+    return torch.cat(pieces)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if {"state_dict_backbone", "state_dict_softmax_fc", "state_optimizer", "epoch"} <= set(content):
+            return content
+    except Exception as error:
+        raise ValueError(f"{file} could not be read as a checkpoint of arcface_torch; is it damaged?") from error
+    raise ValueError(f"{file} is no checkpoint of arcface_torch: it must hold state_dict_backbone and the other states")

@@ -1,0 +1,104 @@
+"""Where fine-tuning starts: weights of another network, as far as they fit, and a word on what did not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+from ..deployment.weights import ALIGNER_PREFIX, read_state_dict, strip_prefixes
+from ..partial_fc import PartialFC
+from . import arcface_torch_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class Match(NamedTuple):
+    """How a network and a file compare, by the names of their tensors.
+
+    Attributes:
+        matched: taken over.
+        missing: of the network, not in the file.
+        mismatched: in both, of other shapes.
+        unused: of the file, not in the network.
+    """
+
+    matched: list[str]
+    missing: list[str]
+    mismatched: list[str]
+    unused: list[str]
+
+    @property
+    def share(self) -> float:
+        """Part of the network's tensors that were taken over, in [0, 1]."""
+        return len(self.matched) / max(1, len(self.matched) + len(self.missing) + len(self.mismatched))
+
+    def __str__(self) -> str:
+        total = len(self.matched) + len(self.missing) + len(self.mismatched)
+        parts = [f"{len(self.matched)} of {total} tensors match"]
+        for kind in ("missing", "mismatched", "unused"):
+            names = getattr(self, kind)
+            if names:
+                parts.append(f"{len(names)} {kind}: {_shown(names)}")
+        return "; ".join(parts)
+
+
+def initialize(backbone: nn.Module, partial_fc: PartialFC, source: str | Path, min_match: float = 0.9) -> Match:
+    """Start a run from other weights.
+
+    Args:
+        backbone: takes over every tensor of the file that has its name and shape.
+        partial_fc: takes over the class centers of arcface_torch's checkpoints, where people and embedding size agree.
+        source: a weights file, the output folder of a run, or a folder of arcface_torch's ``checkpoint_gpu_*.pt``.
+        min_match: least share of the backbone's tensors that must match, in [0, 1].
+
+    Returns:
+        What matched.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, or too little of it fits; the backbone is then unchanged.
+    """
+    source = Path(source)
+    checkpoint = arcface_torch_checkpoint.find(source)
+    if checkpoint:
+        state = arcface_torch_checkpoint.backbone_weights(checkpoint)
+    else:
+        state = strip_prefixes(read_state_dict(source / "model.pt" if source.is_dir() else source))
+    match = compare(backbone, state)
+    logger.info("init_from %s: %s", source, match)
+    if match.share < min_match:
+        raise ValueError(
+            f"init_from must fit at least {min_match:.0%} of the network, {source} fits {match.share:.0%} ({match}); "
+            "choose the network of that file, or set init_min_match lower"
+        )
+    backbone.load_state_dict({key: state[key] for key in match.matched}, strict=False)
+    if checkpoint and not arcface_torch_checkpoint.load_centers(checkpoint, partial_fc):
+        logger.info("init_from %s: its class centers are of other people; these start anew", source)
+    return match
+
+
+def compare(net: nn.Module, state: Mapping[str, torch.Tensor]) -> Match:
+    """How weights would fit a network. An aligner that they do not have at all is not counted as missing."""
+    wanted = net.state_dict()
+    if not any(key.startswith(ALIGNER_PREFIX) for key in state):
+        wanted = {key: value for key, value in wanted.items() if not key.startswith(ALIGNER_PREFIX)}
+    common = [key for key in wanted if key in state]
+    return Match(
+        [key for key in common if state[key].shape == wanted[key].shape],
+        [key for key in wanted if key not in state],
+        [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
+            for key in common
+            if state[key].shape != wanted[key].shape
+        ],
+        [key for key in state if key not in wanted],
+    )
+
+
+def _shown(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

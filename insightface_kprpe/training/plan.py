@@ -1,0 +1,165 @@
+"""What a training run will need, before any GPU is taken: parameters, GFLOPs, memory of each GPU, steps and hours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from easydict import EasyDict as edict
+
+from ..backbones import get_model
+from ..data.face_dataset import open_faces
+from ..partial_fc import shard_range
+from .memory import forward_flops, network_needs
+from .optimization import AUTOCAST
+from .trainer import check_labels
+
+FLOAT = 4  # bytes; weights, gradients, moments, class centers and logits are float32 in every precision
+_MOMENTS = {"adamw": 2, "sgd": 1}
+GB = 1e9
+
+# PartialFC at its largest has this many tensors as large as the logits (the cosines, clamped, with margin, scaled; or
+# while it goes back as many as large as the class centers of the step); see tests/test_plan.py, which measures them.
+LOGITS = 4
+IMAGES = 2  # the augmented batch, and another being copied or augmented, both float32
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run needs; memory is in bytes a GPU.
+
+    Attributes:
+        config: the run's.
+        world_size: GPUs.
+        parameters: of the network.
+        class_center_parameters: of all ranks together.
+        flops: of a forward pass of the network for one image; a multiply-add counts as two.
+        memory: what is there, by name. Not all of it is there at the same time.
+        phases: bytes at the largest moment of the loss, the backward pass and the optimizer.
+        steps_per_epoch: optimizer steps.
+        hours: of the whole run; None where no speed was given.
+    """
+
+    config: edict
+    world_size: int
+    parameters: int
+    class_center_parameters: int
+    flops: int
+    memory: dict[str, int]
+    phases: dict[str, int]
+    steps_per_epoch: int
+    hours: float | None
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at one time."""
+        return max(self.phases.values())
+
+
+def plan_training(config: edict, world_size: int = 1, images_per_second: float | None = None) -> TrainingPlan:
+    """Find out what a run would need; nothing is trained, and no memory of that size is taken.
+
+    Args:
+        config: what ``load_config`` returned. Where its ``num_classes`` or ``num_image`` is 0, the data are opened.
+        world_size: GPUs.
+        images_per_second: that one GPU trains on.
+
+    Raises:
+        ValueError: an argument is not positive, a number is missing, or an epoch has no step.
+    """
+    if world_size < 1 or (images_per_second is not None and images_per_second <= 0):
+        raise ValueError(f"world size and images per second must be positive, got {world_size}, {images_per_second}")
+    if not (config.num_classes and config.num_image):
+        try:
+            check_labels(open_faces(config.rec, config.num_classes, config.num_image, config.seed), config)
+        except ValueError as error:
+            raise ValueError(f"to plan without the data, pass num_classes=N and num_image=N; {error}") from error
+    step_images = config.batch_size * world_size * config.gradient_acc
+    steps_per_epoch = config.num_image // step_images
+    if not steps_per_epoch or config.num_classes < world_size:
+        raise ValueError(
+            f"num_image must fill a step of {step_images} images, and num_classes be at least the world size, got "
+            f"{config.num_image} images of {config.num_classes} people"
+        )
+
+    def build() -> torch.nn.Module:
+        net = get_model(config.network, num_features=config.embedding_size, **config.network_kwargs)
+        if config.gradient_checkpointing:
+            net.set_grad_checkpointing()
+        return net
+
+    with torch.device("meta"):
+        net = build()
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+    memory, phases = _memory(config, world_size, parameters, trained, build)
+    hours = None
+    if images_per_second is not None:
+        hours = steps_per_epoch * config.num_epoch * step_images / (images_per_second * world_size) / 3600
+    return TrainingPlan(
+        config, world_size, parameters, config.num_classes * config.embedding_size, forward_flops(build),
+        memory, phases, steps_per_epoch, hours,
+    )  # fmt: skip
+
+
+def _memory(config: edict, world_size: int, parameters: int, trained: int, build) -> tuple[dict, dict]:
+    """What a GPU holds, and how much of it at the largest moments of a step."""
+    needs = network_needs(build, config.batch_size, AUTOCAST[config.precision])
+    _, local = shard_range(config.num_classes, 0, world_size)  # rank 0 has one more where it does not divide
+    sampled = max(1, int(config.sample_rate * local))
+    row = config.embedding_size * FLOAT
+    moments = _MOMENTS[config.optimizer]
+    # A sample of the class centers is copied; the unit vectors of those that take part are kept.
+    copies = (1 + (sampled < local)) * sampled * row
+    logits = config.batch_size * world_size * sampled * FLOAT
+    memory = {
+        "network: weights": parameters * FLOAT,
+        "network: gradients": trained * FLOAT,
+        "network: optimizer moments": trained * FLOAT * moments,
+        "network: buckets that ranks exchange gradients in": trained * FLOAT * (world_size > 1),
+        "network: activations": needs.activations,
+        "images": IMAGES * config.batch_size * 3 * 112 * 112 * FLOAT,
+        f"class centers ({local:,})": local * row,
+        "class centers: gradients": local * row,
+        "class centers: optimizer moments": local * row * moments,
+        f"class centers of a step ({sampled:,}): copies": copies,
+        f"logits ({config.batch_size * world_size:,} x {sampled:,}), {LOGITS} times": LOGITS * logits,
+    }
+    centers = local * row
+    resident = parameters * FLOAT + trained * FLOAT * (moments + (world_size > 1)) + centers * (1 + moments)
+    resident += memory["images"]
+    kept = (trained * FLOAT + centers) * (config.gradient_acc > 1)  # gradients of the step's earlier batches
+    loss = max(LOGITS * logits, LOGITS * sampled * row) + copies
+    phases = {
+        "loss": resident + kept + needs.activations + max(loss, centers + sampled * row),
+        "backward pass": resident + kept + centers * (config.gradient_acc == 1) + max(needs.forward, needs.backward),
+        "optimizer": resident + trained * FLOAT + centers,
+    }
+    return memory, phases
+
+
+def format_plan(plan: TrainingPlan) -> str:
+    """A plan as text."""
+    config = plan.config
+    step_images = config.batch_size * plan.world_size * config.gradient_acc
+    steps = plan.steps_per_epoch * config.num_epoch
+    lines = [
+        f"{config.network}, {config.precision}, {config.optimizer}, on {plan.world_size} GPUs",
+        f"  parameters        {plan.parameters / 1e6:,.1f}M in the network, "
+        f"{plan.class_center_parameters / 1e6:,.1f}M in {config.num_classes:,} class centers",
+        f"  forward pass      {plan.flops / 1e9:,.2f} GFLOPs an image (a multiply-add is two)",
+        f"  steps             {plan.steps_per_epoch:,} an epoch, {steps:,} in {config.num_epoch} epochs of "
+        f"{config.num_image:,} images; {step_images:,} images a step",
+    ]
+    if plan.hours is not None:
+        speed = steps * step_images / plan.hours / 3600
+        lines.append(f"  time              {plan.hours:,.1f} hours at {speed:,.0f} images/s on all GPUs")
+    lines.append("  memory of a GPU, GB")
+    lines += [f"    {size / GB:8.2f}  {name}" for name, size in plan.memory.items() if size]
+    lines.append("  at one time, GB")
+    lines += [f"    {size / GB:8.2f}  {name}" for name, size in plan.phases.items()]
+    lines.append(
+        f"    {plan.peak / GB:8.2f}  is the peak; CUDA itself, NCCL and what the allocator cannot use come on top, "
+        "1 to 3 GB"
+    )
+    return "\n".join(lines)

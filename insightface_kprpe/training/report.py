@@ -1,0 +1,197 @@
+"""How a run went: curves of its metrics as PNG, and all of them in one HTML file that needs no other."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..evaluation.curves import new_figure, save_figure
+from ..files import write_atomically
+
+WINDOW = 25  # logged steps that a smoothed curve averages
+_SIZE = (7.5, 3.6)  # inches
+
+Series = dict[str, tuple[np.ndarray, np.ndarray]]  # metric: its steps and values
+
+
+class Panel(NamedTuple):
+    """One picture: which metrics it shows, and how.
+
+    Attributes:
+        title: above the axes.
+        ylabel: what the metrics are, and in what unit.
+        metrics: name in the file: name in the legend.
+        smooth: draw the mean over a window too, and what it is made of faintly.
+        band: metric that is drawn as a band around another: {metric: its deviation}.
+    """
+
+    title: str
+    ylabel: str
+    metrics: Mapping[str, str]
+    smooth: bool = False
+    band: Mapping[str, str] = {}
+
+
+PANELS = {
+    "loss": Panel("Loss", "loss", {"loss": "mean of the logged steps"}),
+    "learning_rate": Panel("Learning rate", "learning rate", {"lr": "lr"}),
+    "norms": Panel(
+        "Lengths of the embeddings",
+        "norm, +- one deviation",
+        {"norm/mean": "batch", "norm/running_mean": "AdaFace's running statistics"},
+        band={"norm/mean": "norm/std", "norm/running_mean": "norm/running_std"},
+    ),
+    "margins": Panel(
+        "AdaFace's margin",
+        "mean over the batch",
+        {"margin/mean": "margin added to the cosine", "margin/quality_mean": "quality, the factor of the margin"},
+    ),
+    "correlation": Panel(
+        "Does the norm tell the quality? Below 0 it is the other way round",
+        "correlation with the norm",
+        {
+            "correlation/norm_sharpness": "sharpness of the image",
+            "correlation/norm_alignment": "how well it is aligned",
+        },
+        smooth=True,
+    ),
+    "speed": Panel("Speed", "images / s", {"images_per_second": "all ranks"}),
+}
+
+
+def report_run(run: str | Path, out: str | Path | None = None) -> list[Path]:
+    """Draw the metrics of a run, also of one that is still training.
+
+    Args:
+        run: its folder, with ``metrics.jsonl``.
+        out: where to write; None: the folder ``report`` in it.
+
+    Returns:
+        The files: a PNG for each kind of metric that was logged, and last ``report.html``, which holds them all.
+
+    Raises:
+        FileNotFoundError: the folder has no ``metrics.jsonl``.
+        ValueError: nothing was logged yet.
+        ImportError: matplotlib is not installed.
+    """
+    run = Path(run)
+    out = run / "report" if out is None else Path(out)
+    series = read_metrics(run / "metrics.jsonl")
+    pictures = []
+    accuracies = {name: name.removeprefix("accuracy/") for name in series if name.startswith("accuracy/")}
+    panels = {**PANELS, "verification": Panel("Verification", "accuracy, %", accuracies)}
+    for name, panel in panels.items():
+        if any(metric in series for metric in panel.metrics):
+            pictures.append(out / f"{name}.png")
+            _draw(panel, series, pictures[-1])
+    config = run / "config.json"
+    settings = json.loads(config.read_text()) if config.is_file() else {}
+    page = _page(run.resolve().name, summary(series), pictures, settings)
+    write_atomically(out / "report.html", page.encode())
+    return [*pictures, out / "report.html"]
+
+
+def read_metrics(path: Path) -> Series:
+    """The metrics of a ``metrics.jsonl`` by name; a line that a kill cut short is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no metrics.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"RUN must be a training's output folder with metrics.jsonl, got {path.parent}")
+    points: dict[str, dict[int, float]] = {}
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        for name, value in row.items():
+            if name != "step":
+                points.setdefault(name, {})[row["step"]] = value
+    if not points:
+        raise ValueError(f"{path} holds no metrics yet; try again after the first `frequent` steps")
+    return {name: (np.array(list(by_step)), np.array(list(by_step.values()))) for name, by_step in points.items()}
+
+
+def summary(series: Series) -> list[tuple[str, str]]:
+    """What to know of a run at a glance: names and values."""
+    rows = [("steps logged", f"{max(int(steps[-1]) for steps, _ in series.values()):,}")]
+    if "loss" in series:
+        rows.append(("loss, first and last", f"{series['loss'][1][0]:.3f}, {series['loss'][1][-1]:.3f}"))
+    if "images_per_second" in series:
+        rows.append(("images / s, median", f"{np.median(series['images_per_second'][1]):,.0f}"))
+    for name, (steps, values) in series.items():
+        if name.startswith("accuracy/"):
+            best = f"{values[-1]:.2f} %; best {values.max():.2f} % at step {steps[values.argmax()]:,}"
+            rows.append((f"accuracy on {name.removeprefix('accuracy/')}, last", best))
+        elif name.startswith("correlation/"):
+            last = values[-WINDOW:]
+            what = name.removeprefix("correlation/norm_")
+            rows.append((f"correlation of norm and {what}", f"{last.mean():+.2f} (mean of the last {len(last)})"))
+    return rows
+
+
+def smoothed(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
+    """Mean of each value and those before it, at most ``window`` in all."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _draw(panel: Panel, series: Series, path: Path) -> None:
+    figure = new_figure(_SIZE)
+    axes = figure.subplots()
+    axes.set(title=panel.title, xlabel="optimizer step", ylabel=panel.ylabel)
+    axes.grid(alpha=0.3)
+    for number, (metric, label) in enumerate(panel.metrics.items()):
+        if metric not in series:
+            continue
+        steps, values = series[metric]
+        style = {"color": f"C{number}", "marker": "o" if len(steps) <= 30 else "", "markersize": 3}
+        if panel.smooth:
+            axes.plot(steps, values, color=f"C{number}", alpha=0.2)
+            values = smoothed(values)
+        axes.plot(steps, values, label=label, linewidth=1.4, **style)
+        if panel.band.get(metric) in series:
+            _, deviation = series[panel.band[metric]]
+            axes.fill_between(steps, values - deviation, values + deviation, color=f"C{number}", alpha=0.15)
+    if panel.smooth:
+        axes.axhline(0, color="0.5", linewidth=0.8)
+    axes.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def _page(name: str, rows: Sequence[tuple[str, str]], pictures: Sequence[Path], settings: Mapping[str, Any]) -> str:
+    images = "\n".join(
+        f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        for path in pictures
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; margin: 1em 0 }}
+td {{ border-bottom: 1px solid #ddd; padding: .2em 1.5em .2em 0; vertical-align: top }}
+img {{ width: 570px; max-width: 100%; margin: 0 4px 12px 0 }}
+</style></head><body>
+<h1>{html.escape(name)}</h1>
+{_rows(rows)}
+{images}
+<details><summary>Config</summary>
+{_rows([(key, json.dumps(value)) for key, value in settings.items()])}
+</details>
+</body></html>
+"""
+
+
+def _rows(rows: Sequence[tuple[str, str]]) -> str:
+    cells = (f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    return "<table>\n" + "\n".join(cells) + "\n</table>"

@@ -1,0 +1,322 @@
+import os
+import pickle
+import random
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from distributed import exit_code_of, run_on_ranks
+from test_trainer import TINY, losses, tiny_config, weights
+
+from insightface_kprpe import files
+from insightface_kprpe.losses import AdaFace
+from insightface_kprpe.partial_fc import PartialFC, shard_range
+from insightface_kprpe.training import checkpoint, trainer
+from insightface_kprpe.training.callbacks import StopSignal
+from insightface_kprpe.training.checkpoint import Checkpointer, latest_checkpoint, list_checkpoints
+from insightface_kprpe.training.config import load_config
+from insightface_kprpe.training.state import Plan, build_state
+
+CLASSES, SIZE, BATCH = 7, 4, 12
+PLAN = Plan(5, 2)
+
+
+def make_state(optimizer="adamw", size=SIZE, classes=CLASSES, plan=PLAN):
+    torch.manual_seed(0)
+    config = load_config("quickstart", [f"optimizer={optimizer}", "lr=0.01", "weight_decay=0.1", "warmup_epoch=1"])
+    net = nn.Sequential(nn.Conv2d(3, 5, 2), nn.Flatten(), nn.Linear(5, size)).to(memory_format=torch.channels_last)
+    partial_fc = PartialFC(AdaFace(), size, classes)
+    first, count = shard_range(classes, partial_fc.rank, partial_fc.world_size)
+    centers = torch.randn(classes, size, generator=torch.Generator().manual_seed(1))
+    partial_fc.class_centers.data.copy_(centers[first : first + count])
+    return build_state(config, net, partial_fc, plan, torch.device("cpu"))
+
+
+def take_steps(state, count, first=0):
+    """Losses of some steps on batches that depend on the step alone."""
+    values = []
+    for step in range(first, first + count):
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(BATCH, 3, 2, 2, generator=generator)
+        loss = state.loss(state.model(images), torch.randint(CLASSES, (BATCH,), generator=generator))
+        loss.backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.scheduler.step()
+        values.append(loss.item())
+    return values
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_checkpoint_is_what_was_saved_whatever_happens_next(tmp_path, optimizer, asynchronous):
+    state = make_state(optimizer)
+    checkpoints = Checkpointer(tmp_path, asynchronous=asynchronous)
+    take_steps(state, 3)
+    checkpoints.save(3, state, PLAN)
+    expected = take_steps(state, 3, 3), torch.rand(2)
+    checkpoints.wait()
+    state = make_state(optimizer)
+    assert Checkpointer(tmp_path).resume(state, PLAN) == 3
+    assert state.model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert take_steps(state, 3, 3) == expected[0] and torch.equal(torch.rand(2), expected[1])
+
+
+def test_saving_in_the_background_does_not_keep_training_waiting(tmp_path, monkeypatch):
+    written, go_on = [], threading.Event()
+    write = checkpoint.write_tensors
+
+    def slow(folder, *args):
+        go_on.wait(60)
+        written.append(folder.name)
+        write(folder, *args)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    state, checkpoints = make_state(), Checkpointer(tmp_path, asynchronous=True)
+    checkpoints.save(1, state, PLAN)
+    assert not written and latest_checkpoint(tmp_path) is None
+    go_on.set()
+    checkpoints.save(2, state, PLAN)  # waits for the first
+    assert latest_checkpoint(tmp_path).name == "step_00000001"
+    checkpoints.wait()
+    assert written == ["pending_00000001", "pending_00000002"]
+    assert latest_checkpoint(tmp_path).name == "step_00000002"
+
+
+def test_what_goes_wrong_in_the_background_is_said(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    checkpoints = Checkpointer(tmp_path, asynchronous=True)
+    checkpoints.save(1, make_state(), PLAN)
+    with pytest.raises(RuntimeError, match="a checkpoint could not be written: no space left"):
+        checkpoints.wait()
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    state, checkpoints = make_state(), Checkpointer(tmp_path, keep=2)
+    for step, score in enumerate([70.0, 90.0, 80.0, None, 85.0], 1):
+        checkpoints.save(step, state, PLAN, score)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step_0000000{step}" for step in (2, 4, 5)]
+    assert (tmp_path / "checkpoints" / "best").read_text() == "step_00000002\n"
+    assert latest_checkpoint(tmp_path).name == "step_00000005"
+    again = Checkpointer(tmp_path)
+    again.resume(state, PLAN)
+    assert again.best_score == 90.0
+    assert not again.due(6, PLAN, 89.0) and again.due(6, PLAN, 91.0) and again.due(5, PLAN)
+    assert [step for step in range(1, 10) if Checkpointer(tmp_path, every=2).due(step, PLAN)] == [2, 4, 5, 6, 8]
+
+
+def test_a_new_run_in_the_same_folder_puts_the_old_one_aside(tmp_path):
+    state = make_state()
+    first = Checkpointer(tmp_path)
+    for step in (1, 2):
+        first.save(step, state, PLAN)
+    assert Checkpointer(tmp_path).start(state, PLAN, resume=True) == 2
+    assert Checkpointer(tmp_path).start(state, PLAN, resume=False) == 0
+    assert not list_checkpoints(tmp_path) and latest_checkpoint(tmp_path) is None
+    assert (tmp_path / "checkpoints.old" / "latest").read_text() == "step_00000002\n"
+
+
+def test_steps_done_again_replace_what_an_earlier_attempt_left(tmp_path):
+    state = make_state()
+    first = Checkpointer(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        first.save(step, state, PLAN)
+    Checkpointer(tmp_path).save(2, state, PLAN)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000001", "step_00000002.1"]
+    assert latest_checkpoint(tmp_path).name == "step_00000002.1"
+
+
+def test_a_pointer_to_nothing_falls_back_to_the_newest(tmp_path):
+    checkpoints = Checkpointer(tmp_path)
+    assert latest_checkpoint(tmp_path) is None and checkpoints.resume(make_state(), PLAN) == 0
+    checkpoints.save(1, make_state(), PLAN)
+    (tmp_path / "checkpoints" / "latest").write_text("../../etc")
+    assert latest_checkpoint(tmp_path).name == "step_00000001"
+
+
+def test_other_epochs_continue_where_as_much_was_seen(tmp_path):
+    Checkpointer(tmp_path).save(7, make_state(), PLAN)  # 1.4 epochs
+    plan = Plan(10, 2)
+    state = make_state(plan=plan)
+    assert Checkpointer(tmp_path).resume(state, plan) == 14
+    expected = make_state(plan=plan)
+    for _ in range(14):
+        expected.optimizer.step()
+        expected.scheduler.step()
+    assert state.optimizer.param_groups[0]["lr"] == expected.optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": 6}, r"of another network or loss: .*\(5, 5\)|another network or loss: model.2.weight is \(4, 5\)"),
+        ({"classes": 9}, r"loss.class_centers is \(7, 4\), this run has \(9, 4\)"),
+        ({"optimizer": "sgd"}, "was written with optimizer AdamW, this run has SGD"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, change, message):
+    Checkpointer(tmp_path).save(1, make_state(), PLAN)
+    with pytest.raises(ValueError, match=message):
+        Checkpointer(tmp_path).resume(make_state(**change), PLAN)
+
+
+@pytest.mark.parametrize("file", ["run.pt", ".metadata", "__0_0.distcp"])
+def test_damage_is_said(tmp_path, file):
+    state = make_state()
+    take_steps(state, 1)
+    Checkpointer(tmp_path).save(1, state, PLAN)
+    path = latest_checkpoint(tmp_path) / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        Checkpointer(tmp_path).resume(make_state(), PLAN)
+
+
+def test_the_index_cannot_run_code(tmp_path):
+    Checkpointer(tmp_path).save(1, make_state(), PLAN)
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    (latest_checkpoint(tmp_path) / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="damaged"):
+        Checkpointer(tmp_path).resume(make_state(), PLAN)
+    assert not (tmp_path / "evil").exists()
+
+
+# --- any number of ranks ---------------------------------------------------------------------------------------------
+
+
+def steps_on_rank(rank, world_size, output, first, last):
+    """Train on some steps of a global batch of 12 and save, as one of the ranks."""
+    import torch.distributed as dist
+
+    state = make_state()
+    torch.manual_seed(1 + rank)
+    checkpoints = Checkpointer(output, keep=9, asynchronous=True)
+    assert checkpoints.resume(state, PLAN) == first
+    values = []
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(BATCH, 3, 2, 2, generator=generator).chunk(world_size)[rank]
+        labels = torch.randint(CLASSES, (BATCH,), generator=generator).chunk(world_size)[rank]
+        loss = state.loss(state.model(images), labels)
+        loss.backward()
+        for parameter in state.model.parameters():
+            if world_size > 1:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world_size
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.scheduler.step()
+        values.append(loss.item())
+    checkpoints.save(last, state, PLAN)
+    checkpoints.wait()
+    return torch.tensor(values)
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks_goes_on_from_any_other(tmp_path):
+    """7 class centers on 4, then 3, 1, 2 and 6 ranks."""
+    expected = torch.tensor(take_steps(make_state(), 10))
+    found = []
+    for first, last, world_size in ((0, 2, 4), (2, 4, 3), (4, 6, 1), (6, 8, 2), (8, 10, 6)):
+        results = run_on_ranks(steps_on_rank, world_size, world_size, str(tmp_path), first, last)
+        found.append(results[0])
+    torch.testing.assert_close(torch.cat(found), expected, atol=1e-4, rtol=1e-4)
+
+
+def train_on_rank(rank, output, batch_size, epochs, resume):
+    """The real trainer for some epochs, without what depends on the number of ranks: chance and batch norms."""
+
+    def steady(*args, **kwargs):
+        net = get_model(*args, **kwargs)
+        for layer in net.modules():
+            if isinstance(layer, nn.BatchNorm1d):
+                layer.train = lambda mode=True, layer=layer: layer
+                layer.training = False
+        return net
+
+    def plain(batch, device, seed, augment):
+        images, labels, keypoints = batch[:3]
+        return images.float().div(127.5).sub(1), labels, keypoints
+
+    get_model = trainer.get_model
+    trainer.get_model, trainer.prepare = steady, plain
+    overrides = [f"batch_size={batch_size}", "num_epoch=3", "num_image=77", "num_classes=7", f"resume={resume}"]
+    overrides += [f"network_kwargs={ {**TINY, 'drop_path_rate': 0.0, 'mask_ratio': 0.0} }", "sample_rate=1.0"]
+    overrides += ["loss=adaface", "async_save=True", "save_every=2"]
+    config = tiny_config(output, *overrides)
+    stop = epochs * (77 // 12)
+    calls = iter(range(1 + int(latest_checkpoint(output).name[5:]) if resume else 1, 1000))
+    StopSignal.agreed = lambda self: next(calls) == stop and stop < 18
+    try:
+        trainer.train(config)
+    except SystemExit as error:
+        assert error.code == 143
+    return 0
+
+
+@pytest.mark.slow
+def test_a_run_goes_from_two_ranks_to_three_to_one(tmp_path):
+    run_on_ranks(train_on_rank, 2, str(tmp_path / "whole"), 6, 3, False)
+    for world_size, batch_size, epochs in ((2, 6, 1), (3, 4, 2), (1, 12, 3)):
+        run_on_ranks(train_on_rank, world_size, str(tmp_path / "parts"), batch_size, epochs, world_size != 2)
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert list(found) == list(expected) == list(range(1, 19))
+    torch.testing.assert_close(list(found.values()), list(expected.values()), atol=2e-3, rtol=1e-4)
+    assert found[18] < found[1]
+    for key, value in weights(tmp_path / "parts").items():
+        torch.testing.assert_close(value, weights(tmp_path / "whole")[key], atol=1e-3, rtol=1e-3)
+
+
+# --- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+def train_until_killed(output, moment):
+    """Train and end this process by SIGKILL at the ``moment``-th step or step of writing a file; 0: never."""
+    calls = 0
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    torch.set_num_threads(1)
+    for module, name in (
+        (os, "replace"), (os, "fsync"), (torch, "save"), (trainer, "train_step"), (checkpoint.shutil, "rmtree"),
+        (checkpoint, "write_tensors"), (checkpoint.Checkpointer, "_write"), (files, "sync_folder"),
+    ):  # fmt: skip
+        setattr(module, name, counted(getattr(module, name)))
+    overrides = ["resume=True", "num_epoch=2", "save_every=3", "async_save=True", "num_image=40", "precision=bf16"]
+    trainer.train(tiny_config(output, *overrides))
+    (Path(output) / "calls").write_text(str(calls))
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_loses_at_most_the_work_since_the_last_save(tmp_path):
+    assert exit_code_of(train_until_killed, str(tmp_path / "whole"), 0) == 0
+    moments = int((tmp_path / "whole" / "calls").read_text())
+    expected, numbers = weights(tmp_path / "whole"), random.Random(0)
+    kills = runs = 0
+    while kills < 20:
+        runs += 1
+        output = tmp_path / f"run_{runs}"
+        while exit_code_of(train_until_killed, str(output), numbers.randint(1, moments)) == -signal.SIGKILL:
+            kills += 1
+        assert losses(output) == losses(tmp_path / "whole")
+        for key, value in weights(output).items():
+            assert torch.equal(value, expected[key]), key
+        assert len(list_checkpoints(output)) == 2
+    assert runs > 1

@@ -1,0 +1,204 @@
+import json
+import sys
+from types import SimpleNamespace
+
+import onnx
+import pytest
+import tiny_packs as tiny
+import torch
+from typer.testing import CliRunner
+
+from insightface_kprpe import cli, doctor, doctor_packs
+from insightface_kprpe.deployment import model_pack
+from insightface_kprpe.doctor import BROKEN, OK, WARNING, Finding
+
+
+@pytest.fixture
+def versions(monkeypatch):
+    """Which distributions are installed, as the test says."""
+    fake = {}
+
+    def version(name):
+        if name not in fake:
+            raise doctor.importlib.metadata.PackageNotFoundError(name)
+        return fake[name]
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    return fake
+
+
+def on_a_gpu(monkeypatch, torch_too=False):
+    monkeypatch.setattr(doctor, "_has_nvidia", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_too)
+
+
+def test_requirements_that_are_missing_or_old(versions, monkeypatch):
+    wanted = ["torch>=2.6", "onnxruntime>=1.20", "opencv-python>=4.9", "typer>=0.12", 'pytest>=8; extra == "test"']
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: wanted)
+    versions |= {"torch": "2.5.1", "onnxruntime-gpu": "1.22", "opencv-python-headless": "4.10.0"}
+    assert list(doctor.check_requirements()) == [
+        Finding("torch", BROKEN, "torch 2.5.1, needed >=2.6", 'pip install "torch>=2.6"'),
+        Finding("typer", BROKEN, "not installed, needed >=0.12", 'pip install "typer>=0.12"'),
+    ]
+    versions |= {"torch": "2.7.0+cu126", "typer": "0.15", "insightface-kprpe": "9"}
+    assert list(doctor.check_requirements()) == [
+        Finding("insightface-kprpe", OK, "9, all 4 packages that it needs are new enough")
+    ]
+
+
+def test_two_onnxruntimes_clash(versions, monkeypatch):
+    versions |= {"onnxruntime": "1.22", "onnxruntime-gpu": "1.21"}
+    finding = doctor.check_onnxruntime()
+    assert finding.status == BROKEN and "onnxruntime 1.22 and onnxruntime-gpu 1.21 overwrite" in finding.found
+    assert finding.mend == "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime"
+    on_a_gpu(monkeypatch)
+    assert doctor.check_onnxruntime().mend.endswith("pip install --no-deps onnxruntime-gpu")
+
+
+@pytest.mark.parametrize(
+    ("providers", "starts", "gpu", "status", "found"),
+    [
+        (["CPUExecutionProvider"], False, False, OK, "onnxruntime 1.22, CPUExecutionProvider"),
+        (["CPUExecutionProvider"], False, True, WARNING, "no CUDA beside an NVIDIA GPU"),
+        (["CUDAExecutionProvider", "CPUExecutionProvider"], False, True, WARNING, "CUDA does not start"),
+        (["CUDAExecutionProvider", "CPUExecutionProvider"], False, False, OK, "the machine has no NVIDIA driver"),
+        (["CUDAExecutionProvider", "CPUExecutionProvider"], True, True, OK, "CUDAExecutionProvider"),
+    ],
+)
+def test_where_onnxruntime_runs(versions, monkeypatch, providers, starts, gpu, status, found):
+    versions["onnxruntime"] = "1.22"
+    fake = SimpleNamespace(get_available_providers=lambda: providers)
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake)
+    monkeypatch.setattr(doctor, "_starts", lambda provider: starts)
+    monkeypatch.setattr(doctor, "_has_nvidia", lambda: gpu)
+    finding = doctor.check_onnxruntime()
+    assert finding.status == status and found in finding.found and bool(finding.mend) == (status != OK)
+
+
+def test_an_onnxruntime_that_does_not_load(versions, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace())  # what two uninstalled ones leave
+    finding = doctor.check_onnxruntime()
+    assert finding.status == BROKEN and finding.found.startswith("none does not load")
+    assert finding.mend.endswith("pip install onnxruntime")
+
+
+def test_sessions_start_where_they_can():
+    assert doctor._starts("CPUExecutionProvider")
+
+
+def test_torch_beside_a_gpu(monkeypatch):
+    monkeypatch.setattr(doctor, "_has_nvidia", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.check_torch().status == OK
+    on_a_gpu(monkeypatch)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "whl/cu126" in doctor.check_torch().mend
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    assert "cannot use the NVIDIA GPU" in doctor.check_torch().found
+    on_a_gpu(monkeypatch, torch_too=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA T4")
+    assert doctor.check_torch().found.endswith("CUDA 12.6: NVIDIA T4")
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "mend"),
+    [
+        ("2.7.0+cpu", "torchvision --index-url https://download.pytorch.org/whl/cpu"),
+        ("2.7.0+cu128", "torchvision --index-url https://download.pytorch.org/whl/cu128"),
+        ("2.7.0", "--no-deps torchvision"),
+        ("2.7.0+gitabc", "--no-deps torchvision"),
+    ],
+)
+def test_torchvision_of_another_build(versions, monkeypatch, torch_version, mend):
+    assert doctor.check_torchvision().found == "not installed"
+    versions["torchvision"] = "0.22.0"
+    failed = SimpleNamespace(returncode=1, stderr="Traceback\nRuntimeError: operator torchvision::nms does not exist\n")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    finding = doctor.check_torchvision()
+    assert finding.status == WARNING and "operator torchvision::nms does not exist" in finding.found
+    assert finding.mend.endswith(mend)
+
+
+def test_two_opencvs_clash(versions):
+    versions |= {"opencv-python": "4.10", "opencv-python-headless": "4.9"}
+    finding = doctor.check_opencv()
+    assert finding.status == WARNING and "pip uninstall -y opencv-python opencv-python-headless" in finding.mend
+
+
+def test_numpy_and_insightface_of_this_machine():
+    assert doctor.check_numpy().status == doctor.check_insightface().status == OK
+
+
+def test_how_files_are_routed(tmp_path):
+    folder = tiny.write_pack(tmp_path, aligner=True)
+    tiny.write_recognition(folder / "second.onnx", with_keypoints=False)
+    shape = {"inputs": {"x": ["batch", 3, 108, 108]}, "outputs": {"y": ["batch", 3, 108, 108]}, "constants": {}}
+    tiny.save(folder / "small.onnx", [onnx.helper.make_node("Relu", ["x"], ["y"])], **shape)
+    (folder / "torn.onnx").write_bytes((folder / "second.onnx").read_bytes()[:500])
+    tiny.write_pack(tmp_path, "plain", twin=False)
+    found = {finding.found.split(":")[0].split(" ")[0] + finding.name: finding for finding in run_packs(tmp_path)}
+    detection = found["detection.onnxpack tiny"]
+    assert detection == Finding("pack tiny", OK, "detection.onnx: detection (SCRFD)")
+    assert found["recognition.onnxpack tiny"].found == (
+        "recognition.onnx: recognition (ArcFaceONNX); after register() KeypointRecognizer from "
+        "keypoints/recognition.onnx, its keypoints refined by dfa.onnx"
+    )
+    second = found["second.onnxpack tiny"]
+    assert second.status == WARNING and "recognition.onnx, which comes first" in second.found
+    assert second.mend == f"mv {folder}/second.onnx {folder}/second.onnx.unused"
+    small = found["small.onnxpack tiny"]
+    assert small.status == WARNING and "it takes batchx3x108x108 and has 1 outputs" in small.found
+    torn = found["torn.onnxpack tiny"]
+    assert torn.status == BROKEN and torn.mend.startswith(f"rm {folder}/torn.onnx")
+    assert "there is no keypoints/recognition.onnx" in found["recognition.onnxpack plain"].found
+
+
+def run_packs(root):
+    return doctor_packs.examine_packs(root)
+
+
+def test_packs_that_cannot_be_used(tmp_path):
+    (nothing,) = run_packs(tmp_path)
+    assert nothing.status == WARNING and "insightface-kprpe pack" in nothing.mend
+    models = tmp_path / "models"
+    tiny.write_recognition(models / "blind" / "recognition.onnx", with_keypoints=False)
+    tiny.write_detector(models / "deep" / "deep" / "detection.onnx")
+    (models / "empty").mkdir()
+    blind, no_detector, deep, empty = run_packs(tmp_path)
+    assert blind.status == OK and no_detector.status == deep.status == empty.status == BROKEN
+    assert "has no face detector" in no_detector.found
+    assert deep.mend == f"mv {models}/deep/deep/*.onnx {models}/deep/"
+    assert empty.mend == f"rm -r {models}/empty"
+
+
+def test_a_pack_of_ours_is_verified(tmp_path):
+    source = tiny.write_pack(tmp_path, "source")
+    folder = model_pack.build(source / "recognition.onnx", source / "detection.onnx", name="ours", root=tmp_path / "r")
+    *_, listed = run_packs(tmp_path / "r")
+    assert listed.status == OK and "the files are those that pack.json lists" in listed.found
+    with open(folder / "recognition.onnx", "ab") as file:
+        file.write(b"\0")
+    broken = [finding for finding in run_packs(tmp_path / "r") if finding.status == BROKEN]
+    assert broken and "insightface-kprpe pack RUN" in broken[-1].mend + broken[0].mend
+
+
+def test_command_line(tmp_path, monkeypatch):
+    findings = [Finding("torch", OK, "2.7"), Finding("onnxruntime", BROKEN, "two of them", "pip uninstall -y one")]
+    monkeypatch.setattr(doctor, "examine", lambda root: findings)
+    result = CliRunner().invoke(cli.app, ["doctor", "--root", str(tmp_path)])
+    assert result.exit_code == 1 and "mend it: pip uninstall -y one" in result.output
+    assert result.output.splitlines()[-1] == "1 broken, 0 to look at"
+    result = CliRunner().invoke(cli.app, ["doctor", "--json"])
+    assert result.exit_code == 1 and json.loads(result.output)[1]["mend"] == "pip uninstall -y one"
+    findings.pop()
+    assert CliRunner().invoke(cli.app, ["doctor"]).exit_code == 0
+
+
+@pytest.mark.slow
+def test_everything_of_this_machine(tmp_path):
+    tiny.write_pack(tmp_path)
+    findings = doctor.examine(tmp_path)
+    assert {finding.name for finding in findings} >= {"python", "torch", "numpy", "onnxruntime", "insightface"}
+    assert all(finding.mend for finding in findings if finding.status != OK)

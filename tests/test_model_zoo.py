@@ -1,0 +1,270 @@
+import os
+import pickle
+import warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+
+import insightface
+import numpy as np
+import pytest
+import tiny_packs as tiny
+from insightface.app import FaceAnalysis
+from insightface.app.common import Face
+
+import insightface_kprpe as ik
+from insightface_kprpe import model_zoo, providers
+from insightface_kprpe.evaluation.fusion import landmark_weights
+from insightface_kprpe.face_aligner import FaceAligner
+from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112, CANONICAL_KEYPOINTS, align_face
+
+MANIFESTS = tuple(int(part) for part in insightface.__version__.split(".")[:1]) >= (2,)
+PICTURE = tiny.draw_picture([(5, 5), (14, 20), (25, 9)])
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    ik.register()
+    yield
+    ik.unregister()
+
+
+def open_app(root, **settings):
+    app = FaceAnalysis(name="tiny", root=str(root), **(tiny.CPU | settings))
+    app.prepare(ctx_id=-1)
+    return app
+
+
+@pytest.fixture
+def recognizer(tmp_path):
+    tiny.write_pack(tmp_path)
+    return open_app(tmp_path).models["recognition"]
+
+
+def a_face(seed=1, **more):
+    rng = np.random.default_rng(seed)
+    landmarks = (ARCFACE_TEMPLATE_112 * 0.6 + (90, 60) + rng.normal(0, 4, (5, 2))).astype(np.float32)
+    return Face(bbox=np.array([100, 70, 160, 150.0]), kps=landmarks, det_score=0.8, **more)
+
+
+def test_quality_and_norm(recognizer):
+    """Quality is Eq. 17 and 18 of the keypoints that the network saw."""
+    face = a_face()
+    embedding = recognizer.get(PICTURE, face)
+    crop, keypoints = align_face(PICTURE, face.kps)
+    np.testing.assert_allclose(embedding, tiny.embedding_of(crop, keypoints), rtol=1e-4, atol=1e-4)
+    assert face.quality == pytest.approx(landmark_weights(keypoints[None], np.array([0.8]))[0], abs=1e-6)
+    assert 0.3 < face.quality < 0.79
+    assert face.embedding_norm == pytest.approx(np.linalg.norm(embedding), rel=1e-6)
+    straight = Face(bbox=face.bbox, kps=ARCFACE_TEMPLATE_112 + 50, det_score=0.8)
+    recognizer.get(PICTURE, straight)
+    assert straight.quality == pytest.approx(0.8, abs=1e-4)
+    unscored = Face(kps=ARCFACE_TEMPLATE_112 + 50)
+    recognizer.get(PICTURE, unscored)
+    assert unscored.quality == pytest.approx(1, abs=1e-4)
+
+
+def test_unaligned_crops_are_the_boxes_square(tmp_path):
+    tiny.write_pack(tmp_path)
+    recognizer = open_app(tmp_path, aligned=False).models["recognition"]
+    picture = np.zeros((200, 300, 3), np.uint8)
+    picture[40:152, 50:162] = np.random.default_rng(0).integers(0, 255, (112, 112, 3))
+    # a box of 80x112 pixels: its square is exactly the noise
+    points = ARCFACE_TEMPLATE_112 + np.float32([53, 43])
+    face = Face(bbox=np.array([66.0, 40, 146, 152]), kps=points, det_score=0.5)
+    embedding = recognizer.get(picture, face)
+    expected = tiny.embedding_of(picture[40:152, 50:162], CANONICAL_KEYPOINTS + 3 / 112)
+    np.testing.assert_allclose(embedding, expected, rtol=1e-4, atol=1e-4)
+    distance = np.hypot(3, 3) / 112
+    assert face.quality == pytest.approx(0.5 * (0.2 - distance) / 0.2, abs=1e-5)
+
+
+def test_unaligned_needs_a_model_with_keypoints(tmp_path):
+    tiny.write_pack(tmp_path, twin=False)
+    with pytest.raises(ValueError, match="aligned=False needs a recognition model with a keypoint input"):
+        open_app(tmp_path, aligned=False)
+
+
+@pytest.mark.parametrize(("score", "used"), [(0.9, "dfa_kps"), (0.3, "kps")])
+def test_aligner_is_used_where_it_is_sure(tmp_path, score, used):
+    folder = tiny.write_pack(tmp_path)
+    tiny.write_aligner(folder / "keypoints" / "dfa.onnx", score)
+    recognizer = open_app(tmp_path).models["recognition"]
+    face = a_face()
+    embedding = recognizer.get(PICTURE, face)
+    crop, keypoints = align_face(PICTURE, face[used])
+    np.testing.assert_allclose(embedding, tiny.embedding_of(crop, keypoints), rtol=1e-3, atol=1e-3)
+    trusted = face.dfa_score if used == "dfa_kps" else 0.8
+    assert face.quality == pytest.approx(landmark_weights(keypoints[None], np.array([trusted]))[0], abs=1e-5)
+
+
+def test_files_mean_and_std_come_from_its_metadata(tmp_path, recognizer):
+    """Also where the names of its first nodes look like normalisation to InsightFace."""
+    import onnx
+
+    file = tmp_path / "models" / "tiny" / "keypoints" / "recognition.onnx"
+    model = onnx.load(str(file))
+    model.graph.node[0].name, model.graph.node[1].name = "Sub_0", "Mul_1"
+    onnx.save(model, str(file))
+    renamed = open_app(tmp_path).models["recognition"]
+    assert (renamed.input_mean, renamed.input_std) == (127.5, 127.5)
+    np.testing.assert_allclose(renamed.get(PICTURE, a_face()), recognizer.get(PICTURE, a_face()), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("picture", "face", "message"),
+    [
+        (PICTURE, None, "face must be insightface's Face, got None"),
+        (None, a_face(), "image must be an array, got None; cv2.imread"),
+        (PICTURE[:0], a_face(), "image must have pixels"),
+        (PICTURE, Face(bbox=a_face().bbox), r"face\.kps must be \(5, 2\) landmarks, got None"),
+        (PICTURE, Face(kps=np.full((5, 2), np.nan)), "finite pixels"),
+        (PICTURE / 255, a_face(), "must be uint8"),
+    ],
+)
+def test_what_cannot_be_embedded_is_said(recognizer, picture, face, message):
+    with pytest.raises(ValueError, match=message):
+        recognizer.get(picture, face)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_pictures_larger_than_opencv_can_warp(recognizer, aligned):
+    recognizer.aligned = aligned
+    small = np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8)
+    huge = np.zeros((200, 40_000, 3), np.uint8)
+    huge[:, 39_000:39_300] = small
+    near, far = a_face(), a_face()
+    far.kps, far.bbox = far.kps + np.float32([39_000, 0]), far.bbox + np.array([39_000, 0, 39_000, 0])
+    expected = recognizer.get(small, near)
+    np.testing.assert_allclose(recognizer.get(huge, far), expected, rtol=0.05, atol=0.05)
+    outside = Face(bbox=far.bbox + 90_000, kps=far.kps + 90_000, det_score=0.5)
+    assert np.isfinite(recognizer.get(huge, outside)).all()
+
+
+def test_get_feat_says_what_keypoints_must_be(recognizer):
+    crops = [np.zeros((112, 112, 3), np.uint8)] * 2
+    for keypoints in (np.zeros((1, 5, 2)), np.full((2, 5, 2), np.nan), np.full((2, 5, 2), 56.0)):
+        with pytest.raises(ValueError, match="keypoints must be"):
+            recognizer.get_feat(crops, keypoints)
+    assert recognizer.get_feat([]).shape == (0, tiny.DIM)
+
+
+def test_other_models_keep_their_classes_and_answers(tmp_path):
+    tiny.write_recognition(tmp_path / "other.onnx", with_keypoints=False, ours=False)
+    found = insightface.model_zoo.get_model(str(tmp_path / "other.onnx"), **tiny.CPU)
+    ik.unregister()
+    stock = insightface.model_zoo.get_model(str(tmp_path / "other.onnx"), **tiny.CPU)
+    assert type(found) is type(stock) and vars(found).keys() == vars(stock).keys()
+    face, same = a_face(), a_face()
+    np.testing.assert_array_equal(found.get(PICTURE, face), stock.get(PICTURE, same))
+    assert set(face) == set(same)
+
+
+def test_a_packs_name_is_found_by_the_stock_loader(tmp_path):
+    tiny.write_pack(tmp_path)
+    model = insightface.model_zoo.get_model("tiny", root=str(tmp_path), **tiny.CPU)
+    assert isinstance(model, model_zoo.KeypointRecognizer)
+    assert insightface.model_zoo.get_model("absent", root=str(tmp_path), **tiny.CPU) is None
+
+
+@pytest.mark.skipif(not MANIFESTS, reason="insightface 2 brought manifests")
+def test_manifest_packs(tmp_path):
+    folder = tiny.write_pack(tmp_path, aligner=True, manifest=True)
+    app = open_app(tmp_path)
+    recognizer = app.models["recognition"]
+    assert app.model_package is not None and isinstance(recognizer, model_zoo.KeypointRecognizer)
+    assert isinstance(recognizer.aligner, FaceAligner)
+    assert len(app.get(PICTURE)) == 3
+    by_task = insightface.model_zoo.get_model(str(folder), model_task="recognition", **tiny.CPU)
+    assert isinstance(by_task, model_zoo.KeypointRecognizer)
+    ik.unregister()
+    assert type(open_app(tmp_path).models["recognition"]).__name__ == "ArcFaceONNX"
+
+
+@pytest.mark.skipif(not MANIFESTS, reason="insightface 2 brought manifests")
+def test_a_manifests_hash_is_verified(tmp_path):
+    import json
+
+    folder = tiny.write_pack(tmp_path, manifest=True)
+    document = json.loads((folder / "manifest.json").read_text())
+    document["tasks"]["recognition"]["sha256"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(RuntimeError, match="SHA-256 mismatch"):
+        open_app(tmp_path)
+
+
+def test_a_missing_provider_is_one_warning(tmp_path):
+    tiny.write_pack(tmp_path, aligner=True)
+    providers._warn_once.cache_clear()
+    asked = ["TensorrtExecutionProvider", "CPUExecutionProvider"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        app = open_app(tmp_path, providers=asked, provider_options=[{"device_id": "0"}, {}])
+    told = [str(warning.message) for warning in caught if issubclass(warning.category, (RuntimeWarning, UserWarning))]
+    assert len(told) == 1 and told[0].startswith("TensorrtExecutionProvider asked for, but this onnxruntime")
+    assert app.models["recognition"].session.get_providers() == ["CPUExecutionProvider"]
+    with pytest.raises(RuntimeError, match="TensorrtExecutionProvider asked for"):
+        open_app(tmp_path, providers=asked, strict_providers=True)
+    assert open_app(tmp_path, strict_providers=True)
+
+
+def test_a_provider_that_does_not_start_is_said_too(recognizer):
+    providers._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="could not be started and CPUExecutionProvider runs instead"):
+        providers.check_session(recognizer.session, [("CUDAExecutionProvider", {}), "CPUExecutionProvider"])
+    with pytest.raises(RuntimeError, match="could not be started"):
+        providers.check_session(recognizer.session, ["CUDAExecutionProvider"], strict=True)
+
+
+def test_nothing_asked_for_is_nothing_missing():
+    assert providers.settle_providers({"root": "here"}, strict=True) == {"root": "here"}
+    assert providers.settle_providers({"providers": []})["providers"] == ["CPUExecutionProvider"]
+
+
+def test_threads_get_what_one_gets(tmp_path):
+    tiny.write_pack(tmp_path, aligner=True)
+    app = open_app(tmp_path)
+    pictures = [tiny.draw_picture([(4 + i, 6), (20, 3 + i)], seed=i) for i in range(8)]
+    alone = [[face.embedding for face in app.get(picture)] for picture in pictures]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda picture: [face.embedding for face in app.get(picture)], pictures * 4))
+    for found, expected in zip(together, alone * 4, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_models_can_be_pickled(tmp_path):
+    tiny.write_pack(tmp_path, aligner=True)
+    app = open_app(tmp_path)
+    again = pickle.loads(pickle.dumps(app))
+    for face, expected in zip(again.get(PICTURE), app.get(PICTURE), strict=True):
+        np.testing.assert_array_equal(face.embedding, expected.embedding)
+        assert face.quality == expected.quality
+
+
+def _embed(recognizer):
+    return os.getpid(), recognizer.get(PICTURE, a_face())
+
+
+@pytest.mark.slow
+def test_models_travel_to_other_processes(recognizer):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pid, embedding = pool.submit(_embed, recognizer).result()
+    assert pid != os.getpid()
+    np.testing.assert_array_equal(embedding, recognizer.get(PICTURE, a_face()))
+
+
+def _resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is read from /proc")
+def test_ten_thousand_calls_take_no_memory(recognizer):
+    def call(times):
+        for seed in range(times):
+            recognizer.get(PICTURE, a_face(seed))
+
+    call(1000)
+    before = _resident_bytes()
+    call(10_000)
+    assert _resident_bytes() - before < 4 << 20

@@ -1,0 +1,311 @@
+"""Published weights, in folders written here as arcface_torch, CVLface and the Hugging Face Hub lay them out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+import insightface_kprpe as ik
+from insightface_kprpe.backbones import registry
+from insightface_kprpe.deployment import architecture, cvlface, hub
+from insightface_kprpe.deployment.published import convert, load_published
+from insightface_kprpe.deployment.weights import load_run
+from insightface_kprpe.dfa.weights import load_dfa
+
+# The golden files' sizes, in the place of CVLface's "base".
+TINY = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 3.0, "num_features": 32}
+COMMIT = "6530d73fb0af4d1d8287f31d559780c648ebd22a"
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    for suffix, position in (("", None), ("_irpe", "irpe"), ("_kprpe", "kprpe")):
+        build = registry._vit({**TINY, "position": position})
+        monkeypatch.setitem(registry._BACKBONES, f"tiny{suffix}", build)
+    monkeypatch.setitem(registry._BACKBONES, "tiny_kprpe_dfa", registry._vit(TINY, registry.SelfAlignedViT))
+    monkeypatch.setitem(cvlface._SIZES, "base", "tiny")
+
+
+def model_yaml(family="vit_kprpe", **changes):
+    """What CVLface writes beside its weights."""
+    content = {"input_size": [3, 112, 112], "color_space": "RGB", "name": "base", "output_dim": 32}
+    content |= {"start_from": "", "freeze": False, "mask_ratio": 0.0}
+    if family == "vit_kprpe":
+        content["rpe_config"] = {
+            "name": "KPRPE_shared", "rpe_on": "k", "shared_head": True, "mode": "ctx", "method": "product",
+            "ratio": 1.9, "ctx_type": "rel_keypoint_splithead_unshared", "num_keypoints": 5,
+        }  # fmt: skip
+    content["yaml_path"] = f"models/{family}/configs/v1_base.yaml"
+    return content | changes
+
+
+def write_folder(folder, state, content):
+    """A CVLface checkpoint: model.pt and model.yaml."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({f"net.{key}": value for key, value in state.items()}, folder / "model.pt")
+    (folder / "model.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+def write_snapshot(folder, state, content):
+    """A CVLface model of the Hub, with files that must not be touched."""
+    (folder / "pretrained_model").mkdir(parents=True)
+    save_file({f"model.net.{key}": value for key, value in state.items()}, folder / "model.safetensors")
+    (folder / "pretrained_model" / "model.yaml").write_text(yaml.safe_dump(content))
+    (folder / "config.json").write_text(
+        json.dumps({"architectures": ["CVLFaceRecognitionModel"], "auto_map": {"AutoModel": "wrapper.X"}})
+    )
+    (folder / "wrapper.py").write_text("raise SystemExit('remote code was run')")
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# a model card\n")
+    return folder
+
+
+def golden_state(file):
+    return {key[6:]: torch.tensor(value) for key, value in file.items() if key.startswith("state.")}
+
+
+def random_net(name="tiny_kprpe", **kwargs):
+    torch.manual_seed(0)
+    net = ik.get_model(name, **kwargs).eval()
+    if hasattr(net, "keypoint_linear"):
+        torch.nn.init.normal_(net.keypoint_linear.weight)
+    return net
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(2, 3, 112, 112, generator=generator) * 2 - 1
+    return images, torch.rand(2, 5, 2, generator=generator)
+
+
+@pytest.mark.parametrize("layout", ["folder", "file", "snapshot"])
+@pytest.mark.parametrize(
+    ("name", "family"), [("vit.npz", "vit"), ("vit_irpe.npz", "vit_irpe"), ("kprpe_vit.npz", "vit_kprpe")]
+)
+def test_cvlface_layouts_give_the_reference_embeddings(golden, tmp_path, layout, name, family):
+    file, images = golden(name), golden("kprpe_vit.npz")
+    write = write_snapshot if layout == "snapshot" else write_folder
+    source = write(tmp_path / "model", golden_state(file), model_yaml(family))
+    source = source / "model.pt" if layout == "file" else source
+    net, description = load_published(source)
+    with torch.no_grad():
+        embedding = net(torch.tensor(images["image"]).float(), torch.tensor(images["keypoints"]))
+    torch.testing.assert_close(embedding, torch.tensor(file["embedding"]), atol=1e-4, rtol=1e-4)
+    assert description.config["network"] == "tiny" + {"vit": ""}.get(family, family.removeprefix("vit"))
+    assert description.licence == ("mit" if layout == "snapshot" else "unknown")
+    assert "2 layers, width 64" in description.text() and "RGB" in description.text()
+
+
+def test_the_reference_aligner_loads_as_a_dfa(golden, tmp_path):
+    file = golden("dfa.npz")
+    content = {"name": "differentiable_face_aligner", "arch": "mobile0.25", "input_size": 160, "output_size": 112}
+    content |= {"input_padding_ratio": 0, "freeze": True, "start_from": ""}
+    folder = write_snapshot(tmp_path / "dfa", golden_state(file), content)
+    net, description = load_published(folder)
+    assert isinstance(net, ik.DFA) and description.task == "aligner"
+    with torch.no_grad():
+        keypoints, score, _ = net.locate(torch.tensor(file["image"]).float())
+    torch.testing.assert_close(score, torch.tensor(file["score"]).flatten(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(keypoints, torch.tensor(file["landmarks"]).view(-1, 5, 2), atol=1e-4, rtol=1e-4)
+    again = load_dfa(convert(net, description, tmp_path / "out"))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+
+
+def test_published_sizes_are_those_of_the_named_networks():
+    """pretrained_model/model.pt of minchul/cvlface_adaface_vit_base_kprpe_webface12m has 460,381,841 bytes."""
+    with torch.device("meta"):
+        state = ik.get_model("cvlface_vit_b_kprpe").state_dict()
+    tensors = sum(value.numel() * value.element_size() for value in state.values())
+    per_tensor = (460_381_841 - tensors) / len(state)  # a name, a checksum, a place in the archive
+    assert 100 < per_tensor < 500
+    assert architecture.named_network(architecture.read_architecture(state)) == ("cvlface_vit_b_kprpe", {})
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_irpe", "tiny_kprpe"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_alone_are_recognised_by_their_shapes(tmp_path, name, suffix):
+    source = random_net(name)
+    path = tmp_path / f"model{suffix}"
+    save_file(source.state_dict(), path) if suffix == ".safetensors" else torch.save(source.state_dict(), path)
+    net, description = load_published(path)
+    assert description.config == {"network": name, "network_kwargs": {}, "embedding_size": 32}
+    assert torch.equal(net(*inputs()), source(*inputs()))
+
+
+@pytest.mark.parametrize("sharing", ["layers", "heads", "both"])
+def test_sharing_of_tables_is_read_from_shapes_and_from_yaml(tmp_path, sharing):
+    source = random_net(kprpe_sharing=sharing, num_keypoints=3)
+    torch.save(source.state_dict(), tmp_path / "model.pt")
+    net, description = load_published(tmp_path)
+    assert description.config["network_kwargs"] == {"num_keypoints": 3, "kprpe_sharing": sharing}
+    assert torch.equal(net(*inputs()), source(*inputs()))
+    names = {"layers": "rel_keypoint_splithead", "heads": "rel_keypoint_unshared", "both": "rel_keypoint"}
+    content = model_yaml()
+    content["rpe_config"] |= {"ctx_type": names[sharing], "num_keypoints": 3}
+    net, _ = load_published(write_folder(tmp_path / "cvlface", source.state_dict(), content))
+    assert torch.equal(net(*inputs()), source(*inputs()))
+
+
+def test_a_network_without_named_size_needs_a_name(tmp_path, monkeypatch):
+    net = ik.get_model("tiny", depth=3)
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="no named size.*give network="):
+        load_published(tmp_path)
+    with pytest.raises(ValueError, match="2 layers.*but it is a ViT: 3 layers"):
+        load_published(tmp_path, network="tiny")
+
+
+def test_bgr_weights_are_turned_to_rgb(tmp_path):
+    source = random_net("tiny")
+    images, _ = inputs()
+    folder = write_folder(tmp_path / "bgr", source.state_dict(), model_yaml("vit", color_space="BGR"))
+    net, description = load_published(folder)
+    torch.testing.assert_close(net(images), source(images.flip(1)))
+    assert "turned from BGR" in description.colour_order
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"yaml_path": "models/vit/configs/v1_base.yaml", "rpe_config": None},
+            "tiny, a ViT: 2.*it is a ViT with KPRPE",
+        ),
+        ({"output_dim": 512}, "embedding 512, but it is a .*embedding 32; that is tiny_kprpe"),
+        ({"name": "small"}, "cvlface_vit_s_kprpe, a .*12 layers.*but it is a .*2 layers, width 64.*that is tiny_kprpe"),
+        ({"name": "ir101", "yaml_path": "models/iresnet/configs/v1_ir101.yaml"}, "ir101 of iresnet; of CVLface"),
+        ({"yaml_path": "models/swin_kprpe/configs/v1_base.yaml"}, "a swin_kprpe network; of CVLface's"),
+        ({"rpe_config": model_yaml()["rpe_config"] | {"ratio": 3.8}}, "ratio must be 1.9"),
+        ({"rpe_config": model_yaml()["rpe_config"] | {"ctx_type": "keypoint"}}, "ctx_type must be one of"),
+        ({"name": "differentiable_face_aligner", "arch": "mobile0.25"}, "said to be an aligner.*ViT with KPRPE"),
+    ],
+)
+def test_a_yaml_that_does_not_fit_is_refused_with_what_the_file_is(tmp_path, changes, message):
+    folder = write_folder(tmp_path / "m", random_net().state_dict(), model_yaml(**changes))
+    with pytest.raises(ValueError, match=message):
+        load_published(folder)
+
+
+def test_a_config_that_makes_no_sense_is_refused(tmp_path):
+    torch.save(random_net().state_dict(), tmp_path / "model.pt")
+    for content, message in (
+        ("{", "could not be read as JSON"),
+        ("[]", "must hold an object, got list"),
+        ('{"network": "tiny_kprp"}', "did you mean tiny_kprpe"),
+        ('{"network": "tiny_kprpe", "network_kwargs": {"colour": 1}}', "does not take these settings"),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_published(tmp_path)
+
+
+def test_files_of_other_kinds_are_named(tmp_path):
+    for state, message in (
+        ({"layer1.0.prelu.weight": torch.zeros(1)}, "an InsightFace IResNet"),
+        ({"weight": torch.zeros(10, 32)}, "class centers"),
+        ({"first": torch.zeros(3)}, r"first \(3,\)"),
+    ):
+        torch.save(state, tmp_path / "model.pt")
+        with pytest.raises(ValueError, match=message):
+            load_published(tmp_path / "model.pt")
+    with pytest.raises(FileNotFoundError, match="hf:OWNER/NAME"):
+        load_published(tmp_path / "absent")
+    (tmp_path / "run" / "checkpoints" / "best").mkdir(parents=True)
+    torch.save({}, tmp_path / "run" / "checkpoints" / "best" / "model.pt")
+    with pytest.raises(FileNotFoundError, match="did you mean .*best"):
+        load_published(tmp_path / "run")
+
+
+def test_a_yaml_cannot_make_objects(tmp_path):
+    folder = write_folder(tmp_path / "m", random_net().state_dict(), model_yaml())
+    (folder / "model.yaml").write_text("!!python/object/apply:os.system ['echo executed']")
+    with pytest.raises(ValueError, match="could not be read as plain YAML"):
+        load_published(folder)
+
+
+@pytest.mark.parametrize("out", ["net.safetensors", "run"])
+def test_converted_weights_describe_themselves(tmp_path, out):
+    source = random_net(kprpe_sharing="layers")
+    content = model_yaml()
+    content["rpe_config"]["ctx_type"] = "rel_keypoint_splithead"
+    net, description = load_published(write_snapshot(tmp_path / "hub", source.state_dict(), content))
+    path = convert(net, description, tmp_path / "out" / out)
+    again, told = load_published(path)
+    assert torch.equal(again(*inputs()), source(*inputs()))
+    assert told.config == description.config and told.licence == "mit"
+    if out == "run":
+        assert torch.equal(load_run(path)(*inputs()), source(*inputs()))
+        with pytest.raises(ValueError, match="must not exist"):
+            convert(net, description, path)
+
+
+class Hub:
+    """Stands in for the Hub: one repository, of which only the files that are asked for arrive."""
+
+    def __init__(self, repository, cache):
+        self.repository, self.cache, self.calls = repository, cache, []
+
+    def snapshot_download(self, repo_id, *, allow_patterns, revision, cache_dir, local_files_only):
+        self.calls.append((repo_id, revision, cache_dir, local_files_only))
+        folder = self.cache / "snapshots" / COMMIT
+        if local_files_only and not folder.is_dir():
+            raise FileNotFoundError("Cannot find the requested files in the disk cache")
+        for name in allow_patterns:
+            if (self.repository / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes((self.repository / name).read_bytes())
+        return str(folder)
+
+
+@pytest.fixture
+def online(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    stub = Hub(tmp_path / "repository", tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stub.snapshot_download)
+    return stub
+
+
+def test_the_hub_gives_the_files_that_are_needed_and_no_code(online):
+    source = random_net()
+    write_snapshot(online.repository, source.state_dict(), model_yaml())
+    torch.save({"unused": torch.zeros(1)}, online.repository / "pretrained_model" / "model.pt")
+    net, description = load_published("hf:minchul/a_model@main", cache="some/cache")
+    assert torch.equal(net(*inputs()), source(*inputs()))
+    assert description.source == f"hf:minchul/a_model@{COMMIT}" and description.licence == "mit"
+    assert online.calls == [("minchul/a_model", "main", "some/cache", False)]
+    names = {str(path.relative_to(online.cache)) for path in online.cache.rglob("*") if path.is_file()}
+    wanted = {"README.md", "config.json", "model.safetensors", "pretrained_model/model.yaml"}
+    assert names == {f"snapshots/{COMMIT}/{name}" for name in wanted}
+
+
+def test_the_hub_falls_back_to_model_pt_and_works_offline(online):
+    source = random_net()
+    write_folder(online.repository / "pretrained_model", source.state_dict(), model_yaml())
+    with pytest.raises(RuntimeError, match="not be had in the cache.*run once without offline"):
+        load_published("hf:minchul/a_model", offline=True)
+    load_published("hf:minchul/a_model")
+    net, _ = load_published("hf:minchul/a_model", offline=True)
+    assert online.calls[-1] == ("minchul/a_model", None, None, True)
+    assert torch.equal(net(*inputs()), source(*inputs()))
+
+
+def test_mistakes_with_the_hub_are_one_sentence(monkeypatch):
+    import huggingface_hub
+
+    with pytest.raises(ValueError, match="hf:OWNER/NAME"):
+        load_published("hf:no-owner")
+
+    def fail(*args, **kwargs):
+        raise OSError("401 Client Error\nRepository Not Found")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(RuntimeError, match=r"hf:a/b could not be had.*\(401 Client Error\); check the name"):
+        load_published("hf:a/b")
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"insightface-kprpe\[hf\]"):
+        load_published("hf:a/b")
+    assert hub.is_hub_source("hf:a/b") and not hub.is_hub_source(Path("hf:a/b"))
