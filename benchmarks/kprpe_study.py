@@ -4,8 +4,8 @@ python benchmarks/kprpe_study.py --rec faces/rec --val faces/val.bin faces/val_u
 
 Trains vit_n plain, with iRPE and with KPRPE (five keypoints; 4, 3 and 2) on ``--rec``, and the first three on drawn
 faces, each with ``--seeds`` seeds. Every network is verified on all sets, on moved crops of the first set, and, if it
-uses keypoints, with wrong ones. Each run is a folder of ``--out`` with its measurements in ``study.json``; starting again
-goes on where it stopped. After every run the tables and curves of all that ended are written anew: report.md,
+uses keypoints, with wrong ones. Each run is a folder of ``--out`` with its measurements in ``study.json``; starting
+again goes on where it stopped. After every run the tables and curves of all that ended are written anew: report.md,
 report.json, curves_*.png (extra "plots").
 """
 
@@ -78,17 +78,16 @@ class Run:
 
 def plan_runs(options: argparse.Namespace) -> list[Run]:
     """All runs, the main question first."""
-    seeds = range(options.seeds)
     real = {"rec": options.rec, "num_epoch": options.epochs}
     drawn = {"rec": "synthetic", "num_classes": 60, "num_image": 1200, "num_epoch": options.epochs + 1}
     return [
         Run(data, *network, seed, settings)
-        for data, settings, networks in (
-            ("real", real, NETWORKS),
-            ("drawn", drawn, NETWORKS),
-            ("real", real, FEWER_POINTS),
+        for data, settings, networks, seeds in (
+            ("real", real, NETWORKS, options.seeds),
+            ("drawn", drawn, NETWORKS, options.seeds),
+            ("real", real, FEWER_POINTS, options.ablation_seeds),
         )
-        for seed in seeds
+        for seed in range(seeds)
         for network in networks
     ]
 
@@ -195,6 +194,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--out", type=Path, default=Path("work_dirs/kprpe_study"), help="folder for runs and tables")
     parser.add_argument("--epochs", type=int, default=5, help="on --rec; drawn faces get one more")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each network")
+    parser.add_argument("--ablation-seeds", type=int, default=3, help="runs of each network with fewer keypoints")
     parser.add_argument("--pairs", type=int, default=300, help="pairs of each set that are moved")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     return parser.parse_args(arguments)

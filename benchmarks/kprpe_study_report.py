@@ -128,12 +128,10 @@ def _seeds(networks: Iterable[Mapping[Key, Spread]]) -> str:
 
 def draw_curves(summary: Mapping[str, Mapping[Key, Spread]], path: Path, title: str) -> None:
     """One panel a kind of test, one curve a network, bars of one standard deviation, as PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), sharey=True)
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    axes = figure.subplots(2, 2, sharey=True)
     for axis, kinds in zip(axes.flat, (("rotation",), ("scale",), ("shift",), ("drift", "noise")), strict=True):
         for name, (colour, line) in _STYLE.items():
             for kind in kinds:
@@ -151,10 +149,8 @@ def draw_curves(summary: Mapping[str, Mapping[Key, Spread]], path: Path, title: 
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     figure.suptitle(title)
-    figure.tight_layout()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80)
-    plt.close(figure)
 
 
 def write_report(runs: Sequence[Mapping[str, Any]], out: Path) -> str:

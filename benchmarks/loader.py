@@ -69,9 +69,9 @@ def pil_to_tensor(image: Image.Image) -> torch.Tensor:
 
 def pil_recipe(image: Image.Image) -> Image.Image:
     """The paper's recipe, one image at a time."""
-    low, high = PAPER["colour_magnitude"]
+    low, high = PAPER["color_magnitude"]
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color, ImageEnhance.Sharpness)
-    for _ in range(PAPER["colour_operations"]):
+    for _ in range(PAPER["color_operations"]):
         number = random.randrange(7)
         factor = 1 + random.choice((-1, 1)) * random.randint(low, high) * 0.03
         if number < 4:

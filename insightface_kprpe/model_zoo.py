@@ -6,10 +6,12 @@ before :func:`register` is called.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import cv2
@@ -261,12 +263,23 @@ def register() -> None:
     zoo_module.get_model = zoo.get_model = _get_model
     FaceAnalysis.get = functools.wraps(_stock_get)(face_analysis.checked_get(_stock_get))
     FaceAnalysis.get_batch, FaceAnalysis.embed_aligned = face_analysis.get_batch, face_analysis.embed_aligned
+    # Models of a pack with a manifest keep parts of it in read-only dicts, which pickle does not know.
+    copyreg.pickle(MappingProxyType, _reduce_read_only_dict)
 
 
 def unregister() -> None:
     """Restore the stock package; models loaded before keep working."""
     zoo_module.get_model = zoo.get_model = _stock_get_model
     FaceAnalysis.get = _stock_get
+    copyreg.dispatch_table.pop(MappingProxyType, None)
     for name in ("get_batch", "embed_aligned"):
         if name in vars(FaceAnalysis):
             delattr(FaceAnalysis, name)
+
+
+def _reduce_read_only_dict(values: MappingProxyType) -> tuple:
+    return _read_only_dict, (dict(values),)
+
+
+def _read_only_dict(values: dict) -> MappingProxyType:
+    return MappingProxyType(values)

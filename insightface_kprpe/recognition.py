@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .evaluation.fusion import landmark_weights
 from .gallery import Gallery, Match
-from .geometry import estimate_alignment, transform_points
+from .geometry import SCORE_THRESHOLD, estimate_alignment, transform_points
 from .pictures import list_pictures, read_picture
 
 # Without a measured one. Different people rarely reach it with a model trained on millions of faces.
@@ -188,8 +188,9 @@ def annotate(photo: np.ndarray, faces: Sequence[NamedFace]) -> np.ndarray:
         colour = (80, 220, 80) if name is not None else (190, 190, 190)
         left, top, right, bottom = (int(value) for value in face.bbox)
         cv2.rectangle(drawn, (left, top), (right, bottom), colour, thickness, cv2.LINE_AA)
-        for x, y in () if face.kps is None else face.kps:
-            cv2.circle(drawn, (round(float(x)), round(float(y))), thickness, (60, 60, 255), -1, cv2.LINE_AA)
+        landmarks = face.dfa_kps if (face.dfa_score or 0) >= SCORE_THRESHOLD else face.kps
+        for x, y in () if landmarks is None else landmarks:
+            cv2.circle(drawn, (round(float(x)), round(float(y))), thickness + 1, (60, 60, 255), -1, cv2.LINE_AA)
         similarity = "" if nearest is None else f" {nearest.similarity:.2f}"
         text = f"{'unknown' if name is None else _drawable(name) or f'no. {number}'}{similarity} q{quality:.2f}"
         _label(drawn, text, left, top, scale, colour)

@@ -34,10 +34,14 @@ def _run(rank: int, function: Callable[..., Any], world_size: int, folder: str, 
 
 
 def exit_code_of(function: Callable[..., Any], *args: Any, seconds: float = 120) -> int | None:
-    """``function(*args)`` in a process of its own: its exit status, minus the signal's number where one ended it."""
+    """``function(*args)`` in a process of its own: its exit status, minus the signal's number where one ended it.
+
+    None: it was not done in time.
+    """
     process = multiprocessing.get_context("forkserver").Process(target=function, args=args)
     process.start()
     process.join(seconds)
-    if process.exitcode is None:
+    status = process.exitcode
+    if status is None:
         process.kill()
-    return process.exitcode
+    return status

@@ -1,5 +1,6 @@
 """Scripts of a checkout run with this package's parts; tests/data/arcface_torch_checkout stands in for the real one."""
 
+import importlib
 import os
 import runpy
 import subprocess
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 import insightface_kprpe as ik
 from insightface_kprpe import cli
 from insightface_kprpe.arcface_torch import compatibility, launcher, mxnet_stand_in
-from insightface_kprpe.arcface_torch.plug_in import Parts
+from insightface_kprpe.arcface_torch.plug_in import Parts, plug_in
 from insightface_kprpe.data.record_format import PART, RecordHeader, encode_record
 from insightface_kprpe.data.record_writer import write_face_records
 from insightface_kprpe.data.synthetic import SyntheticFaces
@@ -103,38 +104,42 @@ def test_the_checkouts_own_parts_stay(work):
 
 
 @pytest.fixture(scope="module")
-def run(work):
-    """model.pt as training leaves it, with a network that scripts can name."""
-    (work / "512").mkdir()
-    torch.save(ik.get_model("vit_n_kprpe_dfa", num_features=512).state_dict(), work / "512" / "model.pt")
-    return work / "512"
+def runs(work):
+    """What training leaves behind, of two networks."""
+    for name in ("vit_n", "vit_n_kprpe_dfa"):
+        (work / name).mkdir()
+        torch.save(ik.get_model(name, num_features=512).state_dict(), work / name / "model.pt")
+    return work
 
 
 @pytest.mark.slow
-def test_scripts_that_use_a_trained_network(work, run):
+def test_scripts_that_use_a_trained_network(runs):
+    onnx_folder, weights, face = runs / "vit_n", runs / "vit_n_kprpe_dfa" / "model.pt", runs / "face.png"
     network = ("--network", "vit_n_kprpe_dfa")
     common = ("--root", CHECKOUT, "--cpu")
-    done = launch(*common, "torch2onnx.py", run, "--output", run / "model.onnx", *network, cwd=work)
+    options = ("--output", onnx_folder / "model.onnx", "--network", "vit_n")
+    done = launch(*common, "torch2onnx.py", onnx_folder, *options, cwd=runs)
     assert done.returncode == 0, done.stderr
-    done = launch(*common, "onnx_ijbc.py", "--model-root", run, cwd=work)
+    assert onnx.load(onnx_folder / "model.onnx").graph.input[0].name == "data"
+    done = launch(*common, "onnx_ijbc.py", "--model-root", onnx_folder, cwd=runs)
     assert done.stdout.strip() == "(6, 512) ['CPUExecutionProvider']", done.stderr
-    done = launch(*common, "inference.py", "--weight", run / "model.pt", "--img", work / "face.png", *network, cwd=work)
+    done = launch(*common, "inference.py", "--weight", weights, "--img", face, *network, cwd=runs)
     assert done.stdout.strip() == "(1, 512)" and "random weights" not in done.stderr, done.stderr
-    arguments = ("--model-prefix", run / "model.pt", "--image-path", work / "face.png")
-    done = launch(*common, "eval_ijbc.py", *arguments, *network, cwd=work)
+    done = launch(*common, "eval_ijbc.py", "--model-prefix", weights, "--image-path", face, *network, cwd=runs)
     assert done.stdout.strip() == "(2, 512) [1, 2] 1.5", done.stderr
-    done = launch(*common, "eval/verification.py", cwd=work)
+    done = launch(*common, "eval/verification.py", cwd=runs)
     assert "nothing to do" in done.stdout, done.stderr
 
 
-def test_explain_lists_and_runs_nothing(capfd, monkeypatch):
-    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+@pytest.mark.slow
+def test_explain_lists_and_runs_nothing(capfd):
+    cuda = torch.Tensor.cuda
     call = CliRunner().invoke(cli.app, ["arcface-torch", "--root", str(CHECKOUT), "--cpu", "--explain"])
     listed = capfd.readouterr().out
     assert call.exit_code == 0
     for target in ("backbones.get_model", "partial_fc_v2.PartialFC_V2", "numpy.int", "mxnet", "torch.Tensor.cuda"):
         assert f"  {target}" in listed
-    assert torch.Tensor.cuda.__module__ != "insightface_kprpe.arcface_torch.cpu" and "mxnet" not in sys.modules
+    assert torch.Tensor.cuda is cuda and "mxnet" not in sys.modules  # not in this process
 
 
 @pytest.mark.parametrize(
@@ -158,6 +163,24 @@ def test_whole_repository_as_root(tmp_path):
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_modules_are_plugged_into_when_they_are_imported(tmp_path, monkeypatch):
+    for name in ("backbones", "losses", "partial_fc_v2"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "losses.py").write_text("old_name = 1")
+    (tmp_path / "partial_fc_v2.py").write_text((CHECKOUT / "partial_fc_v2.py").read_text())
+    for change in plug_in(tmp_path):
+        assert change.apply(tmp_path, False)
+    partial_fc_v2 = importlib.import_module("partial_fc_v2")
+    assert isinstance(partial_fc_v2.PartialFC_V2(ik.AdaFace(), 8, 5), ik.PartialFC)
+    # The original class, which calls super() by its own name, is as it was.
+    with pytest.raises(AssertionError):
+        partial_fc_v2.PartialFC_V2("another margin", 8, 5)
+    with pytest.raises(ImportError, match="losses.py has no CombinedMarginLoss"):
+        importlib.import_module("losses")
 
 
 def own_model(name, **kwargs):

@@ -56,7 +56,7 @@ SINGLE = {
     "rotation": {"rotation": 20.0},
     "scale": {"scale": 0.2},
     "translation": {"translation": 0.1},
-    "colour": {"colour_operations": 2},
+    "colour": {"color_operations": 2},
     "degrade": {"degrade": 1.0},
     "erase": {"erase": 1.0},
     "paper": "paper",
@@ -160,7 +160,7 @@ def test_without_arguments_only_mirroring():
         ({"rotate": 3.0}, "rotation, .*got rotate"),
         ({"erase": 1.5}, "erase must be a probability"),
         ({"scale": 1.0}, r"scale must be in \[0, 1\)"),
-        ({"colour_magnitude": (3, 31)}, "0 to 30"),
+        ({"color_magnitude": (3, 31)}, "0 to 30"),
     ],
 )
 def test_mistakes_are_named(augment, message):

@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import random
@@ -279,44 +280,52 @@ def test_a_run_goes_from_two_ranks_to_three_to_one(tmp_path):
 # --- kill -9 ---------------------------------------------------------------------------------------------------------
 
 
-def train_until_killed(output, moment):
-    """Train and end this process by SIGKILL at the ``moment``-th step or step of writing a file; 0: never."""
-    calls = 0
+def train_until_killed(output, kind, moment):
+    """Train, and end this process by SIGKILL at the ``moment``-th "step" or "file" operation; 0: never."""
+    calls = {"step": 0, "file": 0}
 
-    def counted(function):
+    def counted(function, counts):
         def call(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == moment:
+            calls[counts] += 1
+            if counts == kind and calls[counts] == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
 
         return call
 
     torch.set_num_threads(1)
+    trainer.train_step = counted(trainer.train_step, "step")
     for module, name in (
-        (os, "replace"), (os, "fsync"), (torch, "save"), (trainer, "train_step"), (checkpoint.shutil, "rmtree"),
-        (checkpoint, "write_tensors"), (checkpoint.Checkpointer, "_write"), (files, "sync_folder"),
+        (os, "replace"), (os, "fsync"), (torch, "save"), (checkpoint.shutil, "rmtree"), (checkpoint, "write_tensors"),
+        (checkpoint.Checkpointer, "_write"), (files, "sync_folder"), (checkpoint, "sync_folder"),
     ):  # fmt: skip
-        setattr(module, name, counted(getattr(module, name)))
-    overrides = ["resume=True", "num_epoch=2", "save_every=3", "async_save=True", "num_image=40", "precision=bf16"]
+        setattr(module, name, counted(getattr(module, name), "file"))
+    overrides = ["resume=True", "num_epoch=2", "save_every=3", "async_save=True", "num_image=40"]
     trainer.train(tiny_config(output, *overrides))
-    (Path(output) / "calls").write_text(str(calls))
+    (Path(output) / "calls.json").write_text(json.dumps(calls))
 
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_at_most_the_work_since_the_last_save(tmp_path):
-    assert exit_code_of(train_until_killed, str(tmp_path / "whole"), 0) == 0
-    moments = int((tmp_path / "whole" / "calls").read_text())
+    """20 kills, spread over as many runs as it takes, each of which ends as one that was left alone."""
+    assert exit_code_of(train_until_killed, str(tmp_path / "whole"), "step", 0) == 0
+    calls = json.loads((tmp_path / "whole" / "calls.json").read_text())
     expected, numbers = weights(tmp_path / "whole"), random.Random(0)
-    kills = runs = 0
-    while kills < 20:
-        runs += 1
+    kills = runs = status = 0
+    while kills < 20 or status:
         output = tmp_path / f"run_{runs}"
-        while exit_code_of(train_until_killed, str(output), numbers.randint(1, moments)) == -signal.SIGKILL:
+        kind = numbers.choice(["step", "file"])
+        moment = numbers.randint(1, calls[kind]) if kills < 20 else 0
+        status = exit_code_of(train_until_killed, str(output), kind, moment)
+        if status == -signal.SIGKILL:
             kills += 1
+            continue
+        assert status == 0
+        runs += 1
         assert losses(output) == losses(tmp_path / "whole")
         for key, value in weights(output).items():
             assert torch.equal(value, expected[key]), key
-        assert len(list_checkpoints(output)) == 2
+        assert [path.name[:13] for path in list_checkpoints(output)] == ["step_00000009", "step_00000010"]
+        left = {path.name for path in [*output.iterdir(), *(output / "checkpoints").iterdir()]}
+        assert not [name for name in left if name.startswith(("pending", "."))]
     assert runs > 1

@@ -27,7 +27,10 @@ def call(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
-@pytest.mark.parametrize("verb", ["quickstart", "train", "export", "pack", "models", "evaluate bin"])
+VERBS = ["quickstart", "train", "export", "pack", "models", "embed", "evaluate bin", "evaluate ijb", "evaluate ijbs"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb):
     result = call(*verb.split(), "--help")
     assert result.exit_code == 0 and "Usage" in result.output
@@ -41,7 +44,7 @@ def test_export_then_evaluate(run, tmp_path):
     result = call("export", run, tmp_path / "net.onnx", "--licence", "MIT")
     assert "images + keypoints -> embedding" in result.output and (tmp_path / "net.onnx").is_file()
     result = call("evaluate", "bin", "synthetic", "--model", run, "--no-flip")
-    assert "synthetic: accuracy" in result.output and "flip off" in result.output
+    assert result.output.startswith("synthetic\n") and "accuracy" in result.output and "flip: off" in result.output
 
 
 @pytest.mark.slow

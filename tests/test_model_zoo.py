@@ -231,8 +231,9 @@ def test_threads_get_what_one_gets(tmp_path):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_models_can_be_pickled(tmp_path):
-    tiny.write_pack(tmp_path, aligner=True)
+@pytest.mark.parametrize("manifest", [False, True])
+def test_models_can_be_pickled(tmp_path, manifest):
+    tiny.write_pack(tmp_path, aligner=True, manifest=manifest)
     app = open_app(tmp_path)
     again = pickle.loads(pickle.dumps(app))
     for face, expected in zip(again.get(PICTURE), app.get(PICTURE), strict=True):

@@ -6,10 +6,10 @@ import torch
 from insightface_kprpe.data import photometric
 from insightface_kprpe.data.photometric import (
     OPERATIONS,
-    equalise,
+    equalize,
     gaussian_blur,
     lower_resolution,
-    random_colour,
+    random_color,
     random_degradation,
     random_erasing,
 )
@@ -43,12 +43,12 @@ def test_operations_equal_those_of_pil(pictures, name, pil, factor):
 
 
 def test_equalise_equals_that_of_opencv(pictures):
-    ours = equalise(pictures / 255.0)
+    ours = equalize(pictures / 255.0)
     for picture, got in zip(pictures.flatten(0, 1), ours.flatten(0, 1), strict=True):
         expected = torch.from_numpy(cv2.equalizeHist(picture.numpy()))
         assert (got * 255 - expected).abs().max() < 0.51
     flat = torch.full((1, 3, 8, 8), 77 / 255)
-    torch.testing.assert_close(equalise(flat), flat)
+    torch.testing.assert_close(equalize(flat), flat)
 
 
 def test_grayscale_has_equal_channels_and_the_luma(pictures):
@@ -69,7 +69,7 @@ def test_each_operation_is_drawn_equally_often_and_magnitudes_are_in_range(monke
         return operation
 
     monkeypatch.setattr(photometric, "OPERATIONS", {name: remember(name) for name in OPERATIONS})
-    random_colour(torch.rand(1400, 3, 1, 1), generator(), 2, (5, 23))
+    random_color(torch.rand(1400, 3, 1, 1), generator(), 2, (5, 23))
     for factors in drawn.values():
         factors = torch.cat(factors)
         assert 320 < len(factors) < 480  # 400 expected
@@ -81,12 +81,12 @@ def test_each_operation_is_drawn_equally_often_and_magnitudes_are_in_range(monke
 def test_colour_stays_in_range_and_repeats():
     images = torch.rand(64, 3, 20, 20, generator=generator(1))
     first, again = images.clone(), images.clone()
-    random_colour(first, generator(2), 3, (30, 30))
-    random_colour(again, generator(2), 3, (30, 30))
+    random_color(first, generator(2), 3, (30, 30))
+    random_color(again, generator(2), 3, (30, 30))
     assert torch.equal(first, again) and first.amin() >= 0 and first.amax() <= 1
     assert (first != images).flatten(1).any(1).float().mean() > 0.9
     unchanged = images.clone()
-    random_colour(unchanged, generator(2), 0, (5, 23))
+    random_color(unchanged, generator(2), 0, (5, 23))
     assert torch.equal(unchanged, images)
 
 

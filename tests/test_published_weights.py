@@ -13,6 +13,7 @@ from insightface_kprpe.backbones import registry
 from insightface_kprpe.deployment import architecture, cvlface, hub
 from insightface_kprpe.deployment.published import convert, load_published
 from insightface_kprpe.deployment.weights import load_run
+from insightface_kprpe.dfa.network import RetinaFaceNet
 from insightface_kprpe.dfa.weights import load_dfa
 
 # The golden files' sizes, in the place of CVLface's "base".
@@ -112,6 +113,26 @@ def test_the_reference_aligner_loads_as_a_dfa(golden, tmp_path):
     torch.testing.assert_close(keypoints, torch.tensor(file["landmarks"]).view(-1, 5, 2), atol=1e-4, rtol=1e-4)
     again = load_dfa(convert(net, description, tmp_path / "out"))
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+
+
+def test_landmark_networks_without_aggregator(tmp_path):
+    """RetinaFace's weights say nothing of their pixels; a training run of this package does."""
+    state = RetinaFaceNet(aggregator=False).state_dict()
+    torch.save(state, tmp_path / "model.pt")
+    net, description = load_published(tmp_path)
+    assert description.architecture == "RetinaFace, mobilenet0.25, 160 pixels"
+    assert not torch.equal(net.anchors, ik.DFA().anchors)
+    with pytest.raises(ValueError, match=r"choose OUT\.safetensors"):
+        convert(net, description, tmp_path / "out")
+    again, _ = load_published(convert(net, description, tmp_path / "out.safetensors"))
+    assert torch.equal(again.anchors, net.anchors)
+    config = {"body": "mobilenet0.25", "aggregator": False, "image_size": 160}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    net, description = load_published(tmp_path)
+    assert torch.equal(net.anchors, ik.DFA().anchors) and description.config == config
+    (tmp_path / "config.json").write_text(json.dumps(config | {"aggregator": True}))
+    with pytest.raises(ValueError, match="aggregator True, but it is a landmark network with .* no aggregator"):
+        load_published(tmp_path)
 
 
 def test_published_sizes_are_those_of_the_named_networks():

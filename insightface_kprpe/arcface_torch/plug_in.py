@@ -69,12 +69,11 @@ class Parts:
                 "finds them itself"
             )
         settings = {**kwargs, **((self.config or {}).get("network_kwargs") or {})}
-        if self.config is not None and name.endswith("_dfa"):
-            if "dfa_weights" not in settings:
-                raise ValueError(
-                    f"network {name} is trained around a trained aligner: add config.network_kwargs = "
-                    '{"dfa_weights": FILE} to the config'
-                )
+        if self.config is not None and name.endswith("_dfa") and "dfa_weights" not in settings:
+            raise ValueError(
+                f"network {name} is trained around a trained aligner: add config.network_kwargs = "
+                '{"dfa_weights": FILE} to the config'
+            )
         # The other scripts load a model.pt with the aligner in it: a warning of its random start would be wrong.
         _ALIGNER_LOGGER.disabled = self.config is None
         try:
@@ -138,6 +137,11 @@ def plug_in(root: Path) -> list[Change]:
     ]
 
 
+def _replace_for_importers(module: ModuleType, attribute: str, replacement: Callable) -> None:
+    """Make ``module.attribute`` another, except for the module's own code, whose classes name themselves."""
+    module.__class__ = type("Plugged", (ModuleType,), {attribute: property(lambda module: replacement)})
+
+
 class _ReplacingFinder(MetaPathFinder):
     """Imports the checkout's modules as Python does, and then replaces a function in some of them."""
 
@@ -150,7 +154,7 @@ class _ReplacingFinder(MetaPathFinder):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is None or not Path(spec.origin or "").resolve().is_relative_to(self.root):
-            return spec
+            return None
         execute = spec.loader.exec_module
 
         def execute_and_replace(module: ModuleType) -> None:
@@ -162,7 +166,7 @@ class _ReplacingFinder(MetaPathFinder):
                     f"{module.__file__} has no {attribute}: this revision of arcface_torch is too old or too new to "
                     "plug into; take one with partial_fc_v2.py"
                 )
-            setattr(module, attribute, lambda *args, **kwargs: replacement(original, *args, **kwargs))
+            _replace_for_importers(module, attribute, lambda *args, **kwargs: replacement(original, *args, **kwargs))
 
         spec.loader.exec_module = execute_and_replace
         return spec

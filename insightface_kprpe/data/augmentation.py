@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..geometry import mirror_keypoints
-from .photometric import random_colour, random_degradation, random_erasing
+from .photometric import random_color, random_degradation, random_erasing
 
 # The paper's supplement, Table 6, where it gives numbers; RandAugment is applied to colours only.
 PAPER = {
@@ -20,8 +20,8 @@ PAPER = {
     "rotation_probability": 0.2,
     "scale": 0.2,
     "translation": 0.1,
-    "colour_operations": 2,
-    "colour_magnitude": (5, 23),  # 14 +- 9 of 31 grades
+    "color_operations": 2,
+    "color_magnitude": (5, 23),  # 14 +- 9 of 31 grades
     "degrade": 0.2,
     "erase": 0.2,
 }
@@ -38,7 +38,7 @@ def warp_images(images: torch.Tensor, matrix: torch.Tensor, black: float = -1.0)
         black: the number of black pixels.
     """
     linear, offset = matrix[:, :, :2], matrix[:, :, 2:]
-    inverse = torch.linalg.inv(linear)
+    inverse = torch.linalg.inv_ex(linear).inverse  # inv would wait for a GPU
     # grid_sample wants the way back, in [-1, 1], where x = (n + 1) / 2
     shift = inverse @ (1 - linear.sum(-1, keepdim=True) - 2 * offset)
     axis = (torch.arange(images.shape[-1], device=images.device) * 2 + 1) / images.shape[-1] - 1
@@ -130,8 +130,8 @@ class Augmentation:
         scale: crops are scaled by 1 - scale to 1 + scale.
         translation: largest shift along each axis, as a share of the side.
         probability: share of the crops that are turned, scaled and shifted at all.
-        colour_operations: operations of RandAugment on each crop.
-        colour_magnitude: lowest and highest of them, in 0 to 30.
+        color_operations: operations of RandAugment on each crop.
+        color_magnitude: lowest and highest of them, in 0 to 30.
         degrade: share of the crops that are blurred or lose resolution.
         erase: share of the crops of which a part is blacked out.
 
@@ -146,8 +146,8 @@ class Augmentation:
         scale: float = 0.0,
         translation: float = 0.0,
         probability: float = 1.0,
-        colour_operations: int = 0,
-        colour_magnitude: tuple[int, int] = PAPER["colour_magnitude"],
+        color_operations: int = 0,
+        color_magnitude: tuple[int, int] = PAPER["color_magnitude"],
         degrade: float = 0.0,
         erase: float = 0.0,
     ) -> None:
@@ -155,14 +155,14 @@ class Augmentation:
         for name, share in {**shares, "degrade": degrade, "erase": erase}.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"augment: {name} must be a probability in [0, 1], got {share}")
-        if not 0 <= scale < 1 or rotation < 0 or translation < 0 or colour_operations < 0:
-            got = f"{scale}, {rotation}, {translation}, {colour_operations}"
+        if not 0 <= scale < 1 or rotation < 0 or translation < 0 or color_operations < 0:
+            got = f"{scale}, {rotation}, {translation}, {color_operations}"
             raise ValueError(
-                f"augment: scale must be in [0, 1), rotation, translation and colour_operations not negative, got {got}"
+                f"augment: scale must be in [0, 1), rotation, translation and color_operations not negative, got {got}"
             )
-        low, high = colour_magnitude
+        low, high = color_magnitude
         if not 0 <= low <= high <= 30:
-            raise ValueError(f"augment: colour_magnitude must be lowest and highest in 0 to 30, got {colour_magnitude}")
+            raise ValueError(f"augment: color_magnitude must be lowest and highest in 0 to 30, got {color_magnitude}")
         self.similarity = {
             "rotation": rotation,
             "scale": scale,
@@ -170,7 +170,7 @@ class Augmentation:
             "probability": probability if rotation or scale or translation else 0.0,
             "rotation_probability": rotation_probability,
         }
-        self.colour_operations, self.colour_magnitude = colour_operations, (low, high)
+        self.color_operations, self.color_magnitude = color_operations, (low, high)
         self.degrade, self.erase = degrade, erase
 
     def __call__(
@@ -188,8 +188,8 @@ class Augmentation:
         """
         images = images.float().div_(255)
         keypoints = random_mirror(images, keypoints, generator)
-        if self.colour_operations:
-            random_colour(images, generator, self.colour_operations, self.colour_magnitude)
+        if self.color_operations:
+            random_color(images, generator, self.color_operations, self.color_magnitude)
         if self.degrade:
             random_degradation(images, generator, self.degrade)
         keypoints = random_similarity(images, keypoints, generator, **self.similarity)

@@ -56,7 +56,7 @@ def to_grayscale(images: torch.Tensor, factor: torch.Tensor | None = None) -> to
     return luma(images).expand_as(images)
 
 
-def equalise(images: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
+def equalize(images: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
     """Spread each channel's 256 levels so that all are equally frequent; there is no strength."""
     levels = (images * (_LEVELS - 1)).round_().long().flatten(0, 1).flatten(1)  # (B * 3, H * W)
     counts = images.new_zeros(len(levels), _LEVELS)
@@ -81,14 +81,12 @@ OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | Non
     "contrast": adjust_contrast,
     "saturation": adjust_saturation,
     "sharpness": adjust_sharpness,
-    "equalise": equalise,
+    "equalize": equalize,
     "grayscale": to_grayscale,
 }
 
 
-def random_colour(
-    images: torch.Tensor, generator: torch.Generator, operations: int, magnitude: tuple[int, int]
-) -> None:
+def random_color(images: torch.Tensor, generator: torch.Generator, operations: int, magnitude: tuple[int, int]) -> None:
     """RandAugment without its geometric part: apply ``operations`` of ``OPERATIONS`` to each image, one by one.
 
     Args:

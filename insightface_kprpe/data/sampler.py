@@ -79,8 +79,8 @@ class EpochSampler(Sampler[list[int]]):
 
     def _repeat(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(n,) indices of images, some of them replaced by others of the person before."""
-        repeated = rng.random(len(order), np.float32) < self.repetition
-        draw = rng.random(len(order), np.float32)
+        chance, draw = rng.random((len(order), 2), np.float32).T  # in pairs: a shorter epoch draws the same ones
+        repeated = chance < self.repetition
         repeated[0] = False
         origin = np.maximum.accumulate(np.where(repeated, 0, np.arange(len(order))))  # whom each one repeats
         places = np.flatnonzero(repeated)

@@ -18,7 +18,7 @@ _SHARINGS = {
     "rel_keypoint_unshared": "heads",
     "rel_keypoint": "both",
 }
-_ALIGNERS = {"differentiable_face_aligner": True, "retinaface_aligner": False}
+_DFA = "differentiable_face_aligner"
 _BODIES = {"mobile0.25": "mobilenet0.25", "resnet50": "resnet50"}
 
 
@@ -48,19 +48,19 @@ def config_of_yaml(content: Mapping[str, Any], path: str | Path) -> dict[str, An
 
     Returns:
         network, network_kwargs, embedding_size and colour_order of a recognition network, or body, aggregator and
-        image_size of an aligner.
+        image_size of a DFA.
 
     Raises:
         ValueError: it describes a network that this package does not have.
     """
     name = content.get("name")
-    if name in _ALIGNERS:
+    if name == _DFA:
         return _aligner(content, path)
     if name not in _SIZES:
         what = f"an {name} of {_family(content)}" if _family(content) in _OTHER_FAMILIES else f"name {name!r}"
         raise ValueError(
             f"{path} describes {what}; of CVLface, this package has the ViTs (name small or base, of vit, vit_irpe or "
-            "vit_kprpe) and the aligners"
+            "vit_kprpe) and the DFA"
         )
     rpe = content.get("rpe_config") or {}
     position = _position(content, rpe, path)
@@ -87,7 +87,7 @@ def _position(content: Mapping[str, Any], rpe: Mapping[str, Any], path: str | Pa
     if family in _OTHER_FAMILIES or by_rpe is None:
         raise ValueError(
             f"{path} describes a {family or rpe['name']} network; of CVLface's, this package has "
-            f"{', '.join(_POSITIONS)} and the aligners"
+            f"{', '.join(_POSITIONS)} and the DFA"
         )
     return by_rpe if family is None else _POSITIONS[family]
 
@@ -112,6 +112,6 @@ def _aligner(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: arch must be {' or '.join(_BODIES)}, got {content.get('arch')!r}")
     return {
         "body": _BODIES[content["arch"]],
-        "aggregator": _ALIGNERS[content["name"]],
+        "aggregator": True,
         "image_size": content.get("input_size", 160),
     }

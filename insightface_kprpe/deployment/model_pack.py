@@ -84,8 +84,7 @@ def build(
     Raises:
         PackError: a file is missing or damaged, or the stock loader would take it for something else.
     """
-    if not name or Path(name).name != name or name.startswith("."):
-        raise PackError(f"name must be a plain folder name, got {name!r}")
+    folder = _pack_folder(name, root)
     sources = {DETECTION: Path(detector), RECOGNITION: Path(recognition)}
     _check_detector(sources[DETECTION])
     _check_recognition(sources[RECOGNITION])
@@ -98,9 +97,6 @@ def build(
     if aligner is not None:
         sources[ALIGNER] = Path(aligner)
         _check_aligner(sources[ALIGNER], keypoint_recognition)
-    folder = Path(root).expanduser() / "models" / name
-    if folder.exists() and not (folder / MANIFEST).is_file():
-        raise PackError(f"{folder} exists and was not built by this package; choose another name or remove it")
     with atomic_folder(folder) as temporary:
         records = {}
         for target, source in sources.items():
@@ -144,6 +140,8 @@ def build_from_network(
         PrecisionError: a lower precision changes too much.
     """
     check_precision(precision)
+    _pack_folder(name, root)  # what can fail at once does, before the exports take their time
+    _check_detector(Path(detector))
     with tempfile.TemporaryDirectory() as folder:
         image_only, two_inputs = Path(folder) / "image_only.onnx", Path(folder) / "keypoints.onnx"
         forms = [image_only, two_inputs] if needs_keypoints(net) else [image_only]
@@ -155,6 +153,16 @@ def build_from_network(
             add_metadata(aligner, {"source": origin["source"]} if origin else {})
         twin = two_inputs if needs_keypoints(net) else None
         return build(image_only, detector, twin, name, root, detector_licence, aligner, detector_source)
+
+
+def _pack_folder(name: str, root: str | Path) -> Path:
+    """Where a pack goes, if that is ours to write to."""
+    if not name or Path(name).name != name or name.startswith("."):
+        raise PackError(f"name must be a plain folder name, got {name!r}")
+    folder = Path(root).expanduser() / "models" / name
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        raise PackError(f"{folder} exists and was not built by this package; choose another name or remove it")
+    return folder
 
 
 def _finish(path: Path, precision: Precision, pairs: VerificationPairs | None) -> None:

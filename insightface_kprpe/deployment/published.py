@@ -228,7 +228,7 @@ def _build_recogniser(
         raise ValueError(f"{where}: {error}") from error
     if "aggregator" in config:
         raise ValueError(f"{where} is said to be an aligner, but it is a {architecture.describe()}")
-    if not config:
+    if "network" not in config:
         found = named_network(architecture)
         if found is None:
             raise ValueError(
@@ -244,17 +244,15 @@ def _build_recogniser(
         state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flip(1)
     net = load_network(state, config["network"], **settings)
     record = (config["network"], changes, settings["num_features"])
-    finds = getattr(net, "finds_keypoints", False)
+    keypoints = KEYPOINT_CONVENTION if needs_keypoints(net) else "none: faces must be aligned to the template"
+    if getattr(net, "finds_keypoints", False):
+        keypoints = "found by the aligner inside"
     return net, {
         "task": "recognition",
         "architecture": architecture.describe(),
         "config": dict(zip(_NETWORK_KEYS, record, strict=True)),
         "colour_order": "RGB in [-1, 1]" + (" (the first layer was turned from BGR)" if turned else ""),
-        "keypoint_convention": "found by the aligner inside"
-        if finds
-        else KEYPOINT_CONVENTION
-        if needs_keypoints(net)
-        else "none: faces must be aligned to the template",
+        "keypoint_convention": keypoints,
     }
 
 
@@ -273,9 +271,9 @@ def _build_aligner(
             f"{where} is said to have {wrong[0]} {told[wrong[0]]}, but it is a landmark network with body "
             f"{really['body']} and {'an' if really['aggregator'] else 'no'} aggregator"
         )
-    if config and not told:
+    if "network" in config:
         raise ValueError(f"{where} is said to be a {config['network']}, but it is a landmark network (DFA)")
-    net = DFA(state, **{**network, **told}).eval()
+    net = DFA(state, **(told or network)).eval()
     kind = "DFA" if really["aggregator"] else "RetinaFace"
     return net, {
         "task": "aligner",

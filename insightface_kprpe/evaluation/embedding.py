@@ -118,7 +118,10 @@ def embed_faces(
     result = Embeddings(*store.finish())
     missing = np.flatnonzero(~result.readable)
     if len(missing) == len(images) or (len(missing) and options.missing == "fail"):
-        raise ValueError(f"{name}: {len(missing)} of {len(images)} images cannot be read (first: number {missing[0]})")
+        remedy = "" if options.cache is None else f"; once they are mended, empty the cache {options.cache}"
+        raise ValueError(
+            f"{name}: {len(missing)} of {len(images)} images cannot be read (first: number {missing[0]}){remedy}"
+        )
     if len(missing):
         shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
         logger.warning(
@@ -194,12 +197,12 @@ class _Work:
 
     def _keypoints(self, images: torch.Tensor, given: np.ndarray | None) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         """Keypoints for the network, keypoints to report, and scores."""
-        aligner, own = self.options.aligner, getattr(self.embed, "locate", None)
-        canonical = np.tile(CANONICAL_KEYPOINTS, (len(images), 1, 1))
-        if aligner is not None or own is not None:
-            located, scores = (own or aligner.locate)(images)[:2] if aligner is None else aligner.locate(images)[:2]
+        aligner = self.options.aligner
+        locate = getattr(self.embed, "locate", None) if aligner is None else aligner.locate
+        if locate is not None:
+            located, scores = locate(images)[:2]
             return _trusted(located, scores), located.float().cpu().numpy(), scores.float().cpu().numpy()
-        used = canonical if given is None else given
+        used = np.tile(CANONICAL_KEYPOINTS, (len(images), 1, 1)) if given is None else given
         hidden = getattr(self.embed, "finds_keypoints", False)
         reported = np.full_like(used, np.nan) if hidden else used.copy()
         return torch.from_numpy(used).to(images.device), reported, np.full(len(images), np.nan, np.float32)

@@ -76,6 +76,7 @@ class OnnxEmbedder:
         device: where to compute; CUDA needs onnxruntime-gpu, without which the CPU does it.
 
     Attributes:
+        device: where an aligner had best be.
         mean, std: the file takes (pixel in [0, 255] - mean) / std, RGB.
         needs_keypoints, finds_keypoints, locate: as of :class:`TorchEmbedder`; a file never tells what it finds.
 
@@ -94,7 +95,8 @@ class OnnxEmbedder:
 
         self.path, self.name = Path(path), name or Path(path).stem
         metadata = read_metadata(path)
-        cuda = torch.device(device).type == "cuda"
+        self.device = torch.device(device)
+        cuda = self.device.type == "cuda"
         providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
         self.session = onnxruntime.InferenceSession(str(path), **settle_providers({"providers": providers}))
         self.inputs = self.session.get_inputs()
@@ -158,7 +160,7 @@ def open_model(
     """Open a recognition model.
 
     Args:
-        path: an ``.onnx`` file; a FaceAnalysis pack, by its folder or by its name in ``~/.insightface/models``; or torch
+        path: an ``.onnx`` file; a FaceAnalysis pack, by folder or by its name in ``~/.insightface/models``; or torch
             weights as :func:`~insightface_kprpe.deployment.published.load_published` takes them: a training run, a
             ``.pt`` or ``.safetensors`` file, a published model. Of a pack that this package built, the model with
             keypoints is taken where there is one.

@@ -1,8 +1,10 @@
-"""The protocols from images to results: which crops to embed, how to fuse and score them, and what to say about it."""
+"""The protocols from images to results: which crops to embed, how to fuse and score them, and what to say about it.
+
+Models are what :func:`.models.open_model` returns, or a :class:`.models.TorchEmbedder`.
+"""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,24 +15,28 @@ import numpy as np
 from ..blocks import fingerprint
 from ..partial_fc import rank_and_world_size
 from . import ijb, ijbs, tinyface
+from .channels import pair_cosines, warn_of_swapped_channels
 from .curves import cmc_points, roc_points
 from .embedding import Embedder, Embeddings, EmbedOptions, embed_faces
 from .fusion import FUSION_METHODS, fusion_weights
 from .hardest import write_hardest_pairs
 from .images import AlignedFiles, WholeFiles
-from .metrics import kfold_accuracy, rank_k, tpr_at_fpr, unit_rows
+from .metrics import OperatingPoint, kfold_accuracy, rank_k, tpr_at_fpr
 from .report import Result
-from .sanity import channel_order_warning
 from .search import search
 from .verification import VerificationPairs
-
-logger = logging.getLogger(__name__)
 
 PAIR_FPRS = (1e-4, 1e-3)
 RANKS = (1, 5, 10)
 CMC_RANKS = 20
-CHANNEL_PAIRS = 100  # on which the order of the colour channels is checked
 ALIGNED = "InsightFace's template (112 x 112), by the landmarks of the set"
+_FUSIONS = {
+    "average": "unit embeddings alike",
+    "norm": "embeddings by their length (Eq. 16)",
+    "detector": "unit embeddings by the detector's score",
+    "norm_detector": "embeddings by their length times the detector's score (InsightFace's default)",
+    "landmark": "unit embeddings by the alignment and score (Eq. 17, 18) of the ",
+}
 _LISTED = 50  # missing images that a report names
 
 
@@ -56,15 +62,14 @@ def run_pairs(
     whole = found.readable[0::2] & found.readable[1::2]
     first, second, is_same = found.embeddings[0::2][whole], found.embeddings[1::2][whole], pairs.is_same[whole]
     folds = kfold_accuracy(first, second, is_same)
-    scores = _cosines(first, second)
+    scores = pair_cosines(first, second)
     kept = np.flatnonzero(whole)
-    _check_channels(embed, pairs, options, kept, scores)
+    warn_of_swapped_channels(embed, pairs, options, kept, scores)
     if sheets is not None:
         file = sheets / f"hardest_{embed.name}_{pairs.name}.png"
         write_hardest_pairs(file, pairs.images, np.stack([2 * kept, 2 * kept + 1], 1), scores, is_same)
     metrics = {"accuracy": folds.accuracy, "accuracy_std": folds.std, "cosine_threshold": folds.cosine_threshold}
-    for point in tpr_at_fpr(scores, is_same, PAIR_FPRS):
-        metrics |= {f"tpr_at_fpr_{point.target}": point.tpr, f"thresh_at_fpr_{point.target}": point.threshold}
+    metrics |= _rates(tpr_at_fpr(scores, is_same, PAIR_FPRS))
     settings = {
         **_settings(embed, options, found, pairs.keypoint_source, [f"image {i}" for i in range(len(pairs.images))]),
         "alignment": "crops as they are in the set",
@@ -100,16 +105,16 @@ def run_ijb(
     """
     folder, meta = Path(folder), ijb.read_meta(folder, target)
     crops = AlignedFiles([folder / "loose_crop" / name for name in meta.names], meta.landmarks_px)
-    source = fingerprint(*meta.names, np.ascontiguousarray(meta.landmarks_px))
+    source = fingerprint("\n".join(meta.names), meta.landmarks_px)
     found = embed_faces(embed, crops, crops.keypoints, options, name=target.lower(), source=source)
     if not _reports(options):
         return []
     kept = found.readable
     templates, medias = meta.templates[kept], meta.medias[kept]
-    known = np.isin(meta.p1, templates) & np.isin(meta.p2, templates)
-    if kept.all():
-        known[:] = True  # a pair of a template that the set does not have is an error
-    p1, p2, label = meta.p1[known], meta.p2[known], meta.label[known]
+    p1, p2, label, left_out = meta.p1, meta.p2, meta.label, 0
+    if not kept.all():  # else a pair of a template that the set does not have is an error
+        known = np.isin(p1, templates) & np.isin(p2, templates)
+        p1, p2, label, left_out = p1[known], p2[known], label[known], int((~known).sum())
     embeddings = found.embeddings if kept.all() else found.embeddings[kept]
     settings = {
         **_settings(embed, options, found, "the set's landmarks, in the aligned crop", meta.names),
@@ -119,7 +124,7 @@ def run_ijb(
         "pairs": f"{len(label)}, {int(label.sum())} of them of one person",
         "templates": len(np.unique(templates)),
         "threshold rule": "the point of the ROC nearest to the FPR, as InsightFace's IJB scripts",
-        **({} if known.all() else {"pairs left out": f"{int((~known).sum())}, a template has no image left"}),
+        **({"pairs left out": f"{left_out}, a template has no image left"} if left_out else {}),
     }
     name, probe, galleries = f"IJB-{target[-1]}", *_subject_lists(folder, target, None if kept.all() else templates)
     results = []
@@ -127,13 +132,9 @@ def run_ijb(
         weights, how = _weights(fusion, found, crops.keypoints, meta.detector_scores)
         scores = ijb.verification_scores(embeddings, templates, medias, p1, p2, weights)
         if sheets is not None and fusion == fusions[0]:
-            known_templates, first_image = np.unique(templates, return_index=True)
-            chosen = np.flatnonzero(kept)[first_image]
-            of_pair = chosen[np.searchsorted(known_templates, np.stack([p1, p2], 1))]
-            write_hardest_pairs(sheets / f"hardest_{embed.name}_{target.lower()}.png", crops, of_pair, scores, label)
-        metrics = {}
-        for point in tpr_at_fpr(scores, label, ijb.FPRS, rule="insightface"):
-            metrics |= {f"tpr_at_fpr_{point.target}": point.tpr, f"thresh_at_fpr_{point.target}": point.threshold}
+            file = sheets / f"hardest_{embed.name}_{target.lower()}.png"
+            write_hardest_pairs(file, crops, _stand_ins(templates, np.flatnonzero(kept), p1, p2), scores, label)
+        metrics = _rates(tpr_at_fpr(scores, label, ijb.FPRS, rule="insightface"))
         common = settings | {"fusion": how}
         curve = roc_points(scores, label)
         results.append(Result(embed.name, f"{name} 1:1", metrics, common | verification, fusion, roc=curve))
@@ -157,7 +158,7 @@ def run_ijbs(embed: Embedder, folder: str | Path, fusions: Sequence[str], option
     """
     folder, data = Path(folder), ijbs.read_ijbs(folder)
     crops = AlignedFiles([folder / path for path in data.paths], data.landmarks_px)
-    source = fingerprint(*data.paths, np.ascontiguousarray(data.landmarks_px))
+    source = fingerprint("\n".join(data.paths), data.landmarks_px)
     found = embed_faces(embed, crops, crops.keypoints, options, name="ijbs", source=source)
     if not _reports(options):
         return []
@@ -194,7 +195,7 @@ def run_tinyface(embed: Embedder, folder: str | Path, options: EmbedOptions) -> 
     data = tinyface.read_tinyface(folder)
     paths = [*data.probe_paths, *data.gallery_paths]
     names = [str(path) for path in paths]
-    found = embed_faces(embed, WholeFiles(paths), None, options, name="tinyface", source=fingerprint(*names))
+    found = embed_faces(embed, WholeFiles(paths), None, options, name="tinyface", source=fingerprint("\n".join(names)))
     if not _reports(options):
         return []
     split, kept = len(data.probe_paths), found.readable
@@ -224,36 +225,18 @@ def choose_fusions(name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def _cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return np.einsum("pd,pd->p", unit_rows(first), unit_rows(second))
+def _stand_ins(templates: np.ndarray, images: np.ndarray, p1: np.ndarray, p2: np.ndarray) -> np.ndarray:
+    """(pairs, 2) the first image of both templates of each pair."""
+    known, first = np.unique(templates, return_index=True)
+    return images[first][np.searchsorted(known, np.stack([p1, p2], 1))]
 
 
-class _Swapped(Sequence):
-    """The two images of some pairs, with red and blue swapped."""
-
-    def __init__(self, pairs: VerificationPairs, chosen: np.ndarray) -> None:
-        self.images, self.index = pairs.images, np.stack([2 * chosen, 2 * chosen + 1], 1).reshape(-1)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, place: int) -> np.ndarray:
-        return np.ascontiguousarray(self.images[self.index[place]][..., ::-1])
-
-
-def _check_channels(
-    embed: Embedder, pairs: VerificationPairs, options: EmbedOptions, kept: np.ndarray, scores: np.ndarray
-) -> None:
-    """Warn where a sample of the pairs is verified better with red and blue swapped."""
-    places = np.unique(np.linspace(0, len(kept) - 1, CHANNEL_PAIRS).round().astype(int))
-    swapped, chosen = _Swapped(pairs, kept[places]), pairs.is_same[kept[places]]
-    if not 2 <= chosen.sum() <= len(chosen) - 2:
-        return
-    alone = replace(options, share=False, cache=None)
-    found = embed_faces(embed, swapped, pairs.keypoints[swapped.index], alone, name="swapped channels").embeddings
-    warning = channel_order_warning(scores[places], _cosines(found[0::2], found[1::2]), chosen)
-    if warning is not None:
-        logger.warning("%s on %s: %s", embed.name, pairs.name, warning)
+def _rates(points: Sequence[OperatingPoint]) -> dict[str, float]:
+    return {
+        f"{name}_at_fpr_{point.target}": value
+        for point in points
+        for name, value in (("tpr", point.tpr), ("thresh", point.threshold))
+    }
 
 
 def _reports(options: EmbedOptions) -> bool:
@@ -284,15 +267,15 @@ def _settings(
 def _weights(
     fusion: str, found: Embeddings, keypoints: np.ndarray, detector_scores: np.ndarray
 ) -> tuple[np.ndarray, str]:
-    """Weights of the readable images, and a sentence about them. Without an aligner its part falls to the detector."""
-    kept, how = found.readable, fusion
-    score = detector_scores
+    """Weights of the readable images, and a phrase about them. Without an aligner its part falls to the detector."""
+    kept, how, score = found.readable, _FUSIONS[fusion], detector_scores
     if fusion == "landmark":
         located = bool(np.isfinite(found.scores[kept]).all())
         keypoints, score = (found.keypoints, found.scores) if located else (keypoints, detector_scores)
-        how = f"landmark, by {'the landmarks and scores of the aligner' if located else 'those of the detector'}"
+        how += "aligner's landmarks" if located else "detector's landmarks"
     embeddings = found.embeddings if kept.all() else found.embeddings[kept]
-    return fusion_weights(fusion, embeddings, keypoints[kept], score[kept], detector_scores[kept]), how
+    weights = fusion_weights(fusion, embeddings, keypoints[kept], score[kept], detector_scores[kept])
+    return weights, f"{how}; per media, then per template"
 
 
 def _subject_lists(

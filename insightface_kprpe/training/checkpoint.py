@@ -28,7 +28,7 @@ import torch.distributed as dist
 from ..files import atomic_path, sync_folder, write_atomically
 from ..partial_fc import rank_and_world_size
 from . import arcface_torch_checkpoint
-from .random_state import random_state, seed_everything, set_random_state
+from .random_state import random_state, seed_everything, seed_from, set_random_state
 from .sharded_tensors import read_tensors, stage, write_tensors
 from .state import Plan, TrainingState
 
@@ -108,8 +108,7 @@ class Checkpointer:
         if best:
             self.best_score = score
         if self.rank == 0:
-            for leftover in self.root.glob("pending_*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            self._clear()
         tensors = stage(state.tensors(), state.sharded(), self.group)
         values = {
             "step": step,
@@ -138,6 +137,8 @@ class Checkpointer:
 
         A new run puts the checkpoints of an earlier one aside as ``checkpoints.old``, where they replace older ones.
         """
+        if self.rank == 0:
+            self._clear()
         if resume:
             return self.resume(state, plan)
         if self.rank == 0 and list_checkpoints(self.output):
@@ -184,8 +185,15 @@ class Checkpointer:
             set_random_state(values["random"][self.rank])
         else:
             logger.info("saved by %d ranks, resumed on %d", len(values["random"]), self.world_size)
-            seed_everything(torch.initial_seed(), step, self.rank)
+            seed_everything(seed_from(torch.initial_seed(), step, self.rank))
         return step
+
+    def _clear(self) -> None:
+        """Remove what a kill left half written."""
+        for leftover in self.root.glob("pending_*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in [*self.root.glob(".*.tmp"), *self.output.glob(".*model.pt.*.tmp")]:
+            leftover.unlink(missing_ok=True)
 
     def _of_all_ranks(self, value: Any) -> list[Any]:
         if self.group is None:

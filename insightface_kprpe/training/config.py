@@ -146,6 +146,8 @@ def _checked(config: edict, key: str, value: Any, where: str) -> Any:
         return None
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if expected is list:  # what older versions of EasyDict make of a tuple
+        expected = tuple
     if expected is tuple and isinstance(value, list | tuple):
         return tuple(value)
     if expected is tuple and isinstance(value, str):  # val_targets=lfw

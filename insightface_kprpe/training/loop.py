@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
@@ -24,6 +23,7 @@ from ..partial_fc import rank_and_world_size
 from .callbacks import StopSignal
 from .checkpoint import Checkpointer
 from .optimization import Batch, NotFinite
+from .random_state import seed_from
 from .state import Plan, TrainingState
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def grouped(batches: Iterable[Batch], size: int) -> Iterator[tuple[Batch, ...]]:
 
 def step_generator(*numbers: int) -> torch.Generator:
     """A CPU generator that the same numbers (seed, step, rank) put into the same state everywhere."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(seed_from(*numbers))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -102,7 +103,9 @@ def plan_training(config: edict, world_size: int = 1, images_per_second: float |
     )  # fmt: skip
 
 
-def _memory(config: edict, world_size: int, parameters: int, trained: int, build) -> tuple[dict, dict]:
+def _memory(
+    config: edict, world_size: int, parameters: int, trained: int, build: Callable[[], torch.nn.Module]
+) -> tuple[dict[str, int], dict[str, int]]:
     """What a GPU holds, and how much of it at the largest moments of a step."""
     needs = network_needs(build, config.batch_size, AUTOCAST[config.precision])
     _, local = shard_range(config.num_classes, 0, world_size)  # rank 0 has one more where it does not divide

@@ -34,9 +34,13 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def seed_everything(*numbers: int) -> None:
-    """Seed all generators by some numbers, e.g. step and rank."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+def seed_from(*numbers: int) -> int:
+    """A seed, in [0, 2**63), that the same numbers (seed, step, rank) give everywhere."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed all generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)

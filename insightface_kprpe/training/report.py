@@ -165,6 +165,8 @@ def _draw(panel: Panel, series: Series, path: Path) -> None:
             axes.fill_between(steps, values - deviation, values + deviation, color=f"C{number}", alpha=0.15)
     if panel.smooth:
         axes.axhline(0, color="0.5", linewidth=0.8)
+    if panel.band:  # AdaFace's deviation starts at 100, and would leave the rest flat
+        axes.set_ylim(0, 1.5 * max(series[metric][1].max() for metric in panel.metrics if metric in series))
     axes.legend(fontsize="small")
     save_figure(figure, path)
 

@@ -30,6 +30,6 @@ class Embedding:
 
 image = cv2.cvtColor(cv2.imread(args.image_path), cv2.COLOR_BGR2RGB).transpose(2, 0, 1)
 embeddings = Embedding(args.model_prefix).forward_db(np.stack([image, image[:, :, ::-1]]))
-templates = np.array(["1", "2"], dtype=object).astype(np.int)
+templates = np.array(["1", "2"], dtype=object).astype(np.int)  # noqa: NPY001
 threshold = interpolate.interp1d([0.0, 0.0, 1.0], [0.0, 1.0, 2.0], kind="slinear")(0.5)
 print(embeddings.shape, templates.tolist(), float(threshold))

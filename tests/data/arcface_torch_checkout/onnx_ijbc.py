@@ -24,4 +24,4 @@ if __name__ == "__main__":
     loader = DataLoader(AlignedDataSet(), batch_size=2, num_workers=1, collate_fn=lambda data: torch.cat(data, dim=0))
     batches = [(batch.numpy() - 127.5) / 127.5 for batch in loader]
     features = [session.run(None, {session.get_inputs()[0].name: batch})[0] for batch in batches]
-    print(np.concatenate(features).astype(np.float).shape, session.get_providers())
+    print(np.concatenate(features).astype(np.float).shape, session.get_providers())  # noqa: NPY001

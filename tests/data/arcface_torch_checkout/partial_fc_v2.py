@@ -4,7 +4,7 @@ from torch import distributed
 
 class PartialFC_V2(torch.nn.Module):
     def __init__(self, margin_loss, embedding_size, num_classes, sample_rate=1.0, fp16=False):
-        super().__init__()
+        super(PartialFC_V2, self).__init__()  # noqa: UP008 - the name is looked up in this module
         assert distributed.is_initialized()
         self.margin_softmax = margin_loss
         self.weight = torch.nn.Parameter(torch.normal(0, 0.01, (num_classes, embedding_size)))

@@ -15,7 +15,7 @@ args = parser.parse_args()
 net = get_model(args.network, dropout=0.0, fp16=False, num_features=512)
 net.load_state_dict(torch.load(os.path.join(args.input, "model.pt")), strict=True)
 net.eval()
-pixels = np.random.randint(0, 255, size=(1, 3, 112, 112), dtype=np.int32).astype(np.float)
+pixels = np.full((1, 3, 112, 112), 255, np.int32).astype(np.float)  # noqa: NPY001
 img = torch.from_numpy(pixels / 127.5 - 1).float()
 torch.onnx.export(
     net, img, args.output, input_names=["data"], keep_initializers_as_inputs=False, verbose=False, opset_version=11
