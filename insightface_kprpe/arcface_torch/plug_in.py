@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
-import importlib.util
 import logging
 import os
 import runpy
@@ -84,11 +83,11 @@ class Parts:
     def margin_loss(self, original: Callable, s: float, m1: Any, m2: float, m3: float, *args, **kwargs) -> nn.Module:
         """``CombinedMarginLoss``, or AdaFace where the config asks for it."""
         config = self.config or {}
+        t_alpha = config.get("adaface_t_alpha", 0.01)
         if m1 == "adaface":  # margin_list = ("adaface", m, h)
-            return AdaFace(m2, m3, config.get("adaface_t_alpha", 0.01), s)
-        if config.get("loss", "margin") == "adaface":
-            settings = (config.get(f"adaface_{key}", value) for key, value in (("m", 0.4), ("h", 0.333)))
-            return AdaFace(*settings, config.get("adaface_t_alpha", 0.01), s)
+            return AdaFace(m2, m3, t_alpha, s)
+        if config.get("loss") == "adaface":
+            return AdaFace(config.get("adaface_m", 0.4), config.get("adaface_h", 0.333), t_alpha, s)
         return original(s, m1, m2, m3, *args, **kwargs)
 
     def partial_fc(

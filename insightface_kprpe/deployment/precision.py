@@ -25,6 +25,7 @@ MINIMAL_COSINE = {"fp16": 0.999, "int8": 0.98}  # of every face, to its float32 
 MAXIMAL_DROP = 1.0  # of verification accuracy, percentage points
 _CHANCE = 3  # pairs that may change sides on a small set without meaning anything
 FPRS = (1e-3, 1e-4, 1e-5)
+_COORDINATES = 10
 _DRAWN_PEOPLE, _DRAWN_PAIRS = 30, 100
 
 
@@ -147,10 +148,15 @@ def _check(change: PrecisionChange, precision: str, count: int, name: str) -> No
 
 
 def _write_half(source: Path, target: Path) -> None:
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     model = onnx.load(str(source))
-    half = convert_float_to_float16(model, keep_io_types=True, node_block_list=_keypoint_nodes(model))
+    half = convert_float_to_float16(
+        model,
+        keep_io_types=True,
+        op_block_list=[*DEFAULT_OP_BLOCK_LIST, "BatchNormalization"],  # of mixed types in files of older exporters
+        node_block_list=_keypoint_nodes(model),
+    )
     onnx.save(half, str(target))
 
 
@@ -161,19 +167,40 @@ def _write_int8(source: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shaped = Path(folder) / "shaped.onnx"
         quant_pre_process(str(source), str(shaped), skip_optimization=True, skip_symbolic_shape=True)
+        model = onnx.load(str(shaped))
+        _unshare_weights(model)
+        onnx.save(model, str(shaped))
         quantize_dynamic(
             str(shaped),
             str(target),
             op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=_keypoint_nodes(onnx.load(str(shaped))),
+            nodes_to_exclude=_keypoint_nodes(model),
         )
 
 
+def _unshare_weights(model: onnx.ModelProto) -> None:
+    """Give each Gemm weights of its own: older quantizers transpose shared ones twice, under one name."""
+    weights, seen = {initializer.name: initializer for initializer in model.graph.initializer}, set()
+    for number, node in enumerate(node for node in model.graph.node if node.op_type == "Gemm"):
+        name = node.input[1]
+        if name in seen:
+            copy = onnx.TensorProto()
+            copy.CopyFrom(weights[name])
+            copy.name = node.input[1] = f"{name}_{number}"
+            model.graph.initializer.append(copy)
+        elif name in weights:
+            seen.add(name)
+
+
 def _keypoint_nodes(model: onnx.ModelProto) -> list[str]:
-    """The few nodes from keypoints to attention biases: small, and precise to a fraction of a pixel only in float32."""
-    return [node.name for node in model.graph.node if any("keypoint_linear" in name for name in node.input)]
+    """The few nodes from keypoints to attention biases: small, and precise to a fraction of a pixel only in float32.
+
+    They are known by their weights, one side of which is the two coordinates of up to five keypoints.
+    """
+    small = {w.name for w in model.graph.initializer if len(w.dims) == 2 and min(w.dims) <= _COORDINATES}
+    return [node.name for node in model.graph.node if any(name in small for name in node.input)]
 
 
 _WRITERS = {"fp16": _write_half, "int8": _write_int8}
