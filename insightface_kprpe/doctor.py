@@ -40,13 +40,15 @@ class Finding(NamedTuple):
 
 def examine(root: str | Path = "~/.insightface") -> list[Finding]:
     """Everything: packages, devices, and the packs under ``root/models``."""
-    from .doctor_packs import examine_packs
-
     python = sys.version.split()[0]
     findings = [Finding("python", OK, f"{python} at {sys.executable}")]
     findings += check_requirements()
     findings += [check_torch(), check_numpy(), check_torchvision()]
     findings += [check_onnxruntime(), check_opencv(), check_insightface()]
+    if findings[-1].status == BROKEN:
+        return [*findings, Finding("packs", WARNING, "not looked at: insightface does not load")]
+    from .doctor_packs import examine_packs
+
     return findings + examine_packs(Path(root).expanduser())
 
 
@@ -171,15 +173,18 @@ def check_onnxruntime() -> Finding:
 
 
 def check_opencv() -> Finding:
-    """Clashing distributions."""
-    import cv2
-
+    """Clashing distributions, and one that does not load."""
     found = installed(_OPENCVS)
-    names = " and ".join(f"{name} {version}" for name, version in found.items())
+    names = " and ".join(f"{name} {version}" for name, version in found.items()) or "none"
+    try:
+        loaded = importlib.import_module("cv2").__version__
+    except Exception as error:  # most often libGL, which machines without a screen lack
+        mend = f"pip uninstall -y {' '.join(found) or 'opencv-python'} && pip install opencv-python-headless"
+        return Finding("opencv", BROKEN, f"{names} does not load ({error})", mend)
     if len(found) > 1:
         mend = f"pip uninstall -y {' '.join(found)} && pip install opencv-python"
-        return Finding("opencv", WARNING, f"{names} overwrite each other, {cv2.__version__} is loaded", mend)
-    return Finding("opencv", OK, names or cv2.__version__)
+        return Finding("opencv", WARNING, f"{names} overwrite each other, {loaded} is loaded", mend)
+    return Finding("opencv", OK, names)
 
 
 def check_insightface() -> Finding:

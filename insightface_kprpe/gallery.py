@@ -67,7 +67,9 @@ class Gallery:
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, model=np.array(self.model), **fields)
 
-    def add(self, names: Sequence[str], embeddings: np.ndarray, qualities: Sequence[float], sources: Sequence[str]):
+    def add(
+        self, names: Sequence[str], embeddings: np.ndarray, qualities: Sequence[float], sources: Sequence[str]
+    ) -> None:
         """Add pictures of people.
 
         Args:

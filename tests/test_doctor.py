@@ -127,6 +127,21 @@ def test_two_opencvs_clash(versions):
     assert finding.status == WARNING and "pip uninstall -y opencv-python opencv-python-headless" in finding.mend
 
 
+def test_an_opencv_that_does_not_load(versions, monkeypatch):
+    versions["opencv-python"] = "4.10"
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    finding = doctor.check_opencv()
+    assert finding.status == BROKEN and finding.found.startswith("opencv-python 4.10 does not load")
+    assert finding.mend == "pip uninstall -y opencv-python && pip install opencv-python-headless"
+
+
+def test_packs_wait_for_insightface(monkeypatch, tmp_path):
+    for check in ("torch", "numpy", "torchvision", "onnxruntime", "opencv"):
+        monkeypatch.setattr(doctor, f"check_{check}", lambda check=check: Finding(check, OK, "1"))
+    monkeypatch.setattr(doctor, "check_insightface", lambda: Finding("insightface", BROKEN, "does not load", "pip"))
+    assert doctor.examine(tmp_path)[-1].found == "not looked at: insightface does not load"
+
+
 def test_numpy_and_insightface_of_this_machine():
     assert doctor.check_numpy().status == doctor.check_insightface().status == OK
 

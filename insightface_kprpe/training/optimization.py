@@ -48,7 +48,7 @@ def optimize(
         loss_of: the mean loss of one batch.
         batches: of equal size.
         network: what ``loss_of`` runs, wrapped or not.
-        state: its weights change, and the learning rate moves on.
+        state: its weights and moments change.
         clip_grad: largest norm of the network's gradient.
 
     Returns:
