@@ -203,15 +203,15 @@ def _get_model(name, **kwargs):
     """
     aligned, strict = kwargs.pop("aligned", True), kwargs.pop("strict_providers", False)
     kwargs = settle_providers(kwargs, strict)
-    path, model = _file_of(name, kwargs), None
+    path, stock = _file_of(name, kwargs), None
     if path is None:  # a pack's name or folder: let the stock loader find the file
-        model = _stock_get_model(name, **kwargs)
-        path = getattr(model, "model_file", None)
-    ours = _our_model(Path(path), kwargs, aligned) if path is not None else None
-    if ours is None and model is None:
-        model = _stock_get_model(name, **kwargs)
-    model = ours if ours is not None else model
-    if not aligned and getattr(model, "taskname", None) == "recognition" and ours is None:
+        stock = _stock_get_model(name, **kwargs)
+        if stock is None:
+            return None
+        path = Path(stock.model_file)
+    ours = _our_model(path, kwargs, aligned)
+    model = ours or stock or _stock_get_model(name, **kwargs)
+    if not aligned and ours is None and getattr(model, "taskname", None) == "recognition":
         raise ValueError(f"aligned=False needs a recognition model with a keypoint input, {name} has none")
     if (session := getattr(model, "session", None)) is not None:
         check_session(session, kwargs.get("providers"), strict)

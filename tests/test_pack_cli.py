@@ -184,9 +184,7 @@ def test_lower_precisions_are_smaller_and_close(pack, tmp_path, form, name):
 
 def test_a_precision_that_changes_too_much_is_refused(pack, tmp_path, monkeypatch):
     monkeypatch.setitem(precision.MINIMAL_COSINE, "int8", 0.9999999)
-    with pytest.raises(
-        precision.PrecisionError, match=r"in int8: (cosine to fp32 at least 0\.9.*use a higher|.*update)"
-    ):
+    with pytest.raises(precision.PrecisionError, match=r"in int8: .*(use a higher|update)"):
         precision.lower_precision(pack / "recognition.onnx", tmp_path / "low.onnx", "int8")
     assert not (tmp_path / "low.onnx").exists()
     with pytest.raises(ValueError, match="precision must be fp16 or int8 to lower it, got 'fp32'"):

@@ -98,7 +98,10 @@ class OnnxEmbedder:
         self.device = torch.device(device)
         cuda = self.device.type == "cuda"
         providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
-        self.session = onnxruntime.InferenceSession(str(path), **settle_providers({"providers": providers}))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()  # as many as torch's networks get
+        asked = {"providers": providers, "sess_options": options}
+        self.session = onnxruntime.InferenceSession(str(path), **settle_providers(asked))
         self.inputs = self.session.get_inputs()
         self.needs_keypoints = metadata.get("inputs") == "images+keypoints"
         self.finds_keypoints = metadata.get("keypoint_source") == "dfa"
