@@ -28,7 +28,8 @@ from kprpe_study_report import write_report
 from insightface_kprpe.data.augmentation import move_keypoints, warp_images
 from insightface_kprpe.data.face_dataset import to_network_input
 from insightface_kprpe.deployment.weights import load_run
-from insightface_kprpe.evaluation.embedding import TorchEmbedder
+from insightface_kprpe.evaluation.embedding import TorchEmbedder, embed_images
+from insightface_kprpe.evaluation.metrics import unit_rows
 from insightface_kprpe.evaluation.verification import VerificationPairs, open_verification, verify
 from insightface_kprpe.files import write_atomically
 from insightface_kprpe.training.config import load_config
@@ -125,6 +126,18 @@ def measure(net: torch.nn.Module, sets: Sequence[VerificationPairs], pairs: int)
     return results
 
 
+def keypoint_effect(net: torch.nn.Module, tested: VerificationPairs, pairs: int) -> dict[str, float]:
+    """How far wrong keypoints move the unit embedding, mean in percent of its length; nothing where none are used."""
+    if getattr(net, "position", None) != "kprpe":
+        return {}
+    embed, some = TorchEmbedder(net), choose_pairs(tested, pairs)
+    nowhere = np.zeros_like(some.keypoints)
+    wrong = {f"noise {ALPHAS[-1]:g}": mislead(some, "noise", ALPHAS[-1]).keypoints, "all in the corner": nowhere}
+    right = unit_rows(embed_images(embed, some.images, some.keypoints, flip=False))
+    moved = {name: unit_rows(embed_images(embed, some.images, points, flip=False)) for name, points in wrong.items()}
+    return {name: float(100 * np.linalg.norm(other - right, axis=1).mean()) for name, other in moved.items()}
+
+
 def choose_pairs(tested: VerificationPairs, count: int, seed: int = 0) -> VerificationPairs:
     """At most ``count`` pairs of a set, drawn once and for all, decoded."""
     total = len(tested.is_same)
@@ -218,10 +231,12 @@ def main() -> None:
         print(f"[{number}/{len(runs)}] {run.folder}", flush=True)
         started = time.process_time()
         loss = train_run(run, folder)
-        results = measure(load_run(folder), sets[run.data], options.pairs)
+        net = load_run(folder)
+        results = measure(net, sets[run.data], options.pairs)
+        effect = keypoint_effect(net, sets[run.data][0], options.pairs)
         seconds = round(time.process_time() - started, 1)
         result = {"data": run.data, "network": run.label, "seed": run.seed, "settings": dict(run.settings)}
-        result |= {"loss": loss, "cpu_seconds": seconds, "accuracy": results}
+        result |= {"loss": loss, "cpu_seconds": seconds, "accuracy": results, "keypoint_effect": effect}
         write_atomically(folder / "study.json", (json.dumps(result, indent=2) + "\n").encode())
         logger.info("%s: loss %.2f, accuracy %s, %.0f s", run.folder, loss, results["sets"], seconds)
         done.append(result)

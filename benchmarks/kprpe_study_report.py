@@ -88,7 +88,8 @@ def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
                 for alpha in alphas
             ]
             header = ["alpha", "L + alpha L (Eq. 12)", "same lengths, random directions"]
-            parts.append(f"### {data.capitalize()} faces, wrong keypoints ({KPRPE})\n\n{table(header, body)}")
+            effect = _effect(run for run in runs if run["data"] == data and run["network"] == KPRPE)
+            parts.append(f"### {data.capitalize()} faces, wrong keypoints ({KPRPE})\n\n{table(header, body)}{effect}")
         points = [name for name in networks if name.startswith(KPRPE)] + [name for name in networks if name == PLAIN]
         if len(points) > 2:
             columns = [key for key in rows if key[0] == "sets" or key[1] in ("30", "1.4", "0.2")]
@@ -102,6 +103,15 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _effect(runs: Iterable[Mapping[str, Any]]) -> str:
+    """How much embeddings depend on the keypoints at all, as a sentence."""
+    runs = [run["keypoint_effect"] for run in runs if run.get("keypoint_effect")]
+    if not runs:
+        return ""
+    means = [f"{statistics.fmean(run[name] for run in runs):.2f} % ({name})" for name in runs[0]]
+    return f"\n\nWrong keypoints move the unit embedding by {', '.join(means)} of its length."
 
 
 def _cells(networks: Mapping[str, Mapping[Key, Spread]], names: Sequence[str], key: Key) -> list[str]:

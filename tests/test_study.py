@@ -74,6 +74,24 @@ def test_keypoint_errors_are_as_long_as_equation_12_says(study, dots):
     assert np.abs(noise - drift).max() > 0.05
 
 
+def test_effect_of_keypoints_is_the_distance_of_unit_embeddings(study, dots):
+    class Net(torch.nn.Module):
+        position = "kprpe"
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, images, keypoints):
+            return torch.stack([torch.ones(len(images)), 5.0 * (keypoints.abs().sum((1, 2)) == 0)], 1)
+
+    effect = study.keypoint_effect(Net(), dots, 2)
+    assert effect["noise 0.1"] == 0.0
+    turned = np.array([1, 5]) / 26**0.5 - np.array([1, 0])
+    assert effect["all in the corner"] == pytest.approx(100 * np.linalg.norm(turned), rel=1e-5)
+    assert study.keypoint_effect(torch.nn.Linear(1, 1), dots, 2) == {}
+
+
 def test_chosen_pairs_are_whole_pairs(study):
     images = np.arange(40).reshape(40, 1, 1, 1).repeat(3, -1).astype(np.uint8)
     tested = VerificationPairs("x", images, np.zeros((40, 5, 2), np.float32), np.arange(20) % 2 == 0)
@@ -87,7 +105,9 @@ def result(network, seed, aligned, turned, data="real"):
     accuracy = {"sets": {"val": aligned}, "rotation": {"0": aligned, "30": turned}}
     if network.startswith("ViT + KPRPE"):
         accuracy["drift"] = accuracy["noise"] = {"0": aligned, "0.1": turned}
-    return {"data": data, "network": network, "seed": seed, "accuracy": accuracy, "cpu_seconds": 1.0}
+    effect = {"noise 0.1": float(seed), "all in the corner": 8.0} if "KPRPE" in network else {}
+    result = {"data": data, "network": network, "seed": seed, "accuracy": accuracy, "keypoint_effect": effect}
+    return {**result, "cpu_seconds": 1.0}
 
 
 RUNS = [
@@ -118,6 +138,7 @@ def test_tables(report):
     assert "| rotation 30 | 69.7 +- 25.9 | 61.0 | 62.0 +- 4.2 | +7.0 +- 2.8 |" in text
     assert "### Real faces (1 to 3 seeds)" in text
     assert "| 0.1 | 62.0 +- 4.2 | 62.0 +- 4.2 |" in text
+    assert "move the unit embedding by 0.50 % (noise 0.1), 8.00 % (all in the corner) of its length." in text
     assert "| 2 | 70.0 | 62.0 |" in text and "| none (ViT) |" in text
 
 
