@@ -14,7 +14,7 @@ quickstart: .venv/installed
 	$(BIN)/insightface-kprpe quickstart
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

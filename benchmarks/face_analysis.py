@@ -28,11 +28,11 @@ import torch
 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 
 import insightface_kprpe as ik
+from insightface_kprpe.app.face_analysis import embed_crops
 from insightface_kprpe.data.face_dataset import to_network_input
 from insightface_kprpe.data.synthetic import SyntheticFaces
 from insightface_kprpe.deployment.onnx_export import export_onnx
-from insightface_kprpe.deployment.precision import _WRITERS
-from insightface_kprpe.face_analysis import embed_crops
+from insightface_kprpe.deployment.precision import WRITERS
 from insightface_kprpe.files import write_atomically
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS
 from insightface_kprpe.model_zoo import KeypointRecognizer
@@ -111,7 +111,7 @@ def embedders(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str
         for precision in arguments.precisions:
             path = full if precision == "fp32" else folder / f"{network}_{precision}.onnx"
             if path != full:
-                _WRITERS[precision](full, path)
+                WRITERS[precision](full, path)
             for device in runtimes:
                 make = lambda path=path, device=device: onnx_embedder(path, device, arguments.threads)  # noqa: E731
                 yield f"{network} onnxruntime {precision} {device}", make
@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="*", default=["vit_s_kprpe", "vit_b_kprpe"], help="registered names")
     parser.add_argument("--stock", nargs="*", type=Path, default=[], help="recognition files of InsightFace")
-    parser.add_argument("--precisions", nargs="+", choices=["fp32", *_WRITERS], default=["fp32", *_WRITERS])
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", *WRITERS], default=["fp32", *WRITERS])
     parser.add_argument("--faces", type=int, default=32, help="faces of a batch; a quarter of them one by one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--repeats", type=int, default=3, help="runs of which the best counts")

@@ -133,7 +133,7 @@ def _points(network: str) -> str:
 
 def _seeds(networks: Iterable[Mapping[Key, Spread]]) -> str:
     counts = sorted({next(iter(tests.values())).count for tests in networks})
-    return f"{' to '.join(str(count) for count in (counts[0], counts[-1])[: len(counts)])} seeds"
+    return f"{' to '.join(str(count) for count in (counts[0], counts[-1])[: len(counts)])} seed{'s' * (counts[-1] > 1)}"
 
 
 def draw_curves(summary: Mapping[str, Mapping[Key, Spread]], path: Path, title: str) -> None:
@@ -179,9 +179,8 @@ def write_report(runs: Sequence[Mapping[str, Any]], out: Path) -> str:
     content["cpu_seconds"] = round(sum(run["cpu_seconds"] for run in runs), 1)
     write_atomically(out / "report.json", (json.dumps(content, indent=2) + "\n").encode())
     for data, networks in summary.items():
-        count = next(iter(networks.values()))
-        seeds = next(iter(count.values())).count
-        draw_curves(networks, out / f"curves_{data}.png", f"{data} faces: mean and deviation of {seeds} seeds")
+        title = f"{data} faces: mean and deviation, {_seeds(networks[name] for name in networks if name in _STYLE)}"
+        draw_curves(networks, out / f"curves_{data}.png", title)
     return text
 
 

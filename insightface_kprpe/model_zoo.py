@@ -22,15 +22,15 @@ from insightface.model_zoo import model_zoo as zoo_module
 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 from insightface.model_zoo.model_zoo import PickableInferenceSession
 
-from . import face_analysis
+from .app import face_analysis
+from .app.face_aligner import FaceAligner, cut_box
+from .app.pictures import as_bgr
 from .deployment.detector_export import DFA_DETECTOR
 from .deployment.installed_packs import load_note
 from .deployment.onnx_export import read_metadata
+from .deployment.providers import check_session, settle_providers
 from .evaluation.fusion import landmark_weights
-from .face_aligner import FaceAligner, cut_box
 from .geometry import CANONICAL_KEYPOINTS, SCORE_THRESHOLD, align_face, estimate_alignment, transform_points
-from .pictures import as_bgr
-from .providers import check_session, settle_providers
 
 logger = logging.getLogger(__name__)
 

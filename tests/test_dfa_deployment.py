@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 import insightface_kprpe as ik
 from insightface_kprpe import cli
+from insightface_kprpe.app.face_aligner import MIN_SIDE, AlignedCrops, FaceAligner
 from insightface_kprpe.data.synthetic import SyntheticFaces, draw_scene
 from insightface_kprpe.deployment import detector_export, model_pack
 from insightface_kprpe.deployment.detector_export import OneFaceLayout, export_detector
 from insightface_kprpe.deployment.onnx_export import ExportError, export_onnx, read_metadata
 from insightface_kprpe.dfa import DFA, RetinaFaceNet
-from insightface_kprpe.face_aligner import MIN_SIDE, AlignedCrops, FaceAligner
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, align_face
 
 CPU = {"providers": ["CPUExecutionProvider"]}
@@ -178,7 +178,9 @@ def test_networks_that_do_not_fit_the_layout_are_refused(dfa, tmp_path, monkeypa
 def test_register_gives_an_aligner_that_is_a_detector_too(aligner, stock):
     assert isinstance(aligner, FaceAligner) and aligner.taskname == "detection"
     image = crop(112, 112)
-    for found, expected in zip(aligner.detect(image, det_thresh=0.0), stock.detect(image), strict=True):
+    for model in (aligner, stock):
+        model.prepare(-1, det_thresh=0.0)
+    for found, expected in zip(aligner.detect(image), stock.detect(image), strict=True):
         np.testing.assert_array_equal(found, expected)
     for height, width in ((0, 0), (0, 50), (50, MIN_SIDE - 1)):
         boxes, landmarks = aligner.detect(crop(112, 112)[:height, :width])

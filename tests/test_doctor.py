@@ -8,9 +8,10 @@ import tiny_packs as tiny
 import torch
 from typer.testing import CliRunner
 
-from insightface_kprpe import cli, doctor, doctor_packs
+from insightface_kprpe import cli
+from insightface_kprpe.app import doctor, doctor_packs
+from insightface_kprpe.app.doctor import BROKEN, OK, WARNING, Finding
 from insightface_kprpe.deployment import model_pack
-from insightface_kprpe.doctor import BROKEN, OK, WARNING, Finding
 
 
 @pytest.fixture

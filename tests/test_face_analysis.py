@@ -4,9 +4,10 @@ import tiny_packs as tiny
 from insightface.app import FaceAnalysis
 
 import insightface_kprpe as ik
-from insightface_kprpe import face_analysis, model_zoo
+from insightface_kprpe import model_zoo
+from insightface_kprpe.app import face_analysis
+from insightface_kprpe.app.pictures import as_bgr
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS
-from insightface_kprpe.pictures import as_bgr
 
 rng = np.random.default_rng(0)
 

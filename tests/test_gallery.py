@@ -8,10 +8,11 @@ import tiny_packs as tiny
 from typer.testing import CliRunner
 
 import insightface_kprpe as ik
-from insightface_kprpe import cli, recognition
-from insightface_kprpe.gallery import Gallery, Match
+from insightface_kprpe import cli
+from insightface_kprpe.app import recognition
+from insightface_kprpe.app.gallery import Gallery, Match
+from insightface_kprpe.app.pictures import list_pictures, read_picture, write_picture
 from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112
-from insightface_kprpe.pictures import list_pictures, read_picture, write_picture
 
 rng = np.random.default_rng(0)
 

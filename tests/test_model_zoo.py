@@ -13,9 +13,10 @@ from insightface.app import FaceAnalysis
 from insightface.app.common import Face
 
 import insightface_kprpe as ik
-from insightface_kprpe import model_zoo, providers
+from insightface_kprpe import model_zoo
+from insightface_kprpe.app.face_aligner import FaceAligner
+from insightface_kprpe.deployment import providers
 from insightface_kprpe.evaluation.fusion import landmark_weights
-from insightface_kprpe.face_aligner import FaceAligner
 from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112, CANONICAL_KEYPOINTS, align_face
 
 MANIFESTS = tuple(int(part) for part in insightface.__version__.split(".")[:1]) >= (2,)

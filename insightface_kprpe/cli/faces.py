@@ -33,11 +33,11 @@ def recognize(
     aligned: Annotated[bool, typer.Option(help="--no-aligned: the network sees the detector's box as it is")] = True,
 ) -> None:
     """Name the people in a photo, with similarity (cosine) and quality (0 to 1)."""
+    from ..app.gallery import Gallery
+    from ..app.pictures import read_picture, write_picture
+    from ..app.recognition import DEFAULT_THRESHOLD, annotate, enrol, measured_threshold, open_pack, people_of_folder
+    from ..app.recognition import recognize as name_faces
     from ..deployment.installed_packs import load_note
-    from ..gallery import Gallery
-    from ..pictures import read_picture, write_picture
-    from ..recognition import DEFAULT_THRESHOLD, annotate, enrol, measured_threshold, open_pack, people_of_folder
-    from ..recognition import recognize as name_faces
 
     picture = read_picture(photo)
     people = Gallery() if gallery.is_dir() else Gallery.load(gallery)
@@ -74,9 +74,9 @@ def add_people(
     aligned: Annotated[bool, typer.Option(help="--no-aligned: the network sees the detector's box as it is")] = True,
 ) -> None:
     """Add the largest face of each picture; pictures that are in the gallery already are passed over."""
-    from ..gallery import Gallery
-    from ..pictures import list_pictures
-    from ..recognition import enrol, open_pack, people_of_folder
+    from ..app.gallery import Gallery
+    from ..app.pictures import list_pictures
+    from ..app.recognition import enrol, open_pack, people_of_folder
 
     if name is None:
         pictures = people_of_folder(people)
@@ -93,7 +93,7 @@ def add_people(
 @gallery_app.command("list")
 def list_people(index: Index) -> None:
     """Say who is in the gallery, and with how many pictures."""
-    from ..gallery import Gallery
+    from ..app.gallery import Gallery
 
     gallery = Gallery.load(index)
     for name, pictures in gallery.people().items():
@@ -104,7 +104,7 @@ def list_people(index: Index) -> None:
 @gallery_app.command("remove")
 def remove_person(index: Index, name: Annotated[str, typer.Argument(help="whom to forget")]) -> None:
     """Forget a person."""
-    from ..gallery import Gallery
+    from ..app.gallery import Gallery
 
     gallery = Gallery.load(index)
     pictures = gallery.remove(name)
@@ -120,7 +120,7 @@ def doctor(
     """Check the installation and the model packs; what is wrong comes with the command that mends it."""
     import json
 
-    from ..doctor import BROKEN, examine, format_findings
+    from ..app.doctor import BROKEN, examine, format_findings
 
     findings = examine(root)
     typer.echo(json.dumps([item._asdict() for item in findings], indent=2) if as_json else format_findings(findings))

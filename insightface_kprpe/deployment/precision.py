@@ -152,7 +152,7 @@ def _write(precision: str, source: Path, target: Path) -> None:
     import onnxruntime
 
     try:
-        _WRITERS[precision](source, target)
+        WRITERS[precision](source, target)
         onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises types of its own
         reason = str(error).splitlines()[0]
@@ -196,4 +196,4 @@ def _keypoint_nodes(model: onnx.ModelProto) -> list[str]:
     return [node.name for node in model.graph.node if any(name in small for name in node.input)]
 
 
-_WRITERS = {"fp16": _write_half, "int8": _write_int8}
+WRITERS = {"fp16": _write_half, "int8": _write_int8}

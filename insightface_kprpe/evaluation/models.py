@@ -91,7 +91,7 @@ class OnnxEmbedder:
         import onnxruntime
 
         from ..deployment.onnx_export import read_metadata
-        from ..providers import settle_providers
+        from ..deployment.providers import settle_providers
 
         self.path, self.name = Path(path), name or Path(path).stem
         metadata = read_metadata(path)

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .evaluation.fusion import pool_templates
-from .evaluation.metrics import unit_rows
-from .files import atomic_path
+from ..evaluation.fusion import pool_templates
+from ..evaluation.metrics import unit_rows
+from ..files import atomic_path
 
 
 class Match(NamedTuple):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import onnx
 
-from .deployment.installed_packs import verify
-from .deployment.model_pack import MANIFEST, PackError
-from .deployment.onnx_export import read_metadata
+from ..deployment.installed_packs import verify
+from ..deployment.model_pack import MANIFEST, PackError
+from ..deployment.onnx_export import read_metadata
 from .doctor import BROKEN, OK, WARNING, Finding
 
 # InsightFace decides by shapes.
@@ -52,7 +52,7 @@ def _examine_pack(folder: Path) -> list[Finding]:
 
 def _examine_file(name: str, path: Path, tasks: dict[str, str]) -> tuple[Finding, str | None]:
     """How a file is routed, or why not; and its task."""
-    from .model_zoo import stock_route
+    from ..model_zoo import stock_route
 
     try:
         route = stock_route(path)
@@ -82,8 +82,8 @@ def why_ignored(path: Path) -> str:
 
 def _after_register(path: Path) -> str:
     """What else becomes of a file of this package after ``register()``."""
-    from .deployment.detector_export import DFA_DETECTOR
-    from .model_zoo import ALIGNER_FILE, KEYPOINT_FOLDER
+    from ..deployment.detector_export import DFA_DETECTOR
+    from ..model_zoo import ALIGNER_FILE, KEYPOINT_FOLDER
 
     metadata = read_metadata(path)
     if metadata.get("detector") == DFA_DETECTOR:

@@ -12,12 +12,12 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from .evaluation.fusion import landmark_weights
+from ..evaluation.fusion import landmark_weights
+from ..geometry import SCORE_THRESHOLD, estimate_alignment, transform_points
 from .gallery import Gallery, Match
-from .geometry import SCORE_THRESHOLD, estimate_alignment, transform_points
 from .pictures import list_pictures, read_picture
 
-# Without a measured one. Different people rarely reach it with a model trained on millions of faces.
+# A customary starting point for models trained on millions of faces; `pack --evaluate` measures one's own.
 DEFAULT_THRESHOLD = 0.3
 _PICTURES_AT_A_TIME = 32
 _PICTURES_A_SAVE = 256  # what a kill while adding costs at most
@@ -46,8 +46,8 @@ def open_pack(name: str | Path, root: str | Path = "~/.insightface", det_thresh:
     """
     from insightface.app import FaceAnalysis
 
-    from .deployment.installed_packs import find_pack
-    from .model_zoo import register
+    from ..deployment.installed_packs import find_pack
+    from ..model_zoo import register
 
     register()
     app = FaceAnalysis(name=str(find_pack(name, root).resolve()), **settings)
@@ -57,8 +57,8 @@ def open_pack(name: str | Path, root: str | Path = "~/.insightface", det_thresh:
 
 def measured_threshold(app: Any) -> float | None:
     """The threshold that a pack's ``pack.json`` holds, of the smallest false positive rate; None if it has none."""
-    from .deployment.installed_packs import read_manifest
-    from .deployment.model_pack import MANIFEST
+    from ..deployment.installed_packs import read_manifest
+    from ..deployment.model_pack import MANIFEST
 
     file = Path(app.models["recognition"].model_file)
     for folder in file.parents[:2]:
@@ -132,7 +132,7 @@ def check_model(app: Any, gallery: Gallery) -> None:
     Raises:
         ValueError: they may not.
     """
-    from .deployment.published import file_sha256
+    from ..deployment.published import file_sha256
 
     recognizer = app.models.get("recognition")
     if recognizer is None:

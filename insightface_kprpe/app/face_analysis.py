@@ -10,7 +10,7 @@ import numpy as np
 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 from insightface.utils import face_align
 
-from .geometry import KEYPOINT_LIMIT
+from ..geometry import KEYPOINT_LIMIT
 from .pictures import as_bgr
 
 LARGEST_BATCH = 64  # faces a run of the network; a power of two

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from insightface.model_zoo.scrfd import SCRFD
 
-from .data.face_dataset import to_network_input
-from .dfa.aligner import canonical_keypoints, fit_to_square, square_to_crop
-from .dfa.anchors import STRIDES
-from .geometry import CANONICAL_KEYPOINTS, align_face, warp_smoothly
+from ..data.face_dataset import to_network_input
+from ..dfa.aligner import canonical_keypoints, fit_to_square, square_to_crop
+from ..dfa.anchors import STRIDES
+from ..geometry import CANONICAL_KEYPOINTS, align_face, warp_smoothly
 
 MIN_SIDE = 8  # pixels; five points of a smaller face are less than two pixels apart
 BOX_PADDING = 0.1  # on every side, as a fraction of the box's longer side: how the network saw faces in training
