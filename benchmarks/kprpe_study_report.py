@@ -73,7 +73,7 @@ def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for data, networks in summary.items():
         main = [name for name in networks if name in _STYLE]
-        rows = [key for key in networks[main[0]] if key[0] in KINDS[:4]]
+        rows = [key for key in networks[main[0]] if key[0] in KINDS[:4] and key not in (("scale", "1"), ("shift", "0"))]
         gain = gains(runs, data)
         header = ["accuracy, %", *main, "KPRPE - ViT"]
         body = [[_test_name(key), *_cells(networks, main, key), _signed(gain.get(key))] for key in rows]
@@ -124,6 +124,8 @@ def _signed(value: Spread | None) -> str:
 
 def _test_name(key: Key) -> str:
     kind, name = key
+    if key == ("rotation", "0"):
+        return "the pairs to move, unmoved"
     return name if kind == "sets" else f"{kind} {name}"
 
 
