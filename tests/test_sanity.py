@@ -9,6 +9,7 @@ from insightface_kprpe.evaluation.report import Result
 from insightface_kprpe.evaluation.sanity import (
     channel_order_warning,
     expected_rank_1,
+    results_of_training,
     sanity_warnings,
     verification_separation,
 )
@@ -31,6 +32,21 @@ def test_low_rank_1_is_worth_a_warning():
     assert warning.startswith("m on TinyFace: rank-1 is 5.0 %, where its verification on bin lfw suggests about 89 %")
     assert "unaligned" in warning
     assert sanity_warnings(results(99.8, 5.0) + results(99.0, 70.0, model="other")) == [warning]
+
+
+def test_what_a_run_measured_in_training_counts(tmp_path):
+    lines = [
+        '{"step": 1, "loss": 9.0}',
+        '{"step": 1, "accuracy/lfw": 60.0}',
+        '{"step": 2, "accuracy/lfw": 99.8}',
+        '{"st',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    known = results_of_training("m", tmp_path)
+    assert known == [Result("m", "lfw in training", {"accuracy": 99.8})]
+    (warning,) = sanity_warnings([*known, results(99.8, 5.0)[1]])
+    assert "its verification on lfw in training suggests" in warning
+    assert results_of_training("m", tmp_path / "model.onnx") == []
 
 
 def test_the_best_verification_of_the_same_model_counts():

@@ -194,14 +194,17 @@ class _Settings(NamedTuple):
 def _measure(run: Callable[[Embedder, EmbedOptions], list[Result]], settings: _Settings) -> None:
     """Run a protocol on every model; print the tables and write the report."""
     from ..evaluation.report import format_text, write_report
-    from ..evaluation.sanity import sanity_warnings
+    from ..evaluation.sanity import results_of_training, sanity_warnings
 
     with _rank(settings) as (options, models):
-        results = [result for embed in models for result in run(embed, options)]
+        results, known = [], []
+        for embed, (_, path) in zip(models, _named(settings.models), strict=True):
+            results += run(embed, options)
+            known += results_of_training(embed.name, path)
         if not _is_first():
             return
         typer.echo(format_text(results))
-        for warning in sanity_warnings(results):
+        for warning in sanity_warnings([*known, *results]):
             typer.echo(f"warning: {warning}", err=True)
         if settings.out is not None:
             write_report(results, settings.out)

@@ -8,8 +8,11 @@ channels, so that no warning does not prove it right.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -56,6 +59,21 @@ def sanity_warnings(results: Sequence[Result]) -> list[str]:
                 "identities belong to other images: look at a few crops"
             )
     return warnings
+
+
+def results_of_training(model: str, path: str | Path) -> list[Result]:
+    """What a training run measured last on each of its verification sets; empty for what is no training run.
+
+    Args:
+        model: what the other results call it.
+        path: of the model; a run has ``metrics.jsonl`` in its folder.
+    """
+    file = Path(path) / "metrics.jsonl"
+    accuracies: dict[str, float] = {}
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        with contextlib.suppress(ValueError):  # the line that a kill cut short
+            accuracies |= {key: value for key, value in json.loads(line).items() if key.startswith("accuracy/")}
+    return [Result(model, f"{key[len('accuracy/') :]} in training", {"accuracy": v}) for key, v in accuracies.items()]
 
 
 def verification_separation(metrics: dict[str, float]) -> float | None:
