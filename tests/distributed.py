@@ -19,13 +19,15 @@ multiprocessing.set_forkserver_preload(["pytest", "insightface_kprpe.training.tr
 def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """``function(rank, *args)`` on every rank of a gloo group; returns what each one returned (tensors, numbers)."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (function, world_size, folder, args)
+        torch.save(args, Path(folder) / "args.pt")  # a fork server takes no more than a few hundred tensors
+        arguments = (function, world_size, folder)
         mp.start_processes(_run, arguments, nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
-def _run(rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple) -> None:
+def _run(rank: int, function: Callable[..., Any], world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
+    args = torch.load(Path(folder) / "args.pt", weights_only=False)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     try:
         torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
