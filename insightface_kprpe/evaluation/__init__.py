@@ -1,23 +1,15 @@
-"""Evaluation: embeddings in, numbers out; one module a protocol."""
+"""Evaluation: embeddings in, numbers out; one module a protocol. Modules are loaded when they are asked for."""
 
-from . import (
-    embedding,
-    fusion,
-    ijb,
-    ijbs,
-    landmarks,
-    metrics,
-    models,
-    protocols,
-    report,
-    search,
-    tinyface,
-    verification,
-)
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
 
 __all__ = [
+    "curves",
     "embedding",
     "fusion",
+    "hardest",
     "ijb",
     "ijbs",
     "landmarks",
@@ -25,7 +17,14 @@ __all__ = [
     "models",
     "protocols",
     "report",
+    "sanity",
     "search",
     "tinyface",
     "verification",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
