@@ -42,9 +42,10 @@ def warp_images(images: torch.Tensor, matrix: torch.Tensor, black: float = -1.0)
     # grid_sample wants the way back, in [-1, 1], where x = (n + 1) / 2
     shift = inverse @ (1 - linear.sum(-1, keepdim=True) - 2 * offset)
     axis = (torch.arange(images.shape[-1], device=images.device) * 2 + 1) / images.shape[-1] - 1
-    along_x = inverse[:, None, :, 0] * axis[:, None]  # (B, S, 2)
-    along_y = inverse[:, None, :, 1] * axis[:, None] + shift.mT
-    grid = along_x[:, None] + along_y[:, :, None]  # (B, S, S, 2), twice as fast as affine_grid
+    along_x = inverse[:, :, :1] * axis  # (B, 2, S)
+    along_y = inverse[:, :, 1:] * axis + shift
+    # (B, S, S, 2) in memory (B, 2, S, S): several times as fast as affine_grid, and no slower to read
+    grid = (along_x[:, :, None] + along_y[..., None]).permute(0, 2, 3, 1)
     if black == 0:
         return F.grid_sample(images, grid, align_corners=False)
     return F.grid_sample(images - black, grid, align_corners=False).add_(black)
@@ -67,7 +68,7 @@ def random_mirror(images: torch.Tensor, keypoints: torch.Tensor, generator: torc
         (B, 5, 2) where the keypoints are now.
     """
     rows = torch.where(torch.rand(len(images), generator=generator) < 0.5)[0].to(images.device)
-    images.index_copy_(0, rows, images[rows].flip(-1))
+    images.index_copy_(0, rows, images.index_select(0, rows).flip(-1))
     return keypoints.index_copy(0, rows, mirror_keypoints(keypoints[rows]))
 
 
@@ -114,8 +115,12 @@ def random_similarity(
     matrix = torch.cat([linear, (centre + shift - linear @ centre).unsqueeze(-1)], -1)
     matrix, rows = matrix[chosen].to(images.device), torch.where(chosen)[0].to(images.device)
     at_once = _WARPED_AT_ONCE if images.device.type == "cpu" else len(rows)
-    for some, part in zip(rows.split(at_once), matrix.split(at_once), strict=True):
-        images.index_copy_(0, some, warp_images(images[some], part, black=0))
+    if len(rows) == count:  # views will do
+        for some, part in zip(images.split(at_once), matrix.split(at_once), strict=True):
+            some.copy_(warp_images(some, part, black=0))
+    else:
+        for some, part in zip(rows.split(at_once), matrix.split(at_once), strict=True):
+            images.index_copy_(0, some, warp_images(images.index_select(0, some), part, black=0))
     return keypoints.index_copy(0, rows, move_keypoints(keypoints[rows], matrix))
 
 
@@ -186,8 +191,9 @@ class Augmentation:
         Returns:
             New images, (B, 3, S, S) float in [-1, 1], and where their keypoints are.
         """
-        images = images.float().div_(255)
+        images = images.clone()  # bytes are mirrored faster than floats
         keypoints = random_mirror(images, keypoints, generator)
+        images = images.float().div_(255)
         if self.color_operations:
             random_color(images, generator, self.color_operations, self.color_magnitude)
         if self.degrade:

@@ -95,17 +95,24 @@ def random_color(images: torch.Tensor, generator: torch.Generator, operations: i
         operations: how many, drawn with replacement.
         magnitude: lowest and highest, in 0 to 30; 30 changes by 0.9, up or down.
     """
-    low, high = magnitude
-    for _ in range(operations):
-        drawn = torch.randint(len(OPERATIONS), (len(images),), generator=generator)
-        change = torch.randint(low, high + 1, (len(images),), generator=generator) * (_LARGEST_CHANGE / _STEPS)
-        sign = torch.randint(2, (len(images),), generator=generator) * 2 - 1
-        factor = 1 + sign * change
-        for number, operation in enumerate(OPERATIONS.values()):
-            rows = torch.where(drawn == number)[0]
-            if operation is not None and len(rows):
-                strength, rows = factor[rows].to(images.device), rows.to(images.device)
-                images.index_copy_(0, rows, operation(images[rows], strength))
+    if not len(images):
+        return
+    every, (low, high) = list(OPERATIONS.values()), magnitude
+    shape = (operations, len(images))
+    drawn = torch.randint(len(OPERATIONS), shape, generator=generator)
+    change = torch.randint(low, high + 1, shape, generator=generator) * (_LARGEST_CHANGE / _STEPS)
+    factors = 1 + change * (torch.randint(2, shape, generator=generator) * 2 - 1)
+    # Images with the same operations in a row are taken out of the batch and put back once.
+    for numbers in drawn.unique(dim=1).T:
+        rows = torch.where((drawn == numbers[:, None]).all(0))[0]
+        steps = [every[number] for number in numbers.tolist()]
+        if not any(steps):
+            continue
+        strengths, rows = factors[:, rows].to(images.device), rows.to(images.device)
+        some = images.index_select(0, rows)
+        for operation, strength in zip(steps, strengths, strict=True):
+            some = some if operation is None else operation(some, strength)
+        images.index_copy_(0, rows, some)
 
 
 def gaussian_blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -134,7 +141,7 @@ def random_degradation(images: torch.Tensor, generator: torch.Generator, probabi
         return
     rows = rows.to(images.device)
     matrix = _degradations(images.shape[-1], images.device)[kind.to(images.device), None]
-    images.index_copy_(0, rows, _resample(images[rows], matrix, matrix))
+    images.index_copy_(0, rows, _resample(images.index_select(0, rows), matrix, matrix))
 
 
 def random_erasing(images: torch.Tensor, generator: torch.Generator, probability: float) -> None:
@@ -155,7 +162,7 @@ def random_erasing(images: torch.Tensor, generator: torch.Generator, probability
     erased = _inside(area * ratio, x, images.shape[-1])[:, None] & _inside(area / ratio, y, images.shape[-2])[..., None]
     erased = (erased ^ around[:, None, None]).to(images.device)
     rows = rows.to(images.device)
-    images.index_copy_(0, rows, images[rows].masked_fill_(erased[:, None], 0.0))
+    images.index_copy_(0, rows, images.index_select(0, rows).masked_fill_(erased[:, None], 0.0))
 
 
 def _inside(length: torch.Tensor, place: torch.Tensor, size: int) -> torch.Tensor:
