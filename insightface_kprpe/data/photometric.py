@@ -95,7 +95,7 @@ def random_color(images: torch.Tensor, generator: torch.Generator, operations: i
         operations: how many, drawn with replacement.
         magnitude: lowest and highest, in 0 to 30; 30 changes by 0.9, up or down.
     """
-    if not len(images):
+    if not operations or not len(images):
         return
     every, (low, high) = list(OPERATIONS.values()), magnitude
     shape = (operations, len(images))
