@@ -38,7 +38,7 @@ class DrawnScenes(Dataset):
         count: how many.
         size: side in pixels.
         face_size: least and greatest height of the face in pixels.
-        faceless: every so many-th picture shows nobody; 0: none.
+        faceless: every so many-th picture shows no face but what stands below one, as group photos do; 0: none.
     """
 
     def __init__(self, count: int, size: int, face_size: tuple[float, float], faceless: int = 0) -> None:
@@ -54,12 +54,18 @@ class DrawnScenes(Dataset):
         return self.drawn[index]
 
     def _draw(self, index: int) -> FaceSample:
-        people = [] if self.faceless and index % self.faceless == self.faceless - 1 else [index % PEOPLE]
-        scene = draw_scene(people, (self.size, self.size), face_size=self.face_size, instance=index)
         keypoints, box = np.full((5, 2), UNKNOWN, np.float32), np.full(4, UNKNOWN, np.float32)
-        if len(scene.boxes):
+        faceless = self.faceless and index % self.faceless == self.faceless - 1
+        height = 3 * self.size if faceless else self.size
+        scene = draw_scene([index % PEOPLE], (height, self.size), face_size=self.face_size, instance=index)
+        image = scene.image
+        if faceless:
+            chin = round(float(scene.boxes[0, 3])) if len(scene.boxes) else 0
+            top = chin if chin <= 2 * self.size else 0  # a face that is so low leaves room above it
+            image = image[top : top + self.size]
+        elif len(scene.boxes):
             keypoints, box = scene.landmarks_px[0] / self.size, scene.boxes[0] / self.size
-        image = np.ascontiguousarray(scene.image.transpose(2, 0, 1))
+        image = np.ascontiguousarray(image.transpose(2, 0, 1))
         return FaceSample(torch.from_numpy(image), torch.from_numpy(keypoints), torch.from_numpy(box))
 
 
@@ -85,7 +91,7 @@ def _train_detector(path: Path, licence: str, count: int) -> float:
     """RetinaFace-MobileNet0.25, exported with the input size that it will be used at."""
     torch.manual_seed(0)
     net = RetinaFaceNet(aggregator=False, image_size=SCENE_SIZE, anchor_sizes=DETECTOR_ANCHORS)
-    scenes = DrawnScenes(count, SCENE_SIZE, face_size=(30, 84), faceless=8)
+    scenes = DrawnScenes(count, SCENE_SIZE, face_size=(30, 84), faceless=5)
     loss = _train(net, scenes, "  detector", loss=DFALoss(face_weight=0.0), epochs=4, lr=0.008, warmup_epochs=1.0)
     larger = RetinaFaceNet(aggregator=False, image_size=DETECTOR_SIZE, anchor_sizes=DETECTOR_ANCHORS)
     larger.load_state_dict(net.state_dict())
