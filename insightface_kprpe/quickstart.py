@@ -39,6 +39,7 @@ from .quickstart_landmarks import DETECTOR_SIZE, PEOPLE, landmark_error, train_b
 
 IMAGES_PER_PERSON = 30
 UNSEEN_PEOPLE, PAIRS = 60, 600
+PHOTOS = 5
 PACK = "kprpe"
 LICENCE = "MIT (trained on drawn faces)"
 _JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95]
@@ -51,7 +52,7 @@ def run_quickstart(output: Path) -> dict[str, float]:
         output: folder for everything; an earlier quickstart there is written over.
 
     Returns:
-        Accuracies and rank-1 in percent, seconds taken, and how many people in the photo were named rightly.
+        Accuracies and rank-1 in percent, seconds taken, and how many people in the photos were named rightly.
     """
     started = time.perf_counter()
     output = Path(output)
@@ -71,7 +72,7 @@ def run_quickstart(output: Path) -> dict[str, float]:
         root = output / "insightface"
         folder = model_pack.build_from_network(net, detector, PACK, root, LICENCE, LICENCE)
         print(f"  {folder}")
-    with _step(6, "recognising faces in a group photo with the stock insightface FaceAnalysis"):
+    with _step(6, "recognising faces in group photos with the stock insightface FaceAnalysis"):
         results |= recognise(root, output)
     results["seconds"] = round(time.perf_counter() - started, 1)
     write_atomically(output / "results.json", (json.dumps(results, indent=2) + "\n").encode())
@@ -166,7 +167,7 @@ def evaluate(data: Path, run: Path, net: nn.Module) -> dict[str, float]:
 
 
 def recognise(root: Path, output: Path) -> dict[str, int]:
-    """Name the people of a drawn group photo by portraits of them, with insightface's own ``FaceAnalysis``."""
+    """Name the people of drawn group photos by portraits of them, with insightface's own ``FaceAnalysis``."""
     from insightface.app import FaceAnalysis
 
     logging.getLogger("insightface").setLevel(logging.WARNING)
@@ -174,26 +175,38 @@ def recognise(root: Path, output: Path) -> dict[str, int]:
     app.prepare(ctx_id=-1, det_thresh=0.7, det_size=(DETECTOR_SIZE, DETECTOR_SIZE))
     people = [FIRST_UNSEEN_IDENTITY + i for i in range(6)]
     gallery = np.stack([_portrait_embedding(app, person) for person in people])
-    scene = draw_scene(people, (480, 640), face_size=(90, 150), instance=1)
+    counts = np.sum([_recognise_photo(app, gallery, people, photo, output) for photo in range(1, PHOTOS + 1)], 0)
+    drawn, found, right = map(int, counts)
+    print(f"  in {PHOTOS} photos of them {found} faces found, {drawn} drawn, {right} named rightly")
+    return {"faces_drawn": drawn, "faces_found": found, "faces_named_rightly": right}
+
+
+def _recognise_photo(app, gallery: np.ndarray, people: list[int], number: int, output: Path) -> tuple[int, int, int]:
+    """Name the faces of one photo; the first photo is also printed and written.
+
+    Returns:
+        How many faces are drawn, found, and named rightly.
+    """
+    scene = draw_scene(people, (480, 640), face_size=(90, 150), instance=number)
     photo = np.ascontiguousarray(scene.image[..., ::-1])
     faces = sorted(app.get(photo), key=lambda face: face.bbox[0])
-    cv2.imwrite(str(output / "photo.jpg"), photo)
-    print(f"  {len(faces)} faces found, {len(scene.boxes)} drawn; cosine similarity to the portraits:")
-    names = [chr(ord("A") + i) for i in range(len(people))]
-    print("  face   " + "".join(f"{name:>7}" for name in names) + "   named   is")
-    right = 0
-    for number, face in enumerate(faces, 1):
-        similarity = gallery @ face.normed_embedding
-        truth = _who(scene, face.bbox)
-        named = int(similarity.argmax())
-        is_right = truth is not None and people[named] == truth
-        right += is_right
-        is_name = names[people.index(truth)] if truth is not None else "nobody"
-        row = "".join(f"{value:7.2f}" for value in similarity)
-        print(f"  {number:4}   {row}   {names[named]:5}   {is_name}{'' if is_right else '   <- wrong'}")
-        _annotate(photo, face, f"{names[named]} {similarity[named]:.2f}")
-    cv2.imwrite(str(output / "annotated.jpg"), photo)
-    return {"faces_drawn": len(scene.boxes), "faces_found": len(faces), "faces_named_rightly": right}
+    truths = [_who(scene, face.bbox) for face in faces]
+    similarities = [gallery @ face.normed_embedding for face in faces]
+    right = sum(people[similarity.argmax()] == truth for similarity, truth in zip(similarities, truths, strict=True))
+    if number == 1:
+        cv2.imwrite(str(output / "photo.jpg"), photo)
+        names = [chr(ord("A") + i) for i in range(len(people))]
+        print("  photo.jpg: cosine similarity of its faces to the portraits")
+        print("  face   " + "".join(f"{name:>7}" for name in names) + "   named   is")
+        for face_number, (face, similarity, truth) in enumerate(zip(faces, similarities, truths, strict=True), 1):
+            named = int(similarity.argmax())
+            is_name = names[people.index(truth)] if truth is not None else "nobody"
+            row = "".join(f"{value:7.2f}" for value in similarity)
+            wrong = "" if people[named] == truth else "   <- wrong"
+            print(f"  {face_number:4}   {row}   {names[named]:5}   {is_name}{wrong}")
+            _annotate(photo, face, f"{names[named]} {similarity[named]:.2f}")
+        cv2.imwrite(str(output / "annotated.jpg"), photo)
+    return len(scene.boxes), len(faces), right
 
 
 def _portrait_embedding(app, person: int) -> np.ndarray:

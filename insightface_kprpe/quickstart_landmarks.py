@@ -91,7 +91,7 @@ def _train_detector(path: Path, licence: str, count: int) -> float:
     """RetinaFace-MobileNet0.25, exported with the input size that it will be used at."""
     torch.manual_seed(0)
     net = RetinaFaceNet(aggregator=False, image_size=SCENE_SIZE, anchor_sizes=DETECTOR_ANCHORS)
-    scenes = DrawnScenes(count, SCENE_SIZE, face_size=(30, 84), faceless=5)
+    scenes = DrawnScenes(count, SCENE_SIZE, face_size=(30, 84), faceless=12)
     loss = _train(net, scenes, "  detector", loss=DFALoss(face_weight=0.0), epochs=4, lr=0.008, warmup_epochs=1.0)
     larger = RetinaFaceNet(aggregator=False, image_size=DETECTOR_SIZE, anchor_sizes=DETECTOR_ANCHORS)
     larger.load_state_dict(net.state_dict())
