@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py [--rec FOLDER] [--out loader.json]
 
-Ours: records through a memory map, decoded by OpenCV to uint8, collated, and augmented in batches of 128 (on a CPU
+Ours: records through a memory map, decoded by OpenCV to uint8, collated, and augmented in batches of 64 (on a CPU
 here; in training on the device). The baseline is what arcface_torch does, image by image: PIL decodes and mirrors, then
 the image becomes floats and is normalised; with the recipe, PIL's and NumPy's forms of the same operations come before
 that. Without ``--rec`` the images are 2,000 drawn faces, packed as JPEG of quality 95. Other work on the machine slows
@@ -40,7 +40,7 @@ from insightface_kprpe.data.record_writer import write_face_records
 from insightface_kprpe.data.recordio import RecordReader
 from insightface_kprpe.data.synthetic import SyntheticFaces
 
-BATCH, ROUNDS, IMAGES = 128, 5, 1024
+BATCH, ROUNDS, IMAGES = 64, 5, 1024
 GOALS = {"read + decode": 5000, "read + decode + recipe": 1500}
 
 

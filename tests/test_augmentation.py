@@ -85,8 +85,7 @@ def test_a_wrong_matrix_would_be_noticed():
 def test_mirroring_swaps_left_and_right():
     images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8, generator=generator())
     keypoints = some_keypoints(64)
-    mirrored = images.clone()
-    moved = random_mirror(mirrored, keypoints, generator())
+    mirrored, moved = random_mirror(images, keypoints, generator())
     chosen = (moved != keypoints).flatten(1).any(1)
     assert 20 < chosen.sum() < 44
     assert torch.equal(mirrored[chosen], images[chosen].flip(-1))

@@ -56,20 +56,23 @@ def move_keypoints(keypoints: torch.Tensor, matrix: torch.Tensor) -> torch.Tenso
     return keypoints @ matrix[:, :, :2].mT + matrix[:, None, :, 2]
 
 
-def random_mirror(images: torch.Tensor, keypoints: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def random_mirror(
+    images: torch.Tensor, keypoints: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mirror each face with probability 1/2, its keypoints along with it.
 
     Args:
-        images: (B, 3, H, W), any type; changed in place.
+        images: (B, 3, H, W), any type.
         keypoints: (B, 5, 2) float in [0, 1].
         generator: a CPU generator; the same state gives the same choice on any device.
 
     Returns:
-        (B, 5, 2) where the keypoints are now.
+        New images and their keypoints.
     """
-    rows = torch.where(torch.rand(len(images), generator=generator) < 0.5)[0].to(images.device)
-    images.index_copy_(0, rows, images.index_select(0, rows).flip(-1))
-    return keypoints.index_copy(0, rows, mirror_keypoints(keypoints[rows]))
+    mirrored = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+    rows = torch.arange(len(images), device=images.device) + len(images) * mirrored
+    images = torch.cat([images, images.flip(-1)]).index_select(0, rows)  # of bytes, faster on a CPU than torch.where
+    return images, torch.where(mirrored[:, None, None], mirror_keypoints(keypoints), keypoints)
 
 
 def random_similarity(
@@ -191,8 +194,7 @@ class Augmentation:
         Returns:
             New images, (B, 3, S, S) float in [-1, 1], and where their keypoints are.
         """
-        images = images.clone()  # bytes are mirrored faster than floats
-        keypoints = random_mirror(images, keypoints, generator)
+        images, keypoints = random_mirror(images, keypoints, generator)
         images = images.float().div_(255)
         if self.color_operations:
             random_color(images, generator, self.color_operations, self.color_magnitude)
@@ -201,7 +203,7 @@ class Augmentation:
         keypoints = random_similarity(images, keypoints, generator, **self.similarity)
         if self.erase:
             random_erasing(images, generator, self.erase)
-        return images.mul_(2).sub_(1), keypoints
+        return torch.add(images.new_tensor(-1.0), images, alpha=2, out=images), keypoints
 
 
 def build_augmentation(augment: str | Mapping[str, float]) -> Augmentation:

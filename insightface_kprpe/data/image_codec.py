@@ -25,7 +25,8 @@ def decode_image(data: bytes) -> np.ndarray:
     """
     # libjpeg fills what is missing with grey, and not every OpenCV refuses such a picture: look for the end ourselves.
     # The end must follow the last scan, as a thumbnail in the head of the file has an end of its own.
-    if data.startswith(_JPEG_START) and data.find(_JPEG_END, data.rfind(_JPEG_SCAN)) < 0:
+    unended = data.startswith(_JPEG_START) and not data.endswith(_JPEG_END)
+    if unended and data.find(_JPEG_END, data.rfind(_JPEG_SCAN)) < 0:
         raise ValueError(f"the JPEG is truncated ({len(data)} bytes without an end marker)")
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
     if image is None:
