@@ -1,5 +1,7 @@
+import logging
 import os
 import signal
+import threading
 
 import cv2
 import numpy as np
@@ -10,7 +12,7 @@ from typer.testing import CliRunner
 import insightface_kprpe as ik
 from insightface_kprpe import cli
 from insightface_kprpe.app import recognition
-from insightface_kprpe.app.gallery import Gallery, Match
+from insightface_kprpe.app.gallery import Gallery, Match, editing
 from insightface_kprpe.app.pictures import list_pictures, read_picture, write_picture
 from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112
 
@@ -117,6 +119,35 @@ def test_a_kill_while_saving_leaves_the_old_gallery(gallery, tmp_path):
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert Gallery.load(tmp_path / "people.npz").people() == {"Ann": 2, "Bob": 1}
     assert len(list(tmp_path.iterdir())) == 2  # with the half-written one, under another name
+
+
+def test_two_writers_take_turns(tmp_path, caplog):
+    """The second sees what the first has saved, instead of writing over it."""
+    path, second_waits = tmp_path / "people.npz", threading.Event()
+
+    def add(name):
+        with editing(path) as gallery:
+            gallery.add([name], np.ones((1, 4)), [1.0], [name])
+            gallery.save(path)
+
+    class Signal(logging.Handler):
+        def emit(self, record):
+            second_waits.set()
+
+    handler = Signal()
+    logging.getLogger("insightface_kprpe.app.gallery").addHandler(handler)
+    try:
+        with editing(path) as gallery:
+            other = threading.Thread(target=add, args=("Bob",))
+            other.start()
+            assert second_waits.wait(60)
+            gallery.add(["Ann"], np.ones((1, 4)), [1.0], ["Ann"])
+            gallery.save(path)
+        other.join()
+    finally:
+        logging.getLogger("insightface_kprpe.app.gallery").removeHandler(handler)
+    assert Gallery.load(path).people() == {"Ann": 1, "Bob": 1}
+    assert "being changed by another process" in caplog.text
 
 
 PEOPLE = {"Ann": (5, 5), "Bob": (14, 20), "Cid": (25, 9)}

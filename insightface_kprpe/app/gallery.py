@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
+import logging
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ..evaluation.fusion import pool_templates
 from ..evaluation.metrics import unit_rows
 from ..files import atomic_path
+
+logger = logging.getLogger(__name__)
 
 
 class Match(NamedTuple):
@@ -151,3 +156,24 @@ class Gallery:
         return [
             [Match(str(names[i]), float(row[i])) for i in columns] for row, columns in zip(scores, best, strict=True)
         ]
+
+
+@contextmanager
+def editing(path: str | Path) -> Iterator[Gallery]:
+    """A gallery, a new one where there is no file, that no other process can change meanwhile; saving is the block's.
+
+    Raises:
+        ValueError: the file is no gallery, or damaged.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("%s is being changed by another process; waiting for it", path)
+        lock.acquire()
+    try:
+        yield Gallery.load(path) if path.exists() else Gallery()
+    finally:
+        lock.release()

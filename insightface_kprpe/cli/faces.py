@@ -74,7 +74,7 @@ def add_people(
     aligned: Annotated[bool, typer.Option(help="--no-aligned: the network sees the detector's box as it is")] = True,
 ) -> None:
     """Add the largest face of each picture; pictures that are in the gallery already are passed over."""
-    from ..app.gallery import Gallery
+    from ..app.gallery import editing
     from ..app.pictures import list_pictures
     from ..app.recognition import enrol, open_pack, people_of_folder
 
@@ -84,9 +84,10 @@ def add_people(
         raise FileNotFoundError(f"pictures not found: {people}")
     else:
         pictures = [(name, path) for path in ([people] if people.is_file() else list_pictures(people))]
-    gallery = Gallery.load(index) if index.exists() else Gallery()
-    before = len(gallery.names)
-    _report_faceless(enrol(open_pack(pack, root, det_thresh, aligned=aligned), gallery, pictures, index))
+    analysis = open_pack(pack, root, det_thresh, aligned=aligned)
+    with editing(index) as gallery:
+        before = len(gallery.names)
+        _report_faceless(enrol(analysis, gallery, pictures, index))
     typer.echo(f"{index}: {len(gallery.names) - before} pictures added, {len(gallery.people())} people")
 
 
@@ -104,11 +105,12 @@ def list_people(index: Index) -> None:
 @gallery_app.command("remove")
 def remove_person(index: Index, name: Annotated[str, typer.Argument(help="whom to forget")]) -> None:
     """Forget a person."""
-    from ..app.gallery import Gallery
+    from ..app.gallery import Gallery, editing
 
-    gallery = Gallery.load(index)
-    pictures = gallery.remove(name)
-    gallery.save(index)
+    Gallery.load(index)  # says so where there is none
+    with editing(index) as gallery:
+        pictures = gallery.remove(name)
+        gallery.save(index)
     typer.echo(f"{index}: {name} removed ({pictures} pictures), {len(gallery.people())} people left")
 
 
