@@ -7,7 +7,7 @@ CVPR 2022. Works on CPU (gloo) and CUDA (nccl), and without any process group as
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -143,18 +143,19 @@ class PartialFC(nn.Module):
             return _ShardedCrossEntropy.apply(logits, labels)
 
     @contextlib.contextmanager
-    def one_batch(self, labels: torch.Tensor, norms: torch.Tensor | None = None) -> Iterator[None]:
+    def one_batch(self, labels: torch.Tensor, norms: Callable[[], torch.Tensor] | None = None) -> Iterator[None]:
         """Let the calls in a ``with`` block be parts of one batch: of the same centers and the same norm statistics.
 
         Args:
             labels: (n,) int64, those of all calls of this rank together; every rank passes the same n.
-            norms: (n,) float, lengths of all their embeddings; needed where :attr:`needs_norms`.
+            norms: returns (n,) float, the lengths of all their embeddings; needed where :attr:`needs_norms`. It is
+                called after the class centers are drawn: random numbers stand where they do in the block.
         """
         if self.num_sampled < self.num_local:
             self._index = self._sample(self._local_labels(labels))
         was_training = self.margin_loss.training
         if self.needs_norms:
-            self.margin_loss.update_statistics(norms if self.world_size == 1 else _all_gather(norms))
+            self.margin_loss.update_statistics(norms() if self.world_size == 1 else _all_gather(norms()))
         self.margin_loss.eval()
         try:
             yield

@@ -17,8 +17,9 @@ from insightface_kprpe.losses import AdaFace
 from insightface_kprpe.partial_fc import PartialFC, shard_range
 from insightface_kprpe.training import checkpoint, trainer
 from insightface_kprpe.training.callbacks import StopSignal
-from insightface_kprpe.training.checkpoint import Checkpointer, latest_checkpoint, list_checkpoints
+from insightface_kprpe.training.checkpoint import Checkpointer, latest_checkpoint, list_checkpoints, put_aside
 from insightface_kprpe.training.config import load_config
+from insightface_kprpe.training.loop import begin
 from insightface_kprpe.training.state import Plan, build_state
 
 CLASSES, SIZE, BATCH = 7, 4, 12
@@ -118,9 +119,29 @@ def test_a_new_run_in_the_same_folder_puts_the_old_one_aside(tmp_path):
     for step in (1, 2):
         first.save(step, state, PLAN)
     assert Checkpointer(tmp_path).start(state, PLAN, resume=True) == 2
+    put_aside(tmp_path)
     assert Checkpointer(tmp_path).start(state, PLAN, resume=False) == 0
     assert not list_checkpoints(tmp_path) and latest_checkpoint(tmp_path) is None
     assert (tmp_path / "checkpoints.old" / "latest").read_text() == "step_00000002\n"
+
+
+def test_a_first_attempt_that_fails_early_leaves_the_second_nothing_of_an_older_run(tmp_path, monkeypatch):
+    Checkpointer(tmp_path).save(2, make_state(), PLAN)
+    assert begin(tmp_path, resume=True) and latest_checkpoint(tmp_path) is not None
+    assert not begin(tmp_path, resume=False)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert begin(tmp_path, resume=False) and latest_checkpoint(tmp_path) is None
+
+
+def test_learning_rate_and_weight_decay_are_the_configs(tmp_path):
+    Checkpointer(tmp_path).save(3, make_state(), PLAN)
+    state = make_state()
+    for group in state.optimizer.param_groups:
+        group["weight_decay"] = 0.7
+    state.scheduler.base_lrs = [0.5] * len(state.scheduler.base_lrs)
+    Checkpointer(tmp_path).resume(state, PLAN)
+    expected = 0.5 * state.scheduler.lr_lambdas[0](3)
+    assert all(group["lr"] == expected and group["weight_decay"] == 0.7 for group in state.optimizer.param_groups)
 
 
 def test_steps_done_again_replace_what_an_earlier_attempt_left(tmp_path):

@@ -1,6 +1,8 @@
 """torchrun as on a cluster: a worker that dies, and two nodes, against the same run without them."""
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -11,26 +13,28 @@ from distributed import run_on_ranks
 from test_trainer import ROOT, TINY_RUN, losses, tiny_config, weights
 
 from insightface_kprpe.training import trainer
+from insightface_kprpe.training.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.slow
 
 RUN = ["batch_size=4", "save_every=3", "async_save=True"]
 
-# Rank 1 dies at its sixth step, the first time.
+# Rank 1 dies the first time, at some call of a function.
 DYING = """
-import os, signal
-from insightface_kprpe.training import trainer
+import os, signal, sys
+from insightface_kprpe.training import checkpoint, trainer
 
-step, train_step = 0, trainer.train_step
+module, name, at = {"step": (trainer, "train_step", 6), "save": (checkpoint, "write_tensors", 2)}[sys.argv.pop(1)]
+calls, function = 0, getattr(module, name)
 
 def dying(*args):
-    global step
-    step += 1
-    if step == 6 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    global calls
+    calls += 1
+    if calls == at and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-    return train_step(*args)
+    return function(*args)
 
-trainer.train_step = dying
+setattr(module, name, dying)
 trainer.main()
 """
 
@@ -47,11 +51,15 @@ def whole(tmp_path_factory):
     return output
 
 
-def launch(script, output, *options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", *options, str(script), "quickstart", *TINY_RUN, *RUN]
+def launch(script, output, *options, end=()):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *script, "quickstart", *TINY_RUN, *RUN]
     return subprocess.Popen(
-        [*command, f"output={output}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        [*command, f"output={output}", *end],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
     )
 
 
@@ -62,15 +70,32 @@ def check(output, whole):
     torch.testing.assert_close(weights(output), weights(whole), atol=1e-2, rtol=1e-2)
 
 
-def test_a_killed_worker_restarts_the_group_from_the_last_checkpoint(tmp_path, whole):
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_a_killed_worker_restarts_the_group_from_the_last_checkpoint(tmp_path, whole, moment):
     script = tmp_path / "dying.py"
     script.write_text(DYING)
-    run = launch(script, tmp_path / "run", "--standalone", "--nproc_per_node=2", "--max_restarts=1")
+    run = launch([str(script), moment], tmp_path / "run", "--standalone", "--nproc_per_node=2", "--max_restarts=1")
     text = run.communicate(timeout=240)[0]
     assert run.returncode == 0, text
     assert "Signal 9 (SIGKILL)" in text or "exitcode: -9" in text, text
     assert "resumed from" in text and "step_00000003" in text, text
     check(tmp_path / "run", whole)
+
+
+def test_a_signal_to_torchrun_reaches_the_ranks_and_saves(tmp_path):
+    """What a scheduler signals is torchrun."""
+    run = launch([str(ROOT / "train_v2.py")], tmp_path, "--standalone", "--nproc_per_node=2", end=["num_epoch=10000"])
+    lines = []
+    for line in run.stdout:
+        lines.append(line)
+        if " step 2/" in line:
+            break
+    run.send_signal(signal.SIGTERM)
+    text = "".join(lines) + run.communicate(timeout=240)[0]
+    assert run.returncode, text
+    stopped = re.search(r"stopped by a signal after step (\d+)", text)
+    assert stopped, text
+    assert list_checkpoints(tmp_path)[-1].name == f"step_{int(stopped[1]):08d}"
 
 
 def test_two_nodes_train_as_one(tmp_path, whole):
@@ -79,7 +104,7 @@ def test_two_nodes_train_as_one(tmp_path, whole):
         port = probe.getsockname()[1]
     options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test"]
     options += [f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]
-    nodes = [launch(ROOT / "train_v2.py", tmp_path / "run", *options) for _ in range(2)]
+    nodes = [launch([str(ROOT / "train_v2.py")], tmp_path / "run", *options) for _ in range(2)]
     for node in nodes:
         text = node.communicate(timeout=240)[0]
         assert node.returncode == 0, text

@@ -107,7 +107,7 @@ def test_parts_of_one_batch_equal_the_batch(margin):
         partial_fc.class_centers.data.normal_(generator=torch.Generator().manual_seed(2))
         embeddings = (torch.randn(12, SIZE, generator=torch.Generator().manual_seed(1)) * 9).requires_grad_()
         labels = torch.arange(12) * 4
-        with partial_fc.one_batch(labels, embeddings.detach().norm(dim=1)):
+        with partial_fc.one_batch(labels, lambda: embeddings.detach().norm(dim=1)):
             losses = [
                 partial_fc(e, y) / parts for e, y in zip(embeddings.chunk(parts), labels.chunk(parts), strict=True)
             ]

@@ -132,6 +132,10 @@ def test_missing_and_damaged_images(ijb_folder, embed):
     assert result.settings["missing images"] == "3 left out: 0.png, 2.png, 3.png"
     assert result.settings["pairs left out"].startswith("11,") and result.settings["templates"] == 2 * PEOPLE - 1
     assert identification.settings["probes"] == PEOPLE - 1
+    with open(ijb_folder / "meta" / "ijbc_template_pair_label.txt", "a") as pairs:
+        pairs.write("0 999 0\n")  # a template that the set never had is no missing image
+    with pytest.raises(ValueError, match="999"):
+        run_ijb(embed, ijb_folder, "IJBC", ["average"], EmbedOptions(missing="skip"))
 
 
 @pytest.fixture
@@ -294,8 +298,14 @@ def test_command_line_of_ijb_with_the_flags_of_arcface_torch(ijb_folder, weights
     report = json.loads((tmp_path / "out" / "report.json").read_text())["results"]
     assert len(report) == 4 * len(FUSION_METHODS) and report[0]["model"] == "mine"
     assert cv2.imread(str(tmp_path / "out" / "hardest_mine_ijbc.png")).shape[1] > 500
+    theirs = result.output[result.output.index("| Methods") :].splitlines()
+    assert theirs[0].split("|")[2:-1] == [f" {fpr:>6} " for fpr in ("1e-06", "1e-05", "0.0001", "0.001", "0.01", "0.1")]
+    value = report[0]["metrics"]["tpr_at_fpr_0.01"]
+    assert f"mine, {FUSION_METHODS[0]}-IJBC" in theirs[2] and theirs[2].split("|")[6].strip() == f"{value:.2f}"
     with pytest.raises(ValueError, match="once"):
         call("evaluate", "ijb", ijb_folder, *flags)
+    with pytest.raises(ValueError, match="is said to be vit_s"):
+        call("evaluate", "ijb", *flags, "--network", "vit_s")
 
 
 def test_several_models_in_one_table(bin_file, weights):
@@ -303,8 +313,9 @@ def test_several_models_in_one_table(bin_file, weights):
     result = call("evaluate", "bin", path, "--model", f"a={weights}", "--model", weights / "model.pt", "--no-flip")
     assert result.exit_code == 0 and "| a " in result.output and "| run " in result.output
     assert "flip: off" in result.output
-    with pytest.raises(ValueError, match="different names"):
-        call("evaluate", "bin", path, "--model", f"a={weights}", "--model", f"a={weights}")
+    for models in (["--model", f"a={weights}"] * 2, ["--model", weights, "--model", weights / "model.pt"]):
+        with pytest.raises(ValueError, match="different names"):
+            call("evaluate", "bin", path, *models)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])

@@ -96,6 +96,25 @@ def test_repacking_what_is_right_already_changes_no_byte(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_a_set_is_shuffled_and_sorted_again(tmp_path):
+    write_face_records(tmp_path / "a" / "train", [(picture(i), i // 4) for i in range(12)])
+    keypoints = np.random.default_rng(0).random((12, 5, 2)).round(5)
+    write_landmark_csv(tmp_path / "a" / "ldmk_5points.csv", keypoints)
+    assert repack(tmp_path / "a", tmp_path / "b", shuffle=1) == (12, 3, 0, True, 12)
+    reader = RecordReader(tmp_path / "b")
+    payloads = [reader[key][1] for key in reader.image_keys]
+    order = [payloads.index(picture(i)) for i in range(12)]
+    labels = reader.labels()
+    assert list(reader) == list(range(12)) and (np.diff(labels) < 0).any()
+    assert len({int(labels[i]) for i in order[:4]}) == 1
+    np.testing.assert_allclose(
+        read_landmark_csv(tmp_path / "b" / "ldmk_5points.csv", 12)[0][order], keypoints, atol=1e-6
+    )
+    assert (tmp_path / "b" / "property").read_text() == "3,112,112"
+    repack(tmp_path / "b", tmp_path / "c")
+    assert sorted(RecordReader(tmp_path / "c")[key][1] for key in range(1, 13)) == sorted(payloads)
+
+
 def test_im2recs_file_is_repacked(shared, tmp_path):
     source = shared / "golden" / "mxnet_recordio" / "plain.rec"
     packed = repack(source, tmp_path / "out")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from insightface_kprpe.data import recordio
+from insightface_kprpe.data.image_codec import decode_image
 from insightface_kprpe.data.recordio import RecordError, RecordHeader, RecordReader, RecordWriter, write_face_records
 
 MAGIC = struct.pack("<I", 0xCED7230A)
@@ -274,6 +275,29 @@ def test_truncation_within_the_last_record(tmp_path):
     (tmp_path / "train.rec").write_bytes(b"")
     with pytest.raises(RecordError, match="empty"):
         RecordReader(tmp_path)
+
+
+def test_labels_of_large_files_are_kept_beside_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(recordio, "_LABELS_KEPT_FROM", 3)
+    write_face_records(tmp_path / "train", [(b"x", label) for label in (0, 0, 1)])
+    assert RecordReader(tmp_path).labels().tolist() == [0, 0, 1]
+    monkeypatch.setattr(recordio, "_labels_at", None)  # not read again
+    labels = RecordReader(tmp_path).labels()
+    assert labels.tolist() == [0, 0, 1] and labels.dtype == np.int64
+    monkeypatch.undo()
+    monkeypatch.setattr(recordio, "_LABELS_KEPT_FROM", 3)
+    write_face_records(tmp_path / "train", [(b"xx", label) for label in (0, 1, 2)])  # another file
+    assert RecordReader(tmp_path).labels().tolist() == [0, 1, 2]
+    (tmp_path / "train.labels.npz").write_bytes(b"damaged")
+    assert RecordReader(tmp_path).labels().tolist() == [0, 1, 2]
+
+
+def test_a_head_that_claims_an_impossible_size_is_an_unreadable_image(tmp_path):
+    payload = bytearray(picture(1, ".jpg")[1])
+    size_at = payload.index(b"\xff\xc0") + 5
+    payload[size_at : size_at + 4] = b"\xff\xf0\xff\xf0"
+    with pytest.raises(ValueError, match="not a readable image"):
+        decode_image(bytes(payload))
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])

@@ -194,9 +194,9 @@ def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
         trainer.train(tiny_config(tmp_path, "tensorboard=True"))
 
 
-def make_step(world_size=1, rank=0, sample_rate=1.0):
+def make_step(world_size=1, rank=0, sample_rate=1.0, **settings):
     torch.manual_seed(0)
-    backbone = VisionTransformer(**{**TINY, "drop_path_rate": 0, "mask_ratio": 0}, num_features=16).eval()
+    backbone = VisionTransformer(**{**TINY, "drop_path_rate": 0, "mask_ratio": 0, **settings}, num_features=16).eval()
     with torch.no_grad():
         centers = torch.randn(8, 16)
     partial_fc = PartialFC(AdaFace(), 16, 8, sample_rate)
@@ -241,6 +241,18 @@ def test_the_norms_of_a_step_are_those_of_the_training_pass_that_follows():
     torch.testing.assert_close(dict(backbone.state_dict()), before)
     after = torch.cat([backbone(images, keypoints) for images, _, keypoints in batches]).norm(dim=1)
     torch.testing.assert_close(norms, after.detach())
+
+
+def test_the_statistics_of_a_step_are_of_its_own_dropped_paths_and_masked_patches(monkeypatch):
+    network, state, config, batch = make_step(sample_rate=0.5, drop_path_rate=0.3, mask_ratio=0.3)
+    network.train()
+    told, seen = [], []
+    monkeypatch.setattr(state.loss.margin_loss, "update_statistics", told.append)
+    parts = [tuple(tensor.chunk(4)[part] for tensor in batch) for part in range(4)]
+    trainer.train_step(
+        network, parts, state, config, lambda images, keypoints, out: seen.append(out.detach().norm(dim=1))
+    )
+    torch.testing.assert_close(told[0], torch.cat(seen), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

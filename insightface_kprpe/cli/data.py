@@ -83,16 +83,20 @@ def rec_pack(
 def rec_repack(
     source: Annotated[Path, typer.Argument(help=".rec file, with or without .idx, or folder with train.rec")],
     out: Annotated[Path, typer.Argument(help="new folder for train.rec, train.idx, property, ldmk_5points.csv")],
+    shuffle: Annotated[
+        int | None, typer.Option(metavar="SEED", help="random order, for readers that go from end to end (DALI)")
+    ] = None,
     num_workers: Workers = _WORKERS,
 ) -> None:
-    """Bring a .rec file of any kind (im2rec, shuffled) into InsightFace's layout, and read it back.
+    """Bring a .rec file of any kind (im2rec, shuffled) into InsightFace's layout, or shuffle one, and read it back.
 
     Images are copied byte for byte (JPEG quality and colours stay) in the order of their labels, which are renumbered
-    from 0 without gaps; the rows of ldmk_5points.csv move with them.
+    from 0 without gaps; the rows of ldmk_5points.csv move with them. With --shuffle they are in random order, and the
+    records that say where each person's images are do not exist.
     """
     from ..data.record_tools import repack
 
-    packed = repack(source, out, num_workers=num_workers)
+    packed = repack(source, out, shuffle=shuffle, num_workers=num_workers)
     _say_packed(out, packed, "all unchanged")
 
 

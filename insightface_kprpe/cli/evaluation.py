@@ -90,16 +90,19 @@ def evaluate_ijb(
 ) -> None:
     """IJB-B or IJB-C: 1:1, and 1:N where its lists are in meta/. Many images: torchrun -m insightface_kprpe.cli ..."""
     from ..evaluation.protocols import choose_fusions, run_ijb
+    from ..evaluation.report import format_arcface_torch
 
     if (folder is None) == (image_path is None):
         raise ValueError("name the folder with meta/ and loose_crop/ once: evaluate ijb FOLDER, or --image-path FOLDER")
     if target.upper() not in ("IJBC", "IJBB"):
         raise ValueError(f"target must be IJBC or IJBB, got {target}")
     fusions = choose_fusions(fusion)
-    _measure(
+    results = _measure(
         lambda embed, options: run_ijb(embed, folder or image_path, target.upper(), fusions, options, out),
         _Settings(model, network, precision, batch_size, flip, aligner, missing, cache, num_workers, out),
     )
+    if image_path is not None and results:
+        typer.echo("\n" + format_arcface_torch(results, target.upper()))
 
 
 @evaluate_app.command("ijbs")
@@ -191,8 +194,8 @@ class _Settings(NamedTuple):
     out: Path | None
 
 
-def _measure(run: Callable[[Embedder, EmbedOptions], list[Result]], settings: _Settings) -> None:
-    """Run a protocol on every model; print the tables and write the report."""
+def _measure(run: Callable[[Embedder, EmbedOptions], list[Result]], settings: _Settings) -> list[Result]:
+    """Run a protocol on every model; print the tables and write the report. Returns the results, on the first rank."""
     from ..evaluation.report import format_text, write_report
     from ..evaluation.sanity import results_of_training, sanity_warnings
 
@@ -202,13 +205,14 @@ def _measure(run: Callable[[Embedder, EmbedOptions], list[Result]], settings: _S
             results += run(embed, options)
             known += results_of_training(embed.name, path)
         if not _is_first():
-            return
+            return []
         typer.echo(format_text(results))
         for warning in sanity_warnings([*known, *results]):
             typer.echo(f"warning: {warning}", err=True)
         if settings.out is not None:
             write_report(results, settings.out)
             typer.echo(f"report: {settings.out}")
+        return results
 
 
 @contextlib.contextmanager
@@ -234,15 +238,18 @@ def _rank(settings: _Settings) -> Iterator[tuple[EmbedOptions, Iterator[Embedder
         yield options, (open_model(path, settings.network, settings.precision, device, name) for name, path in named)
 
 
-def _named(models: list[str]) -> list[tuple[str | None, str]]:
-    """(name or None, path) of each ``[NAME=]PATH``."""
+def _named(models: list[str]) -> list[tuple[str, str]]:
+    """(name, path) of each ``[NAME=]PATH``."""
+    from ..evaluation.models import default_name
+
     named = []
     for text in models:
         name, equals, path = text.partition("=")
-        named.append((name, path) if equals and name and not Path(text).exists() else (None, text))
-    names = [name for name, _ in named if name is not None]
+        is_named = equals and name and not Path(text).exists()
+        named.append((name, path) if is_named else (default_name(text), text))
+    names = [name for name, _ in named]
     if len(set(names)) < len(names):
-        raise ValueError(f"models must have different names, got {', '.join(names)}")
+        raise ValueError(f"models must have different names, got {', '.join(names)}; give --model NAME=PATH")
     return named
 
 

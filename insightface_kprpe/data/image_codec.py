@@ -28,7 +28,10 @@ def decode_image(data: bytes) -> np.ndarray:
     unended = data.startswith(_JPEG_START) and not data.endswith(_JPEG_END)
     if unended and data.find(_JPEG_END, data.rfind(_JPEG_SCAN)) < 0:
         raise ValueError(f"the JPEG is truncated ({len(data)} bytes without an end marker)")
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    except cv2.error:  # a damaged head that claims an impossible size
+        image = None
     if image is None:
         raise ValueError(f"{len(data)} bytes starting with {data[:8].hex(' ') or 'nothing'} are not a readable image")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

@@ -23,7 +23,7 @@ from ..files import atomic_folder
 from .face_dataset import LANDMARK_FILE, list_people
 from .image_codec import decode_image
 from .landmark_csv import read_landmark_csv, write_landmark_csv
-from .record_writer import write_face_records
+from .record_writer import write_face_records, write_shuffled_records
 from .recordio import RecordReader
 
 logger = logging.getLogger(__name__)
@@ -80,8 +80,8 @@ def pack_folder(
     return _write(Path(out), images, labels, landmarks, size, num_workers)
 
 
-def repack(source: str | Path, out: str | Path, *, num_workers: int = 0) -> Packed:
-    """Bring a record file of any kind (im2rec's, shuffled, without index) into InsightFace's layout.
+def repack(source: str | Path, out: str | Path, *, shuffle: int | None = None, num_workers: int = 0) -> Packed:
+    """Bring a record file of any kind (im2rec's, shuffled, without index) into InsightFace's layout, or shuffle it.
 
     Images are copied byte for byte, in the order of their labels, which are renumbered from 0 without gaps. Images that
     cannot be read, or whose label is negative, are left out, and so are their rows of ``ldmk_5points.csv``.
@@ -89,6 +89,8 @@ def repack(source: str | Path, out: str | Path, *, num_workers: int = 0) -> Pack
     Args:
         source: a ``.rec`` file or a folder with ``train.rec``.
         out: a new folder.
+        shuffle: seed of a random order, without record 0 and identity records: for readers that go through the file
+            from end to end, as arcface_torch's DALI option does. None: by label.
         num_workers: processes that read and check the images; 0: this one.
 
     Raises:
@@ -99,6 +101,8 @@ def repack(source: str | Path, out: str | Path, *, num_workers: int = 0) -> Pack
     labels = reader.labels()
     order = np.argsort(labels, kind="stable")
     order = order[labels[order] >= 0]
+    if shuffle is not None:
+        order = np.random.default_rng(shuffle).permutation(order)
     if not len(order):
         raise ValueError(f"{reader.path} must have images with labels from 0, got none")
     if len(order) < len(labels):
@@ -107,7 +111,8 @@ def repack(source: str | Path, out: str | Path, *, num_workers: int = 0) -> Pack
     size = decode_image(reader[int(keys[0])][1]).shape[0]
     images = _Items(len(keys), functools.partial(_copy_record, reader, keys))
     landmarks = _landmarks_of(reader.path.parent, len(labels), order)
-    packed = _write(Path(out), images, labels[order], landmarks, size, num_workers)
+    write = write_face_records if shuffle is None else write_shuffled_records
+    packed = _write(Path(out), images, labels[order], landmarks, size, num_workers, write)
     return packed._replace(left_out=len(labels) - packed.images)
 
 
@@ -192,16 +197,18 @@ def _write(
     landmarks: tuple[np.ndarray, np.ndarray | None] | None,
     size: int,
     num_workers: int,
+    write: Callable[..., int] = write_face_records,
 ) -> Packed:
     """Write a set and read it back.
 
     Args:
         out: a new folder.
         images: whose items are (payload, whether it is unchanged), or what is wrong.
-        labels: (N,) in ascending order, of the images.
+        labels: (N,) of the images; they are renumbered in the order in which they appear.
         landmarks: keypoints and perhaps scores of the images, where they are known.
         size: side of the images, pixels.
         num_workers: see :func:`_results`.
+        write: of :mod:`.record_writer`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"OUT must be a new folder, got {out}, which exists; remove it or name another")
@@ -209,20 +216,19 @@ def _write(
     totals = Counter()
 
     def samples() -> Iterator[tuple[bytes, int]]:
-        label, last = -1, None
+        numbers: dict[int, int] = {}
         for i, result in enumerate(_results(images, num_workers, "packing")):
             if isinstance(result, str):
                 logger.warning("left out: %s", result)
                 continue
             payload, unchanged = result
-            label, last = label + (labels[i] != last), labels[i]
             kept.append(i)
             totals["unchanged"] += unchanged
             totals["crc"] = zlib.crc32(payload, totals["crc"])
-            yield payload, int(label)
+            yield payload, numbers.setdefault(int(labels[i]), len(numbers))
 
     with atomic_folder(out) as folder:
-        count = write_face_records(folder / "train", samples(), (size, size))
+        count = write(folder / "train", samples(), (size, size))
         identities = _verify(folder, count, totals["crc"])
         if landmarks is not None:
             keypoints, scores = landmarks
@@ -238,7 +244,7 @@ def _verify(folder: Path, count: int, checksum: int) -> int:
         found = zlib.crc32(reader[key][1], found)
     if len(reader.image_keys) != count or found != checksum:
         raise RuntimeError(f"{reader.path} does not read back as it was written; is the disk full or failing?")
-    return int(reader.labels()[-1]) + 1
+    return int(reader.labels().max()) + 1
 
 
 def _encode_file(paths: list[Path], size: int, quality: int, index: int) -> tuple[bytes, bool]:

@@ -119,6 +119,35 @@ def write_face_records(
         for key, bounds in enumerate(zip(first_keys, [*first_keys[1:], end], strict=True), end):
             writer.write(key, RecordHeader(np.array(bounds), key), b"")
         writer._replace_first(RecordHeader(np.array([end, end + len(first_keys)])))
-    identities = len(first_keys)
-    write_atomically(file_prefix(prefix).with_name("property"), f"{identities},{size[0]},{size[1]}".encode())
+    _write_property(prefix, len(first_keys), size)
     return end - 1
+
+
+def write_shuffled_records(
+    prefix: str | os.PathLike, samples: Iterable[tuple[bytes, int]], size: tuple[int, int] = (112, 112)
+) -> int:
+    """Write images in any order: records 0, 1, ... with one label each, and nothing beside them but ``property``.
+
+    Args:
+        prefix, size: as for :func:`write_face_records`.
+        samples: compressed image and label of each face.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        ValueError: there are no samples; nothing is written then.
+    """
+    count = identities = 0
+    with RecordWriter(prefix) as writer:
+        for payload, label in samples:
+            writer.write(count, RecordHeader(label, count), payload)
+            count, identities = count + 1, max(identities, label + 1)
+        if not count:
+            raise ValueError("samples must have at least one image, got none")
+    _write_property(prefix, identities, size)
+    return count
+
+
+def _write_property(prefix: str | os.PathLike, identities: int, size: tuple[int, int]) -> None:
+    write_atomically(file_prefix(prefix).with_name("property"), f"{identities},{size[0]},{size[1]}".encode())

@@ -11,12 +11,14 @@ import logging
 import mmap
 import os
 import warnings
+import zipfile
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from ..files import atomic_path
 from .image_codec import decode_image
 from .record_format import (
     FIRST,
@@ -41,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 _READ_AHEAD = 16 << 10  # bytes to ask the disk for at once: a 112x112 JPEG takes 4 to 10 KB
 _LABELS_AT_ONCE = 1 << 20
+_LABELS_KEPT_FROM = 1 << 20  # images, about 7 GB
 
 
 class RecordReader:
@@ -135,6 +138,8 @@ class RecordReader:
     def labels(self) -> np.ndarray:
         """Labels of all images, from their headers alone.
 
+        That reads the whole file once: of a large one the labels are then kept beside it, as ``train.labels.npz``.
+
         Returns:
             (N,) int64 in the order of ``image_keys``.
 
@@ -142,6 +147,8 @@ class RecordReader:
             RecordError: a record is damaged, or its label is not an identity number.
         """
         keys, offsets = self.image_keys, self._offsets[self._images]
+        if len(keys) >= _LABELS_KEPT_FROM and (kept := self._kept_labels()) is not None:
+            return kept
         labels = np.empty(len(keys), np.float32)
         # A map of its own: in file order the system's read-ahead helps, which records in random order must not have.
         words = np.frombuffer(_map(self.path), "<u4", len(self._data) // 4)
@@ -152,7 +159,34 @@ class RecordReader:
                 labels[i] = _first_label(self[keys[i]][0])
         for i in np.flatnonzero(~_is_identity(labels))[:1]:
             raise self._error(keys[i], offsets[i], f"label {labels[i]} is not an identity number")
+        if len(keys) >= _LABELS_KEPT_FROM and int(os.environ.get("RANK", 0)) == 0:
+            self._keep_labels(labels.astype(np.int32))
         return labels.astype(np.int64)
+
+    def _kept_labels(self) -> np.ndarray | None:
+        """(N,) int64 labels that an earlier reader left beside this very file, if it did."""
+        try:
+            with np.load(self.path.with_suffix(".labels.npz")) as file:
+                labels = file["labels"].astype(np.int64)
+                return (
+                    labels
+                    if np.array_equal(file["of"], self._identity()) and len(labels) == len(self.image_keys)
+                    else None
+                )
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def _keep_labels(self, labels: np.ndarray) -> None:
+        try:
+            with atomic_path(self.path.with_suffix(".labels.npz")) as temporary, open(temporary, "wb") as file:
+                np.savez(file, labels=labels, of=self._identity())
+        except OSError as error:
+            logger.info("labels are not kept beside %s: %s", self.path, error)
+
+    def _identity(self) -> np.ndarray:
+        """What tells this file from another, or an older one, of its name: size and time of the last change."""
+        status = self.path.stat()
+        return np.array([status.st_size, status.st_mtime_ns])
 
     def _offset(self, key: int) -> int:
         at = int(np.searchsorted(self.keys, key))

@@ -23,11 +23,11 @@ from insightface_kprpe.dfa.network import RetinaFaceNet
 from insightface_kprpe.dfa.weights import start_from
 from insightface_kprpe.evaluation.landmarks import evaluate_landmarks
 from insightface_kprpe.partial_fc import rank_and_world_size
-from insightface_kprpe.training.callbacks import Metrics, SpeedLog, start_logging
+from insightface_kprpe.training.callbacks import Metrics, SpeedLog
 from insightface_kprpe.training.checkpoint import Checkpointer
 from insightface_kprpe.training.command_line import run_command_line
 from insightface_kprpe.training.config import dump_config, merge_config
-from insightface_kprpe.training.loop import build_loader, process_group, resuming, run_steps, step_generator
+from insightface_kprpe.training.loop import begin, build_loader, process_group, run_steps, step_generator
 from insightface_kprpe.training.optimization import AUTOCAST, distributed, optimize
 from insightface_kprpe.training.state import Plan, build_state
 
@@ -49,11 +49,10 @@ def train_dfa(config: edict) -> dict[str, float]:
         TrainingError: the loss is not finite.
         SystemExit: a signal asked the run to stop; its state is saved.
     """
+    output = Path(config.output)
+    resume = begin(output, config.resume)
     with process_group() as device:
         rank, world_size = rank_and_world_size()
-        output = Path(config.output)
-        output.mkdir(parents=True, exist_ok=True)
-        start_logging(output, rank)
 
         dataset = LandmarkDataset(config.data, config.image_size, config.padding)
         loss = _build(DFALoss, config.loss_kwargs, "loss_kwargs")
@@ -65,7 +64,7 @@ def train_dfa(config: edict) -> dict[str, float]:
         net.to(device, memory_format=torch.channels_last)  # a sixth faster
         training = LandmarkTraining(net, dataset, loss, augmentation, config, device)
         checkpoints = Checkpointer(output, config.keep_checkpoints, config.save_every, config.async_save)
-        step = checkpoints.start(training.state, training.plan, resuming(config.resume))
+        step = checkpoints.start(training.state, training.plan, resume)
 
         results: dict[str, float] = {}
         log = validate = metrics = None

@@ -97,7 +97,8 @@ class OnnxEmbedder:
         metadata = read_metadata(path)
         self.device = torch.device(device)
         cuda = self.device.type == "cuda"
-        providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
+        gpu = ("CUDAExecutionProvider", {"device_id": self.device.index or 0})
+        providers = [gpu] * cuda + ["CPUExecutionProvider"]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()  # as many as torch's networks get
         asked = {"providers": providers, "sess_options": options}
@@ -178,7 +179,7 @@ def open_model(
     """
     _check_precision(precision)
     path = _find(path)
-    name = name or (path.parent.name if path.name == "model.pt" else path.stem if path.is_file() else path.name)
+    name = name or default_name(path)
     if path.is_dir() and (any(path.glob("*.onnx")) or (path / MANIFEST).is_file()):
         path = _recognition_file(path)
     if path.suffix == ".onnx":
@@ -191,6 +192,12 @@ def open_model(
     if about.task != "recognition":
         raise ValueError(f"model must be a recognition network, {path} holds an {about.task}")
     return TorchEmbedder(net.to(device).eval(), name, precision)
+
+
+def default_name(path: str | Path) -> str:
+    """What reports call a model that was given no name: after its file or folder."""
+    path = Path(path)
+    return path.parent.name if path.name == "model.pt" else path.stem if path.is_file() else path.name
 
 
 def _find(path: str | Path) -> Path:

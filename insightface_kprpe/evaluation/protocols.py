@@ -112,8 +112,9 @@ def run_ijb(
     kept = found.readable
     templates, medias = meta.templates[kept], meta.medias[kept]
     p1, p2, label, left_out = meta.p1, meta.p2, meta.label, 0
-    if not kept.all():  # else a pair of a template that the set does not have is an error
-        known = np.isin(p1, templates) & np.isin(p2, templates)
+    lost = np.setdiff1d(meta.templates, templates)
+    if len(lost):  # a pair of a template that the set never had is an error nevertheless
+        known = ~(np.isin(p1, lost) | np.isin(p2, lost))
         p1, p2, label, left_out = p1[known], p2[known], label[known], int((~known).sum())
     embeddings = found.embeddings if kept.all() else found.embeddings[kept]
     settings = {
@@ -126,7 +127,7 @@ def run_ijb(
         "threshold rule": "the point of the ROC nearest to the FPR, as InsightFace's IJB scripts",
         **({"pairs left out": f"{left_out}, a template has no image left"} if left_out else {}),
     }
-    name, probe, galleries = f"IJB-{target[-1]}", *_subject_lists(folder, target, None if kept.all() else templates)
+    name, probe, galleries = f"IJB-{target[-1]}", *_subject_lists(folder, target, lost)
     results = []
     for fusion in fusions:
         weights, how = _weights(fusion, found, crops.keypoints, meta.detector_scores)
@@ -278,10 +279,11 @@ def _weights(
     return weights, f"{how}; per media, then per template"
 
 
-def _subject_lists(
-    folder: Path, target: str, templates: np.ndarray | None
-) -> tuple[ijb.Subjects | None, dict[str, ijb.Subjects]]:
-    """Probes and galleries of 1:N by InsightFace's file names; None and no gallery where there are no such files."""
+def _subject_lists(folder: Path, target: str, lost: np.ndarray) -> tuple[ijb.Subjects | None, dict[str, ijb.Subjects]]:
+    """Probes and galleries of 1:N by InsightFace's file names, without the ``lost`` templates.
+
+    None and no gallery where there are no such files.
+    """
     prefix = f"{target.lower()}_1N_"
     probe_path = folder / "meta" / f"{prefix}probe_mixed.csv"
     paths = {
@@ -290,8 +292,8 @@ def _subject_lists(
     if not paths or not probe_path.is_file():
         return None, {}
     lists = [ijb.read_subjects(path) for path in (probe_path, *paths.values())]
-    if templates is not None:
-        lists = [ijb.Subjects(*(column[np.isin(rows.templates, templates)] for column in rows)) for rows in lists]
+    if len(lost):
+        lists = [ijb.Subjects(*(column[~np.isin(rows.templates, lost)] for column in rows)) for rows in lists]
     return lists[0], dict(zip(paths, lists[1:], strict=True))
 
 

@@ -84,6 +84,22 @@ def format_markdown(results: Sequence[Result]) -> str:
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
+def format_arcface_torch(results: Sequence[Result], target: str) -> str:
+    """The 1:1 results as arcface_torch's ``eval_ijbc.py`` prints them: a line a method, TPR in percent at each FPR.
+
+    Args:
+        results: of any protocols; those of 1:1 are shown.
+        target: "IJBC" or "IJBB", part of a method's name.
+    """
+    rates = {}
+    for result in results:
+        if result.protocol.endswith("1:1"):
+            prefix = "tpr_at_fpr_"
+            rates[f"{result.name}-{target}"] = {k[len(prefix) :]: v for k, v in result.metrics.items() if prefix in k}
+    heads = list(next(iter(rates.values())))
+    return grid([["Methods", *heads], *([name, *(f"{row[h]:.2f}" for h in heads)] for name, row in rates.items())])
+
+
 def grid(table: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """Cells in a frame, the first row being the head.
 

@@ -73,7 +73,7 @@ def resume(files: Sequence[Path], state: TrainingState, plan: Plan) -> int:
             f"{state.loss.class_centers.shape[1]}; set num_classes and embedding_size to its own, or use init_from"
         )
     names = [f"model.{name}" for name in weights if name.rpartition(".")[2] not in _BUFFERS]
-    state.restore_moments(_moments(shards, names, state), state.optimizer.state_dict()["param_groups"])
+    state.restore_moments(_moments(shards, names, state))
     step = shards[0]["epoch"] * plan.steps_per_epoch
     state.go_to(step)
     logger.info("resumed from arcface_torch's checkpoint of %d ranks in %s", len(files), files[0].parent)

@@ -18,6 +18,7 @@ import torch.nn as nn
 
 from ..evaluation.embedding import TorchEmbedder
 from ..evaluation.verification import VerificationPairs, verify
+from ..files import write_atomically
 from ..partial_fc import rank_and_world_size
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Metrics:
         self.path = output / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if from_step and self.path.is_file() else []
         kept = [line for line in lines if _step_of(line) <= from_step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
         self.writer = None
         if tensorboard:
             if importlib.util.find_spec("tensorboard") is None:

@@ -58,6 +58,16 @@ def latest_checkpoint(output: str | Path) -> Path | None:
     return folders[-1] if folders else None
 
 
+def put_aside(output: str | Path) -> None:
+    """Make room for a new run: the checkpoints of an earlier one become ``checkpoints.old``, in place of older ones."""
+    if list_checkpoints(output):
+        root = Path(output) / "checkpoints"
+        aside = root.with_suffix(".old")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(root, aside)
+        logger.warning("the checkpoints of an earlier run are now in %s; resume=True continues a run", aside)
+
+
 def save_model(path: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
     """Write a backbone's weights as arcface_torch's ``model.pt``: a plain state dict, on CPU."""
     with atomic_path(path) as temporary:
@@ -133,20 +143,10 @@ class Checkpointer:
             writing.result()
 
     def start(self, state: TrainingState, plan: Plan, resume: bool) -> int:
-        """Go back to the latest checkpoint, or begin anew; returns the optimizer steps done.
-
-        A new run puts the checkpoints of an earlier one aside as ``checkpoints.old``, where they replace older ones.
-        """
+        """Go back to the latest checkpoint, or begin anew; returns the optimizer steps done."""
         if self.rank == 0:
             self._clear()
-        if resume:
-            return self.resume(state, plan)
-        if self.rank == 0 and list_checkpoints(self.output):
-            aside = self.root.with_suffix(".old")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(self.root, aside)
-            logger.warning("the checkpoints of an earlier run are now in %s; resume=True continues a run", aside)
-        return 0
+        return self.resume(state, plan) if resume else 0
 
     def resume(self, state: TrainingState, plan: Plan) -> int:
         """Go back to the latest checkpoint, or else to that of arcface_torch; returns the optimizer steps done.
@@ -176,11 +176,11 @@ class Checkpointer:
         logger.info("resumed from %s", folder)
         if values["steps_per_epoch"] != plan.steps_per_epoch:
             step = plan.step_after(step, values["steps_per_epoch"])
-            state.go_to(step)
             logger.warning(
                 "an epoch had %d steps, now %d: step %d continues as step %d",
                 values["steps_per_epoch"], plan.steps_per_epoch, values["step"], step,
             )  # fmt: skip
+        state.go_to(step)
         if len(values["random"]) == self.world_size:
             set_random_state(values["random"][self.rank])
         else:

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.sampler import EpochSampler
 from ..files import atomic_path, write_atomically
 from ..partial_fc import rank_and_world_size
-from .callbacks import StopSignal
-from .checkpoint import Checkpointer
+from .callbacks import StopSignal, start_logging
+from .checkpoint import Checkpointer, put_aside
 from .optimization import Batch, NotFinite
 from .random_state import seed_from
 from .state import Plan, TrainingState
@@ -214,6 +214,19 @@ def process_group() -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def resuming(resume: bool) -> bool:
-    """Whether to go on from the last checkpoint: asked for, or this is torchrun's second attempt after a failure."""
-    return resume or int(os.environ.get(RESTARTS, 0)) > 0
+def begin(output: Path, resume: bool) -> bool:
+    """Make a run's folder and open its log; put the checkpoints of an earlier run aside if this one is new.
+
+    To be called first of all: a run that fails anywhere later is started again by torchrun, and then goes on from what
+    it finds.
+
+    Returns:
+        Whether to go on from the last checkpoint: asked for, or this is torchrun's second attempt after a failure.
+    """
+    resume = resume or int(os.environ.get(RESTARTS, 0)) > 0
+    rank = rank_and_world_size()[0] if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    output.mkdir(parents=True, exist_ok=True)
+    start_logging(output, rank)
+    if not resume and rank == 0:
+        put_aside(output)
+    return resume

@@ -87,21 +87,21 @@ class TrainingState(NamedTuple):
         """What is no tensor: plain python values, readable with ``weights_only=True``."""
         return {
             "optimizer": type(self.optimizer).__name__,
-            "param_groups": self.optimizer.state_dict()["param_groups"],
-            "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
     def restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
-        """Take over what :meth:`tensors` and :meth:`values` returned, of this rank's rows."""
+        """Take over what :meth:`tensors` and :meth:`values` returned, of this rank's rows.
+
+        Learning rate and weight decay stay the config's, which may have changed; see :meth:`go_to`.
+        """
         for part in ("model", "loss"):
             getattr(self, part).load_state_dict(_below(tensors, part))
-        self.restore_moments(tensors, values["param_groups"])
-        self.scheduler.load_state_dict(values["scheduler"])
+        self.restore_moments(tensors)
         if self.scaler.is_enabled() and values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
 
-    def restore_moments(self, tensors: Mapping[str, torch.Tensor], groups: list[dict[str, Any]]) -> None:
+    def restore_moments(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over the optimizer's part of :meth:`tensors`."""
         moments: dict[int, dict[str, torch.Tensor]] = {}
         parameters = self.named_parameters()
@@ -111,10 +111,11 @@ class TrainingState(NamedTuple):
             if value.shape == parameters[name].shape:  # in its memory format too, which fused optimizers rely on
                 value = torch.empty_like(parameters[name], dtype=value.dtype, requires_grad=False).copy_(value)
             moments.setdefault(indices[name], {})[moment] = value
+        groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def go_to(self, step: int) -> None:
-        """Set the learning rate to that of another step."""
+        """Set the learning rate to that of a step."""
         self.scheduler.last_epoch = step
         self.scheduler._last_lr = [
             base * factor(step) for base, factor in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)

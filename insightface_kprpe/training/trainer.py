@@ -18,12 +18,12 @@ from ..data.sampler import EpochSampler
 from ..evaluation.verification import open_verification
 from ..losses import AdaFace, CombinedMarginLoss
 from ..partial_fc import PartialFC, rank_and_world_size
-from .callbacks import Metrics, SpeedLog, Verification, start_logging
+from .callbacks import Metrics, SpeedLog, Verification
 from .checkpoint import Checkpointer
 from .command_line import run_command_line
 from .config import dump_config
 from .initialization import initialize
-from .loop import build_loader, process_group, resuming, run_steps, step_generator
+from .loop import begin, build_loader, process_group, run_steps, step_generator
 from .norm_watch import NormWatch
 from .optimization import AUTOCAST, distributed, optimize
 from .state import Plan, TrainingState, build_state
@@ -48,11 +48,10 @@ def train(config: edict) -> dict[str, float]:
         TrainingError: the loss is not finite.
         SystemExit: a signal asked the run to stop; its state is saved.
     """
+    output = Path(config.output)
+    resume = begin(output, config.resume)
     with process_group() as device:
         rank, world_size = rank_and_world_size()
-        output = Path(config.output)
-        output.mkdir(parents=True, exist_ok=True)
-        start_logging(output, rank)
 
         dataset = open_faces(config.rec, config.num_classes, config.num_image, config.seed)
         check_labels(dataset, config)
@@ -73,7 +72,7 @@ def train(config: edict) -> dict[str, float]:
         partial_fc = PartialFC(margin_loss(config), config.embedding_size, config.num_classes, config.sample_rate)
         state = build_state(config, backbone, partial_fc.to(device), plan, device)
         checkpoints = Checkpointer(output, config.keep_checkpoints, config.save_every, config.async_save)
-        step = checkpoints.start(state, plan, resuming(config.resume))
+        step = checkpoints.start(state, plan, resume)
         if config.init_from is not None and step == 0:
             initialize(backbone, partial_fc, config.init_from, config.init_min_match)
 
@@ -163,8 +162,9 @@ def train_step(
 
     if len(batches) == 1:
         return optimize(loss_of, batches, network, state, config.clip_grad)
-    norms = norms_of(embed, batches, state.model) if state.loss.needs_norms else None
-    with state.loss.one_batch(torch.cat([batch[1] for batch in batches]), norms):
+    with state.loss.one_batch(
+        torch.cat([batch[1] for batch in batches]), lambda: norms_of(embed, batches, state.model)
+    ):
         return optimize(loss_of, batches, network, state, config.clip_grad)
 
 
