@@ -33,27 +33,14 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch.utils.data import default_collate
 
 from insightface_kprpe.data.augmentation import PAPER, build_augmentation
-from insightface_kprpe.data.face_dataset import LANDMARK_FILE, open_faces
+from insightface_kprpe.data.face_dataset import open_faces
 from insightface_kprpe.data.feed import ReadableFaces
-from insightface_kprpe.data.landmark_csv import write_landmark_csv
-from insightface_kprpe.data.record_writer import write_face_records
+from insightface_kprpe.data.record_tools import pack_drawn
 from insightface_kprpe.data.recordio import RecordReader
 from insightface_kprpe.data.synthetic import SyntheticFaces
 
 BATCH, ROUNDS, IMAGES = 64, 5, 1024
 GOALS = {"read + decode": 5000, "read + decode + recipe": 1500}
-
-
-def draw_set(folder: Path) -> None:
-    """2,000 drawn faces as a training set."""
-    faces = SyntheticFaces(100, 20)
-
-    def jpeg(image: np.ndarray) -> bytes:
-        return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
-
-    items = [faces[i] for i in range(len(faces.labels))]
-    write_face_records(folder / "train", ((jpeg(image), label) for image, label, _ in items))
-    write_landmark_csv(folder / LANDMARK_FILE, np.stack([keypoints for _, _, keypoints in items]))
 
 
 def pil_decode(payload: bytes) -> Image.Image:
@@ -158,7 +145,8 @@ def main() -> None:
     random.seed(0)
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.rec is None:
-            draw_set(Path(temporary))
+            faces = SyntheticFaces(100, 20)
+            pack_drawn(temporary, (faces[i] for i in range(len(faces))))
         rates = measure(arguments.rec or Path(temporary))
     ratios = {
         "read + decode": rates["read + decode"] / rates["PIL: read + decode + mirror"],

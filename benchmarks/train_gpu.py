@@ -23,16 +23,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import cv2
-import numpy as np
 import torch
 
 from insightface_kprpe import PartialFC, get_model
 from insightface_kprpe.data.augmentation import build_augmentation
-from insightface_kprpe.data.face_dataset import LANDMARK_FILE, open_faces
+from insightface_kprpe.data.face_dataset import open_faces
 from insightface_kprpe.data.feed import BadImages, DeviceFeed, ReadableFaces
-from insightface_kprpe.data.landmark_csv import write_landmark_csv
-from insightface_kprpe.data.record_writer import write_face_records
+from insightface_kprpe.data.record_tools import pack_drawn
 from insightface_kprpe.data.sampler import EpochSampler
 from insightface_kprpe.data.synthetic import SyntheticFaces
 from insightface_kprpe.files import write_atomically
@@ -43,16 +40,6 @@ from insightface_kprpe.training.trainer import margin_loss, prepare, train_step
 
 NETWORKS = [f"vit_{size}{position}" for size in "sbl" for position in ("", "_kprpe")]
 PEOPLE = 205_990  # WebFace4M
-
-
-def draw_records(folder: Path) -> Path:
-    """2,000 drawn faces as RecordIO."""
-    faces = SyntheticFaces(100, 20)
-    drawn = [faces[i] for i in range(len(faces))]
-    images = ((cv2.imencode(".jpg", image[..., ::-1])[1].tobytes(), label) for image, label, _ in drawn)
-    write_face_records(folder / "train", images)
-    write_landmark_csv(folder / LANDMARK_FILE, np.stack([keypoints for *_, keypoints in drawn]))
-    return folder
 
 
 def seconds_a_step(step: Callable[[], object], device: torch.device, warm_up: int, steps: int) -> float:
@@ -130,7 +117,10 @@ def main() -> None:
     report = {"machine": machine, "torch": torch.__version__, **settings, "runs": []}
     sys.stdout.write(f"{machine}, torch {torch.__version__}, {settings}\n")
     with tempfile.TemporaryDirectory() as temporary:
-        rec = arguments.rec or draw_records(Path(temporary))
+        rec = arguments.rec or Path(temporary)
+        if arguments.rec is None:
+            faces = SyntheticFaces(100, 20)
+            pack_drawn(rec, (faces[i] for i in range(len(faces))))
         for network in arguments.networks:
             for compiled in (False,) if arguments.no_compile else (False, True):
                 report["runs"].append(measure(network, compiled, rec, device, arguments))

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from .backbones import get_model
 from .data.face_dataset import LANDMARK_FILE
+from .data.image_codec import encode_jpeg
 from .data.landmark_csv import write_landmark_csv
-from .data.record_writer import write_face_records
+from .data.record_tools import pack_drawn
 from .data.synthetic import SyntheticFaces, SyntheticScene, draw_scene, verification_pairs
 from .data.verification_bin import write_verification_bin
 from .deployment import model_pack
@@ -42,7 +43,6 @@ UNSEEN_PEOPLE, PAIRS = 60, 600
 PHOTOS = 5
 PACK = "kprpe"
 LICENCE = "MIT (trained on drawn faces)"
-_JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95]
 
 
 def run_quickstart(output: Path) -> dict[str, float]:
@@ -106,17 +106,12 @@ def draw_data(folder: Path) -> None:
         loose = pool.submit(
             verification_pairs, UNSEEN_PEOPLE, PAIRS, first_identity=FIRST_UNSEEN_IDENTITY, aligned=False
         )
-        write_face_records(folder / "train", ((_jpeg(image), label) for image, label, _ in drawn))
-        write_landmark_csv(folder / LANDMARK_FILE, np.stack([keypoints for *_, keypoints in drawn]))
+        pack_drawn(folder, drawn)
         for name, future in (("aligned", aligned), ("unaligned", loose)):
             images, is_same, keypoints = future.result()
-            write_verification_bin(folder / f"{name}.bin", [_jpeg(image) for image in images], is_same)
+            write_verification_bin(folder / f"{name}.bin", [encode_jpeg(image) for image in images], is_same)
             write_landmark_csv(folder / f"{name}_{LANDMARK_FILE}", keypoints)
     print(f"  {len(faces)} images of {PEOPLE} people to train on, 2 x {PAIRS} pairs of {UNSEEN_PEOPLE} other people")
-
-
-def _jpeg(image: np.ndarray) -> bytes:
-    return cv2.imencode(".jpg", image[..., ::-1], _JPEG)[1].tobytes()
 
 
 def train_recognition(data: Path, run: Path) -> None:

@@ -1,4 +1,4 @@
-"""Compressed images in memory to pixels."""
+"""Compressed images in memory to pixels, and back."""
 
 from __future__ import annotations
 
@@ -35,3 +35,8 @@ def decode_image(data: bytes) -> np.ndarray:
     if image is None:
         raise ValueError(f"{len(data)} bytes starting with {data[:8].hex(' ') or 'nothing'} are not a readable image")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:
+    """A JPEG file of an (H, W, 3) uint8 RGB image; quality is 1 to 100."""
+    return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()

@@ -10,7 +10,7 @@ import functools
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..files import atomic_folder
 from .face_dataset import LANDMARK_FILE, list_people
-from .image_codec import decode_image
+from .image_codec import decode_image, encode_jpeg
 from .landmark_csv import read_landmark_csv, write_landmark_csv
 from .record_writer import write_face_records, write_shuffled_records
 from .recordio import RecordReader
@@ -48,6 +48,25 @@ class Packed(NamedTuple):
     left_out: int
     landmarks: bool
     unchanged: int
+
+
+def pack_drawn(folder: str | Path, faces: Iterable[tuple[np.ndarray, int, np.ndarray]], quality: int = 95) -> None:
+    """Write faces that are in memory as a set with landmarks.
+
+    Args:
+        folder: for ``train.rec``, ``train.idx``, ``property`` and ``ldmk_5points.csv``; made where missing.
+        faces: (H, W, 3) uint8 RGB image, label and (5, 2) keypoints in [0, 1] of each, in the order of their labels.
+        quality: of the JPEG files, 1 to 100.
+    """
+    keypoints = []
+
+    def samples() -> Iterator[tuple[bytes, int]]:
+        for image, label, points in faces:
+            keypoints.append(points)
+            yield encode_jpeg(image, quality), label
+
+    write_face_records(Path(folder) / "train", samples())
+    write_landmark_csv(Path(folder) / LANDMARK_FILE, np.stack(keypoints))
 
 
 def pack_folder(
@@ -258,7 +277,7 @@ def _encode_file(paths: list[Path], size: int, quality: int, index: int) -> tupl
         return data, True
     if image.shape[:2] != (size, size):
         image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
-    return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes(), False
+    return encode_jpeg(image, quality), False
 
 
 def _copy_record(reader: RecordReader, keys: np.ndarray, index: int) -> tuple[bytes, bool]:
