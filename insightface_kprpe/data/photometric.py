@@ -2,7 +2,8 @@
 
 All functions take (B, 3, H, W) float images in [0, 1] on any device. Random ones draw from a CPU generator, so that the
 same state gives the same choice on any device, work on the chosen images of the batch together, and change them in
-place: fresh memory for a batch costs a CPU more time than most of the arithmetic.
+place: fresh memory for a batch costs a CPU more time than most of the arithmetic. They are written out here because
+torchvision draws one strength for a whole batch, and kornia's forms of them take a CPU 3 to 10 times as long.
 """
 
 from __future__ import annotations
