@@ -194,8 +194,8 @@ def test_get_model_knows_both(root, work):
     assert parts.get_model(own_model, "own") == "the checkout's"
     net = parts.get_model(own_model, "vit_n_irpe", dropout=0.0, fp16=False, num_features=8, **TINY)
     assert net.eval()(torch.zeros(1, 3, 112, 112)).shape == (1, 8)
-    with pytest.raises(ValueError, match="^$"):
-        parts.get_model(own_model, "unknown")
+    with pytest.raises(ValueError, match="got vit_n_kprpe_dfb; did you mean vit_n_kprpe_dfa"):
+        parts.get_model(own_model, "vit_n_kprpe_dfb")
     with pytest.raises(ValueError, match="vit_n_kprpe needs keypoints.*use vit_n_kprpe_dfa"):
         parts.get_model(own_model, "vit_n_kprpe")
 
@@ -236,7 +236,7 @@ def test_partial_fc_sees_norms(root):
     assert parts.partial_fc(original, "margin", 8, 5, 0.1) == ("margin", 8, 5, 0.1, False)
 
 
-def test_config_in_the_checkout_and_elsewhere(root, tmp_path, monkeypatch):
+def test_config_in_the_checkout_and_elsewhere(root, tmp_path, monkeypatch, caplog):
     base = edict(output=None, num_classes=0, lr=0.1)
     monkeypatch.setitem(sys.modules, "configs", edict())
     monkeypatch.setitem(sys.modules, "configs.base", edict(config=base))
@@ -247,6 +247,13 @@ def test_config_in_the_checkout_and_elsewhere(root, tmp_path, monkeypatch):
     config = parts.get_config(None, "mine.py")
     assert (config.num_classes, config.lr, config.output) == (7, 0.1, os.path.join("work_dirs", "mine"))
     assert parts.config is config
+    for text, message in (("{'loss': 'AdaFace'}", "loss must be"), ("{'rec': 'nowhere'}", "rec must be a folder")):
+        (tmp_path / "wrong.py").write_text(f"config = {text}")
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            parts.get_config(None, "wrong.py")
+    (tmp_path / "typo.py").write_text("config = {'netwrok_kwargs': {}}")
+    parts.get_config(None, "typo.py")
+    assert "nothing reads netwrok_kwargs; did you mean network_kwargs?" in caplog.text
     (tmp_path / "empty.py").touch()
     with pytest.raises(ValueError, match="must define `config"):
         parts.get_config(None, "empty.py")

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import pickle
 import random
@@ -113,24 +114,48 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert [step for step in range(1, 10) if Checkpointer(tmp_path, every=2).due(step, PLAN)] == [2, 4, 5, 6, 8]
 
 
-def test_a_new_run_in_the_same_folder_puts_the_old_one_aside(tmp_path):
+def test_a_new_run_in_the_same_folder_puts_the_old_one_aside(tmp_path, caplog):
     state = make_state()
     first = Checkpointer(tmp_path)
     for step in (1, 2):
         first.save(step, state, PLAN)
     assert Checkpointer(tmp_path).start(state, PLAN, resume=True) == 2
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     put_aside(tmp_path)
     assert Checkpointer(tmp_path).start(state, PLAN, resume=False) == 0
     assert not list_checkpoints(tmp_path) and latest_checkpoint(tmp_path) is None
     assert (tmp_path / "checkpoints.old" / "latest").read_text() == "step_00000002\n"
+    assert (tmp_path / "checkpoints.old" / "metrics.jsonl").read_text() == "{}\n"
+    put_aside(tmp_path)  # nothing to do
+    Checkpointer(tmp_path).save(3, state, PLAN)
+    put_aside(tmp_path)
+    assert (tmp_path / "checkpoints.old.1" / "latest").read_text() == "step_00000003\n"
+    with caplog.at_level(logging.INFO, "insightface_kprpe"):
+        assert Checkpointer(tmp_path).start(state, PLAN, resume=True) == 0
+    assert "earlier runs are in its checkpoints.old, checkpoints.old.1" in caplog.text
 
 
-def test_a_first_attempt_that_fails_early_leaves_the_second_nothing_of_an_older_run(tmp_path, monkeypatch):
-    Checkpointer(tmp_path).save(2, make_state(), PLAN)
-    assert begin(tmp_path, resume=True) and latest_checkpoint(tmp_path) is not None
+def test_a_second_attempt_resumes_unless_the_first_failed_before_it_put_an_older_run_aside(tmp_path, monkeypatch):
+    def second_attempt():
+        with monkeypatch.context() as context:
+            context.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+            return begin(tmp_path, resume=False)
+
     assert not begin(tmp_path, resume=False)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert begin(tmp_path, resume=False) and latest_checkpoint(tmp_path) is None
+    assert not second_attempt() and not second_attempt()
+    put_aside(tmp_path)
+    assert second_attempt()
+    assert not begin(tmp_path, resume=False)
+    assert begin(tmp_path, resume=True) and second_attempt()
+
+
+def test_a_start_that_fails_leaves_an_older_run_as_it_is(tmp_path):
+    trainer.train(tiny_config(tmp_path, "num_epoch=1"))
+    before = (tmp_path / "metrics.jsonl").read_bytes(), latest_checkpoint(tmp_path)
+    for mistake in ("val_targets=lfw", "init_from=nowhere"):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            trainer.train(tiny_config(tmp_path, mistake))
+        assert before == ((tmp_path / "metrics.jsonl").read_bytes(), latest_checkpoint(tmp_path))
 
 
 def test_learning_rate_and_weight_decay_are_the_configs(tmp_path):

@@ -52,6 +52,24 @@ def test_a_config_in_arcface_torchs_style_works_unchanged(tmp_path):
     assert config.clip_grad == 5.0  # from base.py
 
 
+def test_momentum_without_optimizer_means_sgd_as_in_arcface_torch(config_file):
+    assert load_config(config_file("config.momentum = 0.9")).optimizer == "sgd"
+    assert load_config(config_file('config.momentum = 0.9\nconfig.optimizer = "adamw"')).optimizer == "adamw"
+    assert load_config(config_file("config.lr = 0.1")).optimizer == "adamw"
+
+
+def test_a_path_that_does_not_exist_is_never_another_config():
+    for path in ("/home/me/wf4m_vit_s_kprpe.py", "configs/quickstart.py", "mine/wf4m_vit_s_kprpe"):
+        with pytest.raises(ConfigError, match="which does not exist"):
+            load_config(path)
+    assert load_config("recognition_configs/wf4m_vit_s_kprpe.py").network == "vit_s_kprpe"
+
+
+def test_a_recipes_augmentation_can_be_replaced_by_settings():
+    assert load_config("wf4m_vit_s_kprpe", ["augment={}"]).augment == {}
+    assert load_config("wf4m_vit_s_kprpe", ["augment={'rotation': 10.0}"]).augment == {"rotation": 10.0}
+
+
 def test_overrides_win_and_take_the_type_of_the_default(config_file):
     config = load_config(
         config_file("config.lr = 0.1"),

@@ -6,9 +6,10 @@ from distributed import run_on_ranks
 from test_trainer import TINY, tiny_config, weights
 
 from insightface_kprpe.backbones import VisionTransformer
-from insightface_kprpe.losses import ArcFace
+from insightface_kprpe.losses import AdaFace, ArcFace
 from insightface_kprpe.partial_fc import PartialFC, shard_range
 from insightface_kprpe.training import trainer
+from insightface_kprpe.training.arcface_torch_checkpoint import find, load_centers
 from insightface_kprpe.training.checkpoint import Checkpointer
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.initialization import compare, initialize
@@ -60,6 +61,22 @@ def write_arcface_torch(folder, ranks, optimizer="adamw"):
         }
         torch.save(content, folder / f"checkpoint_gpu_{rank}.pt")
     return losses_of(net, partial_fc, optim, range(3, 5))
+
+
+def test_adafaces_checkpoints_of_arcface_torchs_scripts(tmp_path):
+    """Those of this package's PartialFC, which the scripts use for AdaFace."""
+    saved = PartialFC(AdaFace(), SIZE, CLASSES)
+    saved.margin_loss.batch_mean.fill_(12.5)
+    content = {
+        "epoch": 1,
+        "state_dict_backbone": {},
+        "state_dict_softmax_fc": saved.state_dict(),
+        "state_optimizer": {},
+    }
+    torch.save(content, tmp_path / "checkpoint_gpu_0.pt")
+    partial_fc = PartialFC(AdaFace(), SIZE, CLASSES)
+    assert load_centers(find(tmp_path), partial_fc)
+    torch.testing.assert_close(dict(partial_fc.state_dict()), dict(saved.state_dict()))
 
 
 def resume_on_rank(rank, folder, optimizer):

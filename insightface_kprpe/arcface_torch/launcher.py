@@ -105,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(explain(root, made))
         return
     if not options.cpu and not torch.cuda.is_available():
+        if script.name == "train_v2.py":
+            sys.exit("error: train_v2.py needs a GPU, and none was found; add --cpu before it to try it out without")
         logger.warning("no GPU was found, and most of these scripts ask for one: add --cpu to try them out without")
     sys.argv = [str(script), *options.command[1:]]
     runpy.run_path(str(script), run_name="__main__")

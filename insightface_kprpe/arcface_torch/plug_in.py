@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.machinery
 import logging
@@ -17,11 +18,12 @@ from typing import Any
 import torch.nn as nn
 
 from .. import backbones
+from ..backbones.self_aligned import weights_follow
 from ..losses import AdaFace
 from ..partial_fc import PartialFC
 from .changes import Change
 
-_ALIGNER_LOGGER = logging.getLogger("insightface_kprpe.backbones.self_aligned")
+logger = logging.getLogger(__name__)
 
 
 class Parts:
@@ -49,6 +51,7 @@ class Parts:
         values = runpy.run_path(str(path)).get("config")
         if not isinstance(values, dict):
             raise ValueError(f"{path} must define `config = edict()`; it does not")
+        _check(values, config, path)
         config.update(values)
         if config.output is None:
             config.output = os.path.join("work_dirs", path.stem)
@@ -59,9 +62,13 @@ class Parts:
         """The checkout's ``get_model``, which also knows this package's names."""
         try:
             return original(name, **kwargs)
-        except ValueError:
+        except ValueError as error:
             if name not in backbones.list_models():
-                raise
+                near = difflib.get_close_matches(name, [m for m in backbones.list_models() if not m.endswith("_kprpe")])
+                hint = f"did you mean {' or '.join(near)}?" if near else "see insightface-kprpe models"
+                raise ValueError(
+                    f"network must be one of the checkout's or of this package's, got {name}; {hint}"
+                ) from error
         if name.endswith("_kprpe"):
             raise ValueError(
                 f"network {name} needs keypoints, and arcface_torch's scripts pass images only; use {name}_dfa, which "
@@ -73,12 +80,8 @@ class Parts:
                 f"network {name} is trained around a trained aligner: add config.network_kwargs = "
                 '{"dfa_weights": FILE} to the config'
             )
-        # The other scripts load a model.pt with the aligner in it: a warning of its random start would be wrong.
-        _ALIGNER_LOGGER.disabled = self.config is None
-        try:
+        with weights_follow():  # given above; the other scripts load a model.pt with the aligner in it
             return backbones.get_model(name, **settings)
-        finally:
-            _ALIGNER_LOGGER.disabled = False
 
     def margin_loss(self, original: Callable, s: float, m1: Any, m2: float, m3: float, *args, **kwargs) -> nn.Module:
         """``CombinedMarginLoss``, or AdaFace where the config asks for it."""
@@ -103,6 +106,23 @@ class Parts:
         if isinstance(margin_loss, AdaFace):
             return PartialFC(margin_loss, embedding_size, num_classes, sample_rate)
         return original(margin_loss, embedding_size, num_classes, sample_rate, fp16)
+
+
+_OWN_KEYS = ("loss", "adaface_m", "adaface_h", "adaface_t_alpha", "network_kwargs")  # beside those of configs/base.py
+_USUAL_KEYS = ("rec", "num_classes", "num_image", "num_epoch", "warmup_epoch", "val_targets")  # which base.py lacks
+
+
+def _check(values: Mapping[str, Any], base: Mapping[str, Any], path: Path) -> None:
+    """Refuse what would silently train something else; the checkout itself takes any key."""
+    if values.get("loss", "margin") not in ("margin", "adaface"):
+        raise ValueError(f'{path}: loss must be "margin" or "adaface", got {values["loss"]!r}')
+    known = {*base, *_OWN_KEYS, *_USUAL_KEYS}
+    for key in values:
+        if key not in known and (near := difflib.get_close_matches(key, known, n=1, cutoff=0.75)):
+            logger.warning("%s: nothing reads %s; did you mean %s?", path, key, near[0])
+    rec = values.get("rec")
+    if isinstance(rec, str) and rec != "synthetic" and not Path(rec).exists():
+        raise FileNotFoundError(f"{path}: rec must be a folder with a training set, got {rec}, which does not exist")
 
 
 # Module and attribute of the checkout -> method of Parts, and why.
@@ -165,7 +185,14 @@ class _ReplacingFinder(MetaPathFinder):
                     f"{module.__file__} has no {attribute}: this revision of arcface_torch is too old or too new to "
                     "plug into; take one with partial_fc_v2.py"
                 )
-            _replace_for_importers(module, attribute, lambda *args, **kwargs: replacement(original, *args, **kwargs))
+
+            def replaced(*args, **kwargs) -> Any:
+                try:
+                    return replacement(original, *args, **kwargs)
+                except (ValueError, FileNotFoundError) as error:
+                    sys.exit(f"error: {error}")
+
+            _replace_for_importers(module, attribute, replaced)
 
         spec.loader.exec_module = execute_and_replace
         return spec

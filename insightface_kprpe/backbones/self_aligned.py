@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +14,16 @@ from .relative_position import canonical_keypoints
 from .vision_transformer import VisionTransformer
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def weights_follow() -> Iterator[None]:
+    """No warning of an aligner's random start in a ``with`` block: its weights are loaded later, or do not matter."""
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
 
 
 class SelfAlignedViT(VisionTransformer):
@@ -43,6 +54,7 @@ class SelfAlignedViT(VisionTransformer):
     ) -> None:
         # DFA is built of what the backbones share, and so stands above them: it is imported when it is asked for.
         from ..dfa import DFA
+        from ..dfa.network import RetinaFaceNet
         from ..dfa.weights import load_dfa, network_of
 
         if settings.setdefault("position", "kprpe") != "kprpe":
@@ -59,7 +71,7 @@ class SelfAlignedViT(VisionTransformer):
             self.dfa = DFA()
         else:
             self.dfa = load_dfa(dfa_weights)
-            if not torch.equal(self.dfa.anchors, DFA(**network_of(self.dfa.state_dict())).anchors):
+            if not torch.equal(self.dfa.anchors, RetinaFaceNet(**network_of(self.dfa.state_dict())).anchors):
                 raise ValueError(
                     "dfa_weights must be those of a DFA with aggregator at 160 pixels, or RetinaFace's; these are of a "
                     "network with other anchors, of which a file with both networks' weights could not tell"

@@ -41,6 +41,17 @@ class FaceDataset(Dataset):
         self.labels: np.ndarray = source.labels
         self.num_classes = int(self.labels.max()) + 1 if len(self.labels) else 0
 
+    def warn_without_landmarks(self) -> None:
+        """Say so where every face has the template's keypoints, for networks that make use of keypoints."""
+        if getattr(self.source, "keypoints", self) is None:
+            logger.warning(
+                "%s not found: every face gets the canonical template as its keypoints, which is right for aligned "
+                "crops only and leaves KPRPE nothing to learn from. `insightface-kprpe landmarks %s --weights DFA` "
+                "writes it; or train a network that finds them itself (*_kprpe_dfa)",
+                self.source.folder / LANDMARK_FILE,
+                self.source.folder,
+            )
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -63,10 +74,10 @@ class RecordFaces:
     """``train.rec`` of InsightFace's layout and, beside it, ``ldmk_5points.csv``."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.reader = RecordReader(folder)
+        self.folder, self.reader = Path(folder), RecordReader(folder)
         self.keys = self.reader.image_keys
         self.labels = self.reader.labels()
-        self.keypoints = _landmarks_beside(Path(folder), len(self.keys))
+        self.keypoints = _landmarks_beside(self.folder, len(self.keys))
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         _, image = self.reader.read_image(int(self.keys[index]))
@@ -87,7 +98,8 @@ class FolderFaces:
             )
         self.paths = [path for files in people for path in files]
         self.labels = np.repeat(np.arange(len(people), dtype=np.int64), [len(files) for files in people])
-        self.keypoints = _landmarks_beside(Path(folder), len(self.paths))
+        self.folder = Path(folder)
+        self.keypoints = _landmarks_beside(self.folder, len(self.paths))
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         return read_image_file(self.paths[index]), None if self.keypoints is None else self.keypoints[index]
@@ -136,16 +148,7 @@ def open_faces(rec: str | Path, num_classes: int = 0, num_image: int = 0, seed: 
 
 def _landmarks_beside(folder: Path, count: int) -> np.ndarray | None:
     path = folder / LANDMARK_FILE
-    if path.is_file():
-        return read_keypoints(path, count)
-    logger.warning(
-        "%s not found: every face gets the canonical template as its keypoints, which is right for aligned crops only "
-        "and leaves KPRPE nothing to learn from. `insightface-kprpe landmarks %s --weights DFA` writes it; or "
-        "train a network that finds them itself (*_kprpe_dfa)",
-        path,
-        folder,
-    )
-    return None
+    return read_keypoints(path, count) if path.is_file() else None
 
 
 def list_people(folder: str | Path) -> list[list[Path]]:

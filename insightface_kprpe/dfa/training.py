@@ -24,7 +24,7 @@ from insightface_kprpe.dfa.weights import start_from
 from insightface_kprpe.evaluation.landmarks import evaluate_landmarks
 from insightface_kprpe.partial_fc import rank_and_world_size
 from insightface_kprpe.training.callbacks import Metrics, SpeedLog
-from insightface_kprpe.training.checkpoint import Checkpointer
+from insightface_kprpe.training.checkpoint import Checkpointer, put_aside
 from insightface_kprpe.training.command_line import run_command_line
 from insightface_kprpe.training.config import dump_config, merge_config
 from insightface_kprpe.training.loop import begin, build_loader, process_group, run_steps, step_generator
@@ -69,15 +69,18 @@ def train_dfa(config: edict) -> dict[str, float]:
         results: dict[str, float] = {}
         log = validate = metrics = None
         if rank == 0:
+            validation = None if config.val is None else Validation(config, device)
+            if not resume:  # now that the settings have proved right
+                put_aside(output)
             dump_config(config, output / "config.json")
             metrics = Metrics(output, config.tensorboard, step)
             total_steps = training.plan.total_steps
             log = SpeedLog(metrics, total_steps, config.batch_size * world_size, config.frequent, step)
-            if config.val is not None:
-                validation = Validation(config, metrics, device)
+            if validation is not None:
 
                 def validate(step: int) -> float:
                     results.update(validation(step, net))
+                    metrics.write(step, **results)
                     return -results["nme"]
 
             logger.info("%s", _summary(config, dataset, net, world_size, device, total_steps))
@@ -211,13 +214,12 @@ class Validation:
 
     Args:
         config: ``val``, ``image_size``, ``padding`` and ``num_workers`` are used.
-        metrics: where the figures go.
         device: of the network.
     """
 
-    def __init__(self, config: edict, metrics: Metrics, device: torch.device) -> None:
+    def __init__(self, config: edict, device: torch.device) -> None:
         self.dataset = LandmarkDataset(config.val, config.image_size, config.padding, labelled_only=True)
-        self.metrics, self.device, self.workers = metrics, device, config.num_workers
+        self.device, self.workers = device, config.num_workers
         self.best = float("inf")
 
     def __call__(self, step: int, net: RetinaFaceNet) -> dict[str, float]:
@@ -236,9 +238,7 @@ class Validation:
             "step %d  %d faces: NME %.4f (best %.4f)  failures %.1f %%  mean score %.3f",
             step, result.images, result.nme, self.best, result.failure_rate, result.score,
         )  # fmt: skip
-        values = {"nme": result.nme, "failure_rate": result.failure_rate, "score": result.score}
-        self.metrics.write(step, **values)
-        return values
+        return {"nme": result.nme, "failure_rate": result.failure_rate, "score": result.score}
 
 
 def _build(build: Callable[..., T], arguments: Mapping[str, Any], key: str) -> T:

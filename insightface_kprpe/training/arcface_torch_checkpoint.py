@@ -43,13 +43,18 @@ def backbone_weights(files: Sequence[Path]) -> dict[str, torch.Tensor]:
 
 
 def load_centers(files: Sequence[Path], partial_fc: PartialFC) -> bool:
-    """Copy this rank's class centers; False where people or embedding size are others."""
-    parts = [_read(file)["state_dict_softmax_fc"]["weight"] for file in files]
+    """Copy this rank's class centers, and AdaFace's statistics; False where people or embedding size are others."""
+    states = [_read(file)["state_dict_softmax_fc"] for file in files]
+    # Written by arcface_torch's own PartialFC, or by this package's, which its scripts use for AdaFace.
+    parts = [state["weight"] if "weight" in state else state["class_centers"] for state in states]
     size = (sum(len(part) for part in parts), parts[0].shape[1])
     if size != (partial_fc.num_classes, partial_fc.class_centers.shape[1]):
         return False
     with torch.no_grad():
         partial_fc.class_centers.copy_(_rows(parts, partial_fc.first_class, partial_fc.num_local))
+        for name, buffer in partial_fc.named_buffers():
+            if name in states[0]:
+                buffer.copy_(states[0][name])
     return True
 
 

@@ -23,6 +23,8 @@ from ..partial_fc import rank_and_world_size
 
 logger = logging.getLogger(__name__)
 
+METRICS = "metrics.jsonl"  # in a run's folder
+
 
 def start_logging(output: Path, rank: int) -> None:
     """Send the package's log to the console and to ``training.log``; ranks other than 0 keep to warnings."""
@@ -55,14 +57,14 @@ class Metrics:
 
     def __init__(self, output: Path, tensorboard: bool, from_step: int = 0, wandb: Any = None) -> None:
         self.wandb = wandb
-        self.path = output / "metrics.jsonl"
+        if tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ImportError("tensorboard=True needs: pip install 'insightface-kprpe[tensorboard]'")
+        self.path = output / METRICS
         lines = self.path.read_text().splitlines() if from_step and self.path.is_file() else []
         kept = [line for line in lines if _step_of(line) <= from_step]
         write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
         self.writer = None
         if tensorboard:
-            if importlib.util.find_spec("tensorboard") is None:
-                raise ImportError("tensorboard=True needs: pip install 'insightface-kprpe[tensorboard]'")
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(output / "tensorboard"))

@@ -28,12 +28,14 @@ import torch.distributed as dist
 from ..files import atomic_path, sync_folder, write_atomically
 from ..partial_fc import rank_and_world_size
 from . import arcface_torch_checkpoint
+from .callbacks import METRICS
 from .random_state import random_state, seed_everything, seed_from, set_random_state
 from .sharded_tensors import read_tensors, stage, write_tensors
 from .state import Plan, TrainingState
 
 logger = logging.getLogger(__name__)
 
+NEW_RUN = ".new_run"  # in a run's folder from when a new run starts until it has put an older one aside
 _FOLDER = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
 
 
@@ -59,13 +61,23 @@ def latest_checkpoint(output: str | Path) -> Path | None:
 
 
 def put_aside(output: str | Path) -> None:
-    """Make room for a new run: the checkpoints of an earlier one become ``checkpoints.old``, in place of older ones."""
+    """Make room for a new run: an earlier one's checkpoints and metrics move to ``checkpoints.old`` (``.old.1``, ...)."""
+    output = Path(output)
     if list_checkpoints(output):
-        root = Path(output) / "checkpoints"
-        aside = root.with_suffix(".old")
-        shutil.rmtree(aside, ignore_errors=True)
+        root = output / "checkpoints"
+        aside, number = root.with_suffix(".old"), 0
+        while aside.exists():
+            number += 1
+            aside = root.with_suffix(f".old.{number}")
+        if (output / METRICS).is_file():
+            os.replace(output / METRICS, root / METRICS)
         os.replace(root, aside)
-        logger.warning("the checkpoints of an earlier run are now in %s; resume=True continues a run", aside)
+        logger.warning(
+            "the checkpoints and metrics of an earlier run are now in %s; resume=True continues a run, and they may be "
+            "removed",
+            aside,
+        )
+    (output / NEW_RUN).unlink(missing_ok=True)
 
 
 def save_model(path: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
@@ -162,7 +174,9 @@ class Checkpointer:
         if folder is None and (files := arcface_torch_checkpoint.find(self.output)):
             return arcface_torch_checkpoint.resume(files, state, plan)
         if folder is None:
-            logger.info("no checkpoint in %s yet, starting from the beginning", self.output)
+            aside = sorted(path.name for path in self.output.glob("checkpoints.old*"))
+            hint = f"; those of earlier runs are in its {', '.join(aside)}" if aside else ""
+            logger.info("no checkpoint in %s yet, starting from the beginning%s", self.output, hint)
             return 0
         values = _read_values(folder)
         if values["optimizer"] != type(state.optimizer).__name__:

@@ -59,13 +59,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: str = "ba
         ConfigError: no such file, no ``config`` in it, an unknown key, a wrong type or value.
     """
     path = _find(path)
-    values = {}
+    file_values, values = _run(path), {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"override must be key=value, got {override!r}")
         values[key] = _literal(text)
-    config = merge_config({str(path): _run(path), "command line": values}, base)
+    if (
+        path.suffix == ".py" and "momentum" in file_values
+    ):  # nothing but SGD has one, and arcface_torch's default is SGD
+        file_values = {"optimizer": "sgd", **file_values}
+    config = merge_config({str(path): file_values, "command line": values}, base)
     if config.output is None:
         config.output = os.path.join("work_dirs", path.stem)
     return config
@@ -106,9 +110,10 @@ def _find(path: str | Path) -> Path:
     shipped = configs_folder() / path.with_suffix(".py").name
     if path.is_file():
         return path
-    if len(path.parts) <= 2 and shipped.is_file():
+    is_name = path.suffix in ("", ".py") and path.parts[:-1] in ((), (configs_folder().name,), ("recognition_configs",))
+    if is_name and shipped.is_file():
         return shipped
-    if path.stem in recipes.names() and path.suffix in ("", ".py"):
+    if is_name and path.stem in recipes.names():
         return path
     stems = {file.stem for file in configs_folder().glob("*.py")} - {"base", "dfa_base", "__init__"}
     names = ", ".join(sorted(stems))
@@ -152,7 +157,7 @@ def _checked(config: edict, key: str, value: Any, where: str) -> Any:
         return tuple(value)
     if expected is tuple and isinstance(value, str):  # val_targets=lfw
         return (value,)
-    if issubclass(expected, dict) and isinstance(value, dict):
+    if (issubclass(expected, dict) or key == "augment") and isinstance(value, dict):
         return dict(value)
     if key == "augment" and isinstance(value, str):
         return value

@@ -21,7 +21,7 @@ from ..data.sampler import EpochSampler
 from ..files import atomic_path, write_atomically
 from ..partial_fc import rank_and_world_size
 from .callbacks import StopSignal, start_logging
-from .checkpoint import Checkpointer, put_aside
+from .checkpoint import NEW_RUN, Checkpointer
 from .optimization import Batch, NotFinite
 from .random_state import seed_from
 from .state import Plan, TrainingState
@@ -215,18 +215,21 @@ def process_group() -> Iterator[torch.device]:
 
 
 def begin(output: Path, resume: bool) -> bool:
-    """Make a run's folder and open its log; put the checkpoints of an earlier run aside if this one is new.
+    """Make a run's folder and open its log; to be called before anything that may fail.
 
-    To be called first of all: a run that fails anywhere later is started again by torchrun, and then goes on from what
-    it finds.
+    torchrun starts a failed run again, with the same arguments. If the first attempt was a new run in the folder of an
+    older one and failed before it had put that aside, the second is a new run too.
 
     Returns:
         Whether to go on from the last checkpoint: asked for, or this is torchrun's second attempt after a failure.
     """
-    resume = resume or int(os.environ.get(RESTARTS, 0)) > 0
     rank = rank_and_world_size()[0] if dist.is_initialized() else int(os.environ.get("RANK", 0))
     output.mkdir(parents=True, exist_ok=True)
     start_logging(output, rank)
-    if not resume and rank == 0:
-        put_aside(output)
+    if int(os.environ.get(RESTARTS, 0)) > 0:
+        return resume or not (output / NEW_RUN).exists()
+    if rank == 0 and not resume:
+        (output / NEW_RUN).touch()
+    elif rank == 0:
+        (output / NEW_RUN).unlink(missing_ok=True)
     return resume

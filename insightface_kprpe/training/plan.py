@@ -9,6 +9,7 @@ import torch
 from easydict import EasyDict as edict
 
 from ..backbones import get_model
+from ..backbones.self_aligned import weights_follow
 from ..data.face_dataset import open_faces
 from ..partial_fc import shard_range
 from .memory import forward_flops, network_needs
@@ -84,7 +85,8 @@ def plan_training(config: edict, world_size: int = 1, images_per_second: float |
         )
 
     def build() -> torch.nn.Module:
-        net = get_model(config.network, num_features=config.embedding_size, **config.network_kwargs)
+        with weights_follow():
+            net = get_model(config.network, num_features=config.embedding_size, **config.network_kwargs)
         if config.gradient_checkpointing:
             net.set_grad_checkpointing()
         return net

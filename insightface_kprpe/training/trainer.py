@@ -19,7 +19,7 @@ from ..evaluation.verification import open_verification
 from ..losses import AdaFace, CombinedMarginLoss
 from ..partial_fc import PartialFC, rank_and_world_size
 from .callbacks import Metrics, SpeedLog, Verification
-from .checkpoint import Checkpointer
+from .checkpoint import Checkpointer, put_aside
 from .command_line import run_command_line
 from .config import dump_config
 from .initialization import initialize
@@ -68,6 +68,8 @@ def train(config: edict) -> dict[str, float]:
             backbone.set_grad_checkpointing()
         if config.compile:
             backbone.compile()  # in place: names of weights stay what they are
+        if getattr(backbone, "position", None) == "kprpe" and not getattr(backbone, "finds_keypoints", False):
+            dataset.warn_without_landmarks()
         torch.manual_seed(config.seed + 1 + rank)  # class centers, dropped paths and masked patches differ by rank
         partial_fc = PartialFC(margin_loss(config), config.embedding_size, config.num_classes, config.sample_rate)
         state = build_state(config, backbone, partial_fc.to(device), plan, device)
@@ -79,10 +81,12 @@ def train(config: edict) -> dict[str, float]:
         accuracies: dict[str, float] = {}
         log = validate = metrics = wandb = None
         if rank == 0:
-            dump_config(config, output / "config.json")
-            wandb = start_wandb(config, output, resumed=step > 0) if config.using_wandb else None
-            metrics = Metrics(output, config.tensorboard, step, wandb)
             sets = [open_verification(target, config.rec) for target in config.val_targets]
+            wandb = start_wandb(config, output, resumed=step > 0) if config.using_wandb else None
+            if not resume:  # now that the settings have proved right
+                put_aside(output)
+            dump_config(config, output / "config.json")
+            metrics = Metrics(output, config.tensorboard, step, wandb)
             verification = Verification(sets, metrics)
             step_size = config.batch_size * world_size * config.gradient_acc
             log = SpeedLog(metrics, plan.total_steps, step_size, config.frequent, step)
