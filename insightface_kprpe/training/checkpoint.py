@@ -61,7 +61,7 @@ def latest_checkpoint(output: str | Path) -> Path | None:
 
 
 def put_aside(output: str | Path) -> None:
-    """Make room for a new run: move the checkpoints and metrics of an older to ``checkpoints.old`` (``.old.1``, ...)."""
+    """Make room for a new run: the checkpoints and metrics of an older become ``checkpoints.old`` (``.old.1``, ...)."""
     output = Path(output)
     if list_checkpoints(output):
         root = output / "checkpoints"
