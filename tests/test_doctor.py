@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from insightface_kprpe import cli
 from insightface_kprpe.app import doctor, doctor_packs
 from insightface_kprpe.app.doctor import BROKEN, OK, WARNING, Finding
-from insightface_kprpe.deployment import model_pack
+from insightface_kprpe.deployment import installed_packs, model_pack
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_requirements_that_are_missing_or_old(versions, monkeypatch):
     ]
     versions |= {"torch": "2.7.0+cu126", "typer": "0.15", "insightface-kprpe": "9"}
     assert list(doctor.check_requirements()) == [
-        Finding("insightface-kprpe", OK, "9, all 4 packages that it needs are new enough")
+        Finding("insightface-kprpe", OK, "9, all packages that it needs are new enough")
     ]
 
 
@@ -165,7 +165,7 @@ def test_how_files_are_routed(tmp_path):
     assert second.status == WARNING and "recognition.onnx, which comes first" in second.found
     assert second.mend == f"mv {folder}/second.onnx {folder}/second.onnx.unused"
     small = found["small.onnxpack tiny"]
-    assert small.status == WARNING and "it takes batchx3x108x108 and has 1 outputs" in small.found
+    assert small.status == WARNING and "it takes batchx3x108x108 and has 1 output;" in small.found
     torn = found["torn.onnxpack tiny"]
     assert torn.status == BROKEN and torn.mend.startswith(f"rm {folder}/torn.onnx")
     assert "there is no keypoints/recognition.onnx" in found["recognition.onnxpack plain"].found
@@ -196,8 +196,60 @@ def test_a_pack_of_ours_is_verified(tmp_path):
     assert listed.status == OK and "the files are those that pack.json lists" in listed.found
     with open(folder / "recognition.onnx", "ab") as file:
         file.write(b"\0")
-    broken = [finding for finding in run_packs(tmp_path / "r") if finding.status == BROKEN]
-    assert broken and "insightface-kprpe pack RUN" in broken[-1].mend + broken[0].mend
+    (broken,) = [finding for finding in run_packs(tmp_path / "r") if finding.status == BROKEN]
+    assert broken.found == "recognition.onnx has changed since the pack was built; build it again"
+    rest = f"--name ours --root {tmp_path / 'r'}"
+    assert broken.mend == f"insightface-kprpe pack RUN --detector PATH_TO_DETECTOR.onnx {rest}"
+
+
+def test_files_that_were_added_are_said_once(tmp_path):
+    source = tiny.write_pack(tmp_path, "source")
+    folder = model_pack.build(source / "recognition.onnx", source / "detection.onnx", name="ours", root=tmp_path / "r")
+    tiny.write_detector(folder / "a.onnx")  # comes first, so InsightFace takes it
+    (folder / "extra.onnx").write_bytes((folder / "recognition.onnx").read_bytes())
+    tiny.write_aligner(folder / "keypoints" / "dfa.onnx")
+    ignored, _, *added = run_packs(tmp_path / "r")
+    assert "detection.onnx is ignored: a.onnx, which comes first" in ignored.found
+    assert ignored.mend == f"mv {folder}/a.onnx {folder}/a.onnx.unused"
+    assert added == [
+        Finding(
+            "pack ours",
+            BROKEN,
+            f"{name} was added after the pack was built",
+            f"mv {folder}/{name} {folder}/{name}.unused",
+        )
+        for name in ("a.onnx", "extra.onnx", "keypoints/dfa.onnx")
+    ]
+
+
+def test_how_to_build_a_pack_again(tmp_path):
+    folder = tmp_path / "models" / "ours"
+    files = {
+        "detection.onnx": {"source": "buffalo_l/det_10g.onnx", "architecture": "SCRFD"},
+        "recognition.onnx": {"source": "my run", "precision": "int8", "evaluation": {"set": "lfw"}},
+        "keypoints/dfa.onnx": {"source": "hf:a/dfa@1", "architecture": "DFA"},
+    }
+
+    def command():
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {name: {"sha256": "", **file} for name, file in files.items()}
+        (folder / "pack.json").write_text(json.dumps({"name": "ours", "files": record}))
+        return installed_packs.rebuild_command(folder).removeprefix("insightface-kprpe pack ")
+
+    rest = f"--name ours --root {tmp_path}"
+    assert command() == (
+        f"'my run' --detector buffalo_l --aligner hf:a/dfa@1 --precision int8 --evaluate lfw.bin {rest}"
+    )
+    files["keypoints/dfa.onnx"]["source"] = "my run"  # a self-aligned network's own
+    files["recognition.onnx"] = {"source": "my run"}
+    files["detection.onnx"]["source"] = "ours/detection.onnx"  # built from itself
+    assert command() == f"'my run' --detector PATH_TO_DETECTOR.onnx {rest}"
+    files["detection.onnx"] = {"source": "the aligner", "architecture": "DFA"}
+    assert command() == f"'my run' --detector dfa --aligner PATH_TO_DFA {rest}"
+    (folder / "pack.json").write_text("{")
+    assert installed_packs.rebuild_command(folder).startswith("insightface-kprpe pack RUN --detector PATH_TO")
+    (torn,) = doctor_packs._examine_manifest("pack ours", folder)[1]
+    assert torn.status == BROKEN and "is damaged" in torn.found and "PATH_TO_DETECTOR" in torn.mend
 
 
 def test_command_line(tmp_path, monkeypatch):

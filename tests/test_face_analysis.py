@@ -98,8 +98,14 @@ def test_embed_aligned(tmp_path):
     np.testing.assert_allclose(moved, expected, atol=1e-3)
     assert np.abs(moved - embeddings).max() > 0.1
     assert app.embed_aligned([]).shape == (0, tiny.DIM)
-    with pytest.raises(ValueError, match=r"crops\[1\] is empty"):
-        app.embed_aligned([crops[0], crops[0][:0]])
+    np.testing.assert_array_equal(app.embed_aligned(np.stack(crops)), embeddings)
+    for wrong in (crops[0][:0], crops[0][:, :100], np.zeros((224, 224, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"crops must be \(112, 112, 3\).* got crops\[1\] of shape"):
+            app.embed_aligned([crops[0], wrong])
+    with pytest.raises(ValueError, match=r"crops must be a list .* give a list: \[crop\]"):
+        app.embed_aligned(crops[0])
+    with pytest.raises(ValueError, match=r"images must be a list .* give a list: \[photo\]"):
+        app.get_batch(PICTURES[0])
     with pytest.raises(ValueError, match=r"crops\[0\] must be an array, got None"):
         app.embed_aligned([None])
 

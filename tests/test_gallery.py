@@ -86,11 +86,12 @@ def test_save_and_load(gallery, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["people.npz"]
 
 
-@pytest.mark.parametrize("content", [b"", b"no gallery", b"PK\x03\x04 nor this"])
+@pytest.mark.parametrize("content", [b"", b"no gallery", b"PK\x03\x04 nor this", b"\x80\x04N."])
 def test_other_files_are_no_galleries(tmp_path, content):
     (tmp_path / "people.npz").write_bytes(content)
-    with pytest.raises(ValueError, match="is no gallery, or a damaged one"):
+    with pytest.raises(ValueError, match="is no gallery, or a damaged one") as error:
         Gallery.load(tmp_path / "people.npz")
+    assert "pickle" not in str(error.value)
     np.savez(tmp_path / "pickled.npz", names=np.array([{}], dtype=object), model="")
     with pytest.raises(ValueError, match="is no gallery"):
         Gallery.load(tmp_path / "pickled.npz")
@@ -194,10 +195,17 @@ def test_enrolled_people_are_named(people, tmp_path, monkeypatch):
     monkeypatch.setattr(recognition, "_PICTURES_A_SAVE", 4)
     monkeypatch.setattr(Gallery, "save", lambda self, path: saved.append(len(self.names)))
     pictures = recognition.people_of_folder(people)
-    assert recognition.enrol(app, gallery, pictures, tmp_path / "index") == [people / "Ann" / "dark.png"]
+    (people / "Bob" / "torn.png").write_bytes((people / "Bob" / "0.png").read_bytes()[:30])
+    left_out = {
+        people / "Ann" / "dark.png": "no face found",
+        people / "Bob" / "torn.png": "could not be read as a picture; expected JPEG, PNG, BMP, WebP or TIFF",
+    }
+    pictures.append(("Bob", people / "Bob" / "torn.png"))
+    assert recognition.enrol(app, gallery, pictures, tmp_path / "index") == (7, {}, left_out)
     assert saved == [5, 7] and gallery.people() == {"Ann": 3, "Bob": 3, "Cid": 1}
-    assert recognition.enrol(app, gallery, pictures) == [people / "Ann" / "dark.png"]
-    assert len(gallery.names) == 7  # none twice
+    passed_over = {path: name for name, path in pictures if path not in left_out}
+    assert recognition.enrol(app, gallery, pictures, tmp_path / "index") == (0, passed_over, left_out)
+    assert len(gallery.names) == 7 and saved == [5, 7]  # none twice
 
     photo = read_picture(people / "Bob" / "1.png")
     (face,) = recognition.recognize(app, gallery, photo, threshold=0.5)
@@ -244,6 +252,14 @@ def test_annotations_are_drawn_inside(people, tmp_path):
     assert drawn.shape == photo.shape and not photo.any()
     unknown = recognition.annotate(photo, [recognition.NamedFace(None, None, 0.7, Face(bbox=face.bbox))])
     assert (drawn[:, :, 1] == 220).sum() > 500 and (unknown == 190).all(-1).sum() > 500
+    near = Face(bbox=np.array([60.0, 2, 95, 118]))  # whose box crosses the first one's label
+    both = [
+        recognition.NamedFace(None, None, 0.7, Face(bbox=np.array([10.0, 40, 70, 90]))),
+        recognition.NamedFace("Al", None, 0.7, near),
+    ]
+    alone = recognition.annotate(photo, both[:1])
+    label = np.s_[32:39, 15:75]  # below the other's label
+    np.testing.assert_array_equal(recognition.annotate(photo, both)[label], alone[label])
     assert recognition._drawable("Zoë Ångström") == "Zoe Angstrom"
 
 
@@ -252,8 +268,9 @@ def test_pictures_from_and_to_files(tmp_path):
     write_picture(tmp_path / "größe.PNG", image)
     np.testing.assert_array_equal(read_picture(tmp_path / "größe.PNG"), image)
     assert list_pictures(tmp_path) == [tmp_path / "größe.PNG"]
-    with pytest.raises(ValueError, match=r"out\.txt must end in one of \.jpg"):
-        write_picture(tmp_path / "out.txt", image)
+    for name in ("out.txt", "out", "out.gif"):
+        with pytest.raises(ValueError, match=name + r" must end in one of \.jpg, .*\.tiff"):
+            write_picture(tmp_path / name, image)
     for content in (b"", b"no picture"):
         (tmp_path / "bad.jpg").write_bytes(content)
         with pytest.raises(ValueError, match="could not be read as a picture"):
@@ -269,9 +286,14 @@ def call(*arguments):
 def test_command_line(people, tmp_path):
     index, pack = tmp_path / "people.npz", ("--pack", "tiny", "--root", tmp_path)
     result = call("gallery", "add", index, people, *pack)
-    assert "7 pictures added, 3 people" in result.output and "dark.png: no face found" in result.output
+    assert "7 pictures added, 3 people\n" in result.output and "dark.png: left out, no face found" in result.output
     result = call("gallery", "add", index, people / "Cid.png", "--name", "Dee", *pack)
-    assert "0 pictures added" in result.output  # in it already, as Cid
+    assert "0 pictures added, 3 people, 1 passed over: already in the gallery (as Cid)\n" in result.output
+    result = call("gallery", "add", tmp_path / "one.npz", people / "Cid.png", "--name", "Dee", *pack)
+    assert "1 picture added, 1 person\n" in result.output
+    with pytest.raises(ValueError, match="none of its pictures could be added"):
+        call("gallery", "add", tmp_path / "none.npz", people / "Ann" / "dark.png", "--name", "Dee", *pack)
+    assert not (tmp_path / "none.npz").exists()
     assert [line.split() for line in call("gallery", "list", index).output.splitlines()[:3]] == [
         ["3", "Ann"], ["3", "Bob"], ["1", "Cid"],
     ]  # fmt: skip
@@ -283,7 +305,11 @@ def test_command_line(people, tmp_path):
     assert "Bob removed (3 pictures), 2 people left" in call("gallery", "remove", index, "Bob").output
     result = call("recognize", index, people / "Bob" / "1.png", "--threshold", "1.01", *pack)
     assert "unknown" in result.output and "(nearest: " in result.output
-    with pytest.raises(FileNotFoundError, match="pack not found"):
+    with pytest.raises(FileNotFoundError, match="pack not found.* which holds tiny; --root"):
         call("recognize", index, people / "Cid.png", "--pack", "absent", "--root", tmp_path)
+    with pytest.raises(ValueError, match="named must end in one of"):  # before anything is opened
+        call(
+            "recognize", index, people / "Cid.png", "--out", tmp_path / "named", "--pack", "absent", "--root", tmp_path
+        )
     with pytest.raises(FileNotFoundError, match="pictures not found"):
         call("gallery", "add", index, tmp_path / "absent", "--name", "Eve", *pack)

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import onnx
 import pytest
+import tiny_packs as tiny
 import torch
 from typer.testing import CliRunner
 
@@ -15,7 +16,7 @@ from insightface_kprpe import cli
 from insightface_kprpe.data.synthetic import verification_pairs
 from insightface_kprpe.data.verification_bin import write_verification_bin
 from insightface_kprpe.deployment import installed_packs, pack_sources, precision
-from insightface_kprpe.deployment.model_pack import PackError
+from insightface_kprpe.deployment.model_pack import PackError, build
 from insightface_kprpe.deployment.onnx_export import add_metadata, read_metadata
 from insightface_kprpe.model_zoo import stock_route
 
@@ -118,19 +119,24 @@ def test_inspect_and_load_note(made, caplog):
     note = installed_packs.load_note(folder / "root" / "models" / "kprpe" / "keypoints" / "recognition.onnx")
     assert note.startswith("kprpe/keypoints/recognition.onnx: ViT with KPRPE") and note.endswith("licence MIT")
     assert installed_packs.load_note(folder / "root" / "models" / "buffalo_x" / "det.onnx") is None
-    with pytest.raises(FileNotFoundError, match="pack not found"):
+    with pytest.raises(FileNotFoundError, match="pack not found: absent .* which holds buffalo_x, kprpe; --root"):
         call("pack", "inspect", "absent", "--root", folder / "root")
+    with pytest.raises(FileNotFoundError, match="which holds none"):
+        call("pack", "inspect", "absent", "--root", folder)
 
 
 def test_verify_finds_what_is_wrong(made, pack):
     assert "files unchanged, taken as intended, and working" in call("pack", "verify", pack).output
     add_metadata(pack / "recognition.onnx", {"licence": "changed"})
-    shutil.copy(pack / "detection.onnx", pack / "added.onnx")
+    for added in ("added.onnx", "keypoints/extra.onnx"):
+        shutil.copy(pack / "detection.onnx", pack / added)
     (pack / "keypoints" / "recognition.onnx").unlink()
     with pytest.raises(ValueError) as error:
         call("pack", "verify", pack)
-    for part in ("added.onnx was added", "recognition.onnx has changed", "keypoints/recognition.onnx is missing"):
+    for part in ("added.onnx was added", "keypoints/extra.onnx was added", "recognition.onnx has changed"):
         assert part in str(error.value)
+    assert "keypoints/recognition.onnx is missing" in str(error.value)
+    assert "\nkeypoints/recognition.onnx (missing)\n" in call("pack", "inspect", pack).output
 
 
 def test_verify_runs_every_file(pack):
@@ -208,13 +214,14 @@ def asked(monkeypatch, tmp_path):
     return calls
 
 
-def test_the_first_argument_may_name_the_weights(made, asked, tmp_path):
+def test_the_first_argument_may_name_the_weights(made, asked, tmp_path, caplog):
     run, detector = made[0] / "run", made[0] / "root" / "models" / "buffalo_x" / "det.onnx"
     call("pack", run, "--detector", detector, "--name", "x", "--root", tmp_path, "--precision", "fp16")
     net, path, name, root, licence, detector_licence, aligner, options = asked[0]
     assert (path, name, root, aligner, options["precision"]) == (detector, "x", tmp_path, None, "fp16")
     assert licence == detector_licence == "unknown" and options["origin"]["source"] == str(run)
     assert net.keypoint_linear.num_keypoints == 5
+    assert f"loading {run}" in caplog.messages  # what takes long is said
     for arguments in ([], [run, "--recognition", run]):
         with pytest.raises(ValueError, match="recognition weights once"):
             call("pack", "build", *arguments, "--detector", detector)
@@ -226,7 +233,7 @@ def test_the_aligner_may_be_the_detector(made, asked, tmp_path):
     call("pack", "--recognition", run, "--aligner", tmp_path / "dfa.pt", "--detector", "dfa", "--root", tmp_path)
     _, detector, *_, aligner, options = asked[0]
     assert detector.name == "aligner.onnx" and aligner is None and options["detector_source"] == "the aligner"
-    with pytest.raises(PackError, match="detector dfa needs the DFA"):
+    with pytest.raises(PackError, match="detector dfa needs the DFA: give it with --aligner"):
         call("pack", "--recognition", run, "--detector", "dfa")
     with pytest.raises(PackError, match="recognition must be a recognition network, .* is a DFA"):
         call("pack", "--recognition", tmp_path / "dfa.pt", "--detector", "dfa")
@@ -242,12 +249,37 @@ def test_detectors_of_installed_packs_are_found_by_name(made, tmp_path, monkeypa
     assert found.path.name == "det.onnx" and "non-commercial" in found.licence
     found = pack_sources.find_detector("kprpe", root)
     assert (found.path.name, found.licence) == ("detection.onnx", pack_sources.INSIGHTFACE_LICENCE)
+    other = tmp_path / "models" / "other"
+    tiny.write_aligner(other / "dfa.onnx")  # in a detector's layout, and smaller than one
+    tiny.write_recognition(other / "keypoints" / "dfa.onnx", with_keypoints=False)
     with pytest.raises(PackError, match="holds no face detector with landmarks"):
         pack_sources.find_detector("other", tmp_path)
+    tiny.write_detector(other / "zoo" / "det.onnx")
+    assert pack_sources.find_detector("other", tmp_path).source == "other/zoo/det.onnx"
     with pytest.raises(PackError, match=r"does not exist; give an ONNX file"):
         pack_sources.find_detector("no/such.onnx", tmp_path)
     with pytest.raises(PackError, match="not installed.*offline"):
         pack_sources.find_detector("buffalo_l", tmp_path, offline=True)
+
+
+def test_the_detector_of_a_pack_with_an_aligner(tmp_path):
+    source = tiny.write_pack(tmp_path, "source", aligner=True)
+    parts = [source / name for name in ("recognition.onnx", "detection.onnx", "keypoints/recognition.onnx")]
+    folder = build(*parts, "ours", tmp_path, aligner=source / "keypoints" / "dfa.onnx")
+    assert (folder / "keypoints" / "dfa.onnx").stat().st_size < (folder / "detection.onnx").stat().st_size
+    assert pack_sources.find_detector("ours", tmp_path).path == folder / "detection.onnx"
+    crops = build(parts[0], source / "keypoints" / "dfa.onnx", name="crops", root=tmp_path)
+    files = {
+        name: json.loads((path / "pack.json").read_text())["files"] for name, path in (("o", folder), ("c", crops))
+    }
+    assert [files[pack]["detection.onnx"]["architecture"] for pack in "oc"] == ["SCRFD", "DFA"]
+
+
+@pytest.mark.parametrize("name", ["absent.bin", "README.md", "synthetic"])
+def test_a_verification_set_that_is_none(tmp_path, name):
+    (tmp_path / "README.md").write_text("a page")
+    with pytest.raises(PackError, match=rf"evaluate must be a verification set \(a \.bin file\), .*{name}"):
+        call("pack", "absent", "--detector", "absent", "--evaluate", tmp_path / name)
 
 
 def test_insightface_fetches_packs_that_are_not_installed(made, tmp_path, monkeypatch):

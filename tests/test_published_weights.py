@@ -261,6 +261,8 @@ def test_converted_weights_describe_themselves(tmp_path, out):
         assert torch.equal(load_run(path)(*inputs()), source(*inputs()))
         with pytest.raises(ValueError, match="must not exist"):
             convert(net, description, path)
+        with pytest.raises(ValueError, match=r"must be NAME\.safetensors or a new folder.* got .*net\.pt"):
+            convert(net, description, tmp_path / "net.pt")
 
 
 class Hub:
@@ -306,7 +308,7 @@ def test_the_hub_gives_the_files_that_are_needed_and_no_code(online):
 def test_the_hub_falls_back_to_model_pt_and_works_offline(online):
     source = random_net()
     write_folder(online.repository / "pretrained_model", source.state_dict(), model_yaml())
-    with pytest.raises(RuntimeError, match="not be had in the cache.*run once without offline"):
+    with pytest.raises(RuntimeError, match="not in the cache, and nothing is downloaded.*run once without"):
         load_published("hf:minchul/a_model", offline=True)
     load_published("hf:minchul/a_model")
     net, _ = load_published("hf:minchul/a_model", offline=True)
@@ -325,6 +327,9 @@ def test_mistakes_with_the_hub_are_one_sentence(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(RuntimeError, match=r"hf:a/b could not be had.*\(401 Client Error\); check the name"):
+        load_published("hf:a/b")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RuntimeError, match="hf:a/b is not in the cache.*HF_HUB_OFFLINE asks"):
         load_published("hf:a/b")
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"insightface-kprpe\[hf\]"):

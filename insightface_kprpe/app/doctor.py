@@ -94,7 +94,7 @@ def check_requirements() -> Iterator[Finding]:
             yield Finding(item.name, BROKEN, f"{have}, needed {item.specifier}", f'pip install "{item}"')
     if not wrong:
         version = importlib.metadata.version(_PACKAGE)
-        yield Finding(_PACKAGE, OK, f"{version}, all {len(asked)} packages that it needs are new enough")
+        yield Finding(_PACKAGE, OK, f"{version}, all packages that it needs are new enough")
 
 
 def check_torch() -> Finding:

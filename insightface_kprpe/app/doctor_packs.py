@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import onnx
 
-from ..deployment.installed_packs import verify
+from ..deployment.installed_packs import added_files, faults, read_manifest, rebuild_command
 from ..deployment.model_pack import MANIFEST, PackError
 from ..deployment.onnx_export import read_metadata
 from .doctor import BROKEN, OK, WARNING, Finding
@@ -38,33 +39,44 @@ def _examine_pack(folder: Path) -> list[Finding]:
             found = f"{folder} has its files one folder too deep, FaceAnalysis does not find them"
             return [Finding(name, BROKEN, found, f"mv {nested[0]}/*.onnx {folder}/")]
         return [Finding(name, BROKEN, f"{folder} holds no ONNX file", f"rm -r {folder}")]
+    listed, manifest_findings = _examine_manifest(name, folder)
     findings, tasks = [], {}
     for path in files:
-        finding, task = _examine_file(name, path, tasks)
-        findings.append(finding)
+        finding, task = _examine_file(name, path, tasks, listed)
+        if finding is not None:
+            findings.append(finding)
         if task is not None:
             tasks.setdefault(task, path.name)
-    if "detection" not in tasks and not any(finding.status == BROKEN for finding in findings):
+    broken = any(finding.status == BROKEN for finding in findings + manifest_findings)
+    if "detection" not in tasks and not broken:
         mend = f"insightface-kprpe pack RUN --detector buffalo_l --name {folder.name} --root {folder.parent.parent}"
         findings.append(Finding(name, BROKEN, f"{folder} has no face detector, FaceAnalysis needs one", mend))
-    return findings + _examine_manifest(name, folder)
+    return findings + manifest_findings
 
 
-def _examine_file(name: str, path: Path, tasks: dict[str, str]) -> tuple[Finding, str | None]:
-    """How a file is routed, or why not; and its task."""
+def _examine_file(
+    name: str, path: Path, tasks: dict[str, str], listed: Collection[str]
+) -> tuple[Finding | None, str | None]:
+    """How a file is routed, or why not, unless the manifest's finding tells; and its task."""
     from ..model_zoo import stock_route
 
     try:
         route = stock_route(path)
     except Exception as error:  # onnxruntime and protobuf raise what they like
+        if listed:
+            return None, None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         mend = f"rm {path}   # then install the pack again"
         return Finding(name, BROKEN, f"{path.name} does not load: {reason}", mend), None
+    if listed and path.name not in listed:
+        return None, route.task
     if route.task is None:
         return Finding(name, WARNING, f"{path.name} is ignored: {why_ignored(path)}"), None
     if route.task in tasks:
         found = f"{path.name} is ignored: {tasks[route.task]}, which comes first, is the pack's {route.task} model"
-        return Finding(name, WARNING, found, f"mv {path} {path}.unused"), None
+        first = path.with_name(tasks[route.task])
+        unused = first if path.name in listed and first.name not in listed else path
+        return Finding(name, WARNING, found, f"mv {unused} {unused}.unused"), None
     return Finding(name, OK, f"{path.name}: {route.task} ({route.kind}){_after_register(path)}"), route.task
 
 
@@ -77,7 +89,8 @@ def why_ignored(path: Path) -> str:
         [size.dim_value or size.dim_param or "?" for size in value.type.tensor_type.shape.dim] for value in inputs
     ]
     shown = " and ".join("x".join(str(size) for size in shape) for shape in shapes)
-    return f"it takes {shown} and has {len(graph.output)} outputs; {_ROUTING}"
+    outputs = "1 output" if len(graph.output) == 1 else f"{len(graph.output)} outputs"
+    return f"it takes {shown} and has {outputs}; {_ROUTING}"
 
 
 def _after_register(path: Path) -> str:
@@ -99,15 +112,20 @@ def _after_register(path: Path) -> str:
     return f"; the same after register(): there is no {KEYPOINT_FOLDER}/{path.name}"
 
 
-def _examine_manifest(name: str, folder: Path) -> list[Finding]:
-    """What a pack of this package says of itself against what it is."""
+def _examine_manifest(name: str, folder: Path) -> tuple[Collection[str], list[Finding]]:
+    """The files that a pack of this package lists, none in others; and what it says of itself against what it is."""
     if not (folder / MANIFEST).is_file():
-        return []
-    mend = f"insightface-kprpe pack RUN --detector {folder / 'detection.onnx'} --name {folder.name}"
+        return (), []
     try:
-        problems = verify(folder)
+        listed = read_manifest(folder)["files"]
     except PackError as error:
-        problems = [str(error)]
-    if problems:
-        return [Finding(name, BROKEN, problem, f"{mend} --root {folder.parent.parent}") for problem in problems]
-    return [Finding(name, OK, f"the files are those that {MANIFEST} lists, and they work")]
+        return (), [Finding(name, BROKEN, str(error), rebuild_command(folder))]
+    findings = [
+        Finding(
+            name, BROKEN, f"{file} was added after the pack was built", f"mv {folder / file} {folder / file}.unused"
+        )
+        for file in added_files(folder)
+    ]
+    if problems := faults(folder):
+        findings.append(Finding(name, BROKEN, "; ".join(problems), rebuild_command(folder)))
+    return listed, findings or [Finding(name, OK, f"the files are those that {MANIFEST} lists, and they work")]

@@ -41,11 +41,12 @@ def get_batch(self, images: Iterable[np.ndarray], max_num: int = 0, det_metric: 
         det_metric: which ones then, as in ``get``.
 
     Returns:
-        A list of insightface's ``Face`` for each picture, equal to what ``get`` gives.
+        A list of insightface's ``Face`` for each picture, equal to what ``get`` gives to rounding.
 
     Raises:
-        ValueError: an array is no picture.
+        ValueError: an array is no picture, or ``images`` is a single one.
     """
+    _refuse_single(images, "images", "photo")
     collector = _Collector(self.models.get("recognition"))
     collecting = copy.copy(self)
     collecting.models = {task: collector if task == "recognition" else model for task, model in self.models.items()}
@@ -68,7 +69,8 @@ def embed_aligned(self, crops: Sequence[np.ndarray], keypoints: np.ndarray | Non
         (B, D) float32, not normalised.
 
     Raises:
-        ValueError: a crop is no picture, keypoints do not fit, or the pack recognises nobody.
+        ValueError: a crop is no picture or of another size, ``crops`` is a single one, keypoints do not fit, or the
+            pack recognises nobody.
     """
     if "recognition" not in self.models:
         raise ValueError(f"embed_aligned needs a recognition model, this pack has only {', '.join(self.models)}")
@@ -77,14 +79,25 @@ def embed_aligned(self, crops: Sequence[np.ndarray], keypoints: np.ndarray | Non
 
 def embed_crops(recognizer: ArcFaceONNX, crops: Sequence[np.ndarray], keypoints: np.ndarray | None) -> np.ndarray:
     """:func:`embed_aligned` for a recognition model by itself."""
+    _refuse_single(crops, "crops", "crop")
     crops = [as_bgr(crop, f"crops[{i}]") for i, crop in enumerate(crops)]
-    if any(not crop.size for crop in crops):
-        raise ValueError(f"crops must have pixels, crops[{[crop.size for crop in crops].index(0)}] is empty")
+    width, height = recognizer.input_size
+    for i, crop in enumerate(crops):
+        if crop.shape[:2] != (height, width):
+            raise ValueError(
+                f"crops must be ({height}, {width}, 3), aligned to the template, got crops[{i}] of shape {crop.shape}"
+            )
     if hasattr(recognizer, "keypoint_name"):
         return recognizer.get_feat(crops, keypoints)
     if keypoints is not None:
         raise ValueError("keypoints were given to a recognition model without keypoint input; leave them out")
     return _in_batches(recognizer, crops)
+
+
+def _refuse_single(images: Any, name: str, example: str) -> None:
+    """One picture in the place of many would be taken for many rows of pixels."""
+    if isinstance(images, np.ndarray) and images.ndim < 4:
+        raise ValueError(f"{name} must be a list of arrays, got one of shape {images.shape}; give a list: [{example}]")
 
 
 def check_keypoints(keypoints: np.ndarray, count: int) -> np.ndarray:

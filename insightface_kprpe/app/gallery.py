@@ -53,6 +53,8 @@ class Gallery:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"gallery not found: {path}; make one with insightface-kprpe gallery add")
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} is no gallery, or a damaged one; make one with insightface-kprpe gallery add")
         gallery = cls()
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -60,7 +62,7 @@ class Gallery:
                 for field in ("names", "sources", "embeddings", "qualities"):
                     setattr(gallery, field, file[field])
         except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is no gallery, or a damaged one ({error}); add its people again") from error
+            raise ValueError(f"{path} is no gallery, or a damaged one; add its people to a new one") from error
         counts = {len(gallery.names), len(gallery.sources), len(gallery.embeddings), len(gallery.qualities)}
         if len(counts) != 1 or gallery.embeddings.ndim != 2 or gallery.embeddings.dtype != np.float32:
             raise ValueError(f"{path} is no gallery: its arrays do not belong together")

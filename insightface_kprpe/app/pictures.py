@@ -73,17 +73,28 @@ def list_pictures(folder: str | Path) -> list[Path]:
     )
 
 
+def check_picture_name(path: str | Path) -> Path:
+    """A path that :func:`write_picture` can write to.
+
+    Raises:
+        ValueError: its suffix names no format of pictures.
+    """
+    if Path(path).suffix.lower() not in PICTURE_SUFFIXES:
+        raise ValueError(f"{path} must end in one of {', '.join(PICTURE_SUFFIXES)} to be written as a picture")
+    return Path(path)
+
+
 def write_picture(path: str | Path, image: np.ndarray) -> None:
     """Write a picture at once, in the format that its suffix names.
 
     Raises:
-        ValueError: OpenCV knows no such format.
+        ValueError: it names none, or the installed OpenCV cannot write it.
     """
-    path = Path(path)
+    path = check_picture_name(path)
     try:
         whole, content = cv2.imencode(path.suffix, image)
     except cv2.error:
         whole = False
     if not whole:
-        raise ValueError(f"{path} must end in one of {', '.join(PICTURE_SUFFIXES)} to be written as a picture")
+        raise ValueError(f"{path}: the installed OpenCV cannot write pictures of that format; take .jpg or .png")
     write_atomically(path, content.tobytes())

@@ -32,6 +32,14 @@ class NamedFace(NamedTuple):
     face: Any  # insightface's Face
 
 
+class Enrolled(NamedTuple):
+    """What became of pictures that were to be added to a gallery."""
+
+    added: int
+    passed_over: dict[Path, str]  # whose picture each is in the gallery already
+    left_out: dict[Path, str]  # why each could not be added
+
+
 def open_pack(name: str | Path, root: str | Path = "~/.insightface", det_thresh: float = 0.5, **settings: Any) -> Any:
     """An installed pack as ``FaceAnalysis`` with :func:`~.model_zoo.register`, prepared; nothing is downloaded.
 
@@ -86,33 +94,37 @@ def people_of_folder(folder: str | Path) -> list[tuple[str, Path]]:
     return [(part if path.parent != folder else path.stem, path) for part, path in parts]
 
 
-def enrol(app: Any, gallery: Gallery, pictures: Iterable[tuple[str, Path]], path: Path | None = None) -> list[Path]:
+def enrol(app: Any, gallery: Gallery, pictures: Iterable[tuple[str, Path]], path: Path | None = None) -> Enrolled:
     """Add the largest face of each picture to a gallery; pictures that are in it already are passed over.
 
     Args:
         app: insightface's ``FaceAnalysis`` after ``register()``, prepared.
         gallery: to add to.
         pictures: name and file of each.
-        path: where to save the gallery, now and then and at the end.
+        path: where to save the gallery, now and then and at the end, if anything was added.
 
     Returns:
-        The pictures without a face.
+        What was added, what was in it, and what was left out: files that are no pictures, and pictures without a face.
 
     Raises:
-        ValueError: the gallery was made with another recognition model, or a file is no picture.
+        ValueError: the gallery was made with another recognition model.
     """
     check_model(app, gallery)
-    known = set(gallery.sources.tolist())
-    waiting = [(name, file) for name, file in pictures if str(file.resolve()) not in known]
-    faceless, since_save = [], 0
+    known = dict(zip(gallery.sources.tolist(), gallery.names.tolist(), strict=True))
+    pictures = list(pictures)
+    passed_over = {file: known[str(file.resolve())] for _, file in pictures if str(file.resolve()) in known}
+    waiting = [(name, file) for name, file in pictures if file not in passed_over]
+    left_out: dict[Path, str] = {}
+    before, since_save = len(gallery.names), 0
     for group in _groups(tqdm(waiting, "enrolling", disable=None), _PICTURES_AT_A_TIME):
-        found = app.get_batch([read_picture(file) for _, file in group])
-        faceless += [file for (_, file), faces in zip(group, found, strict=True) if not faces]
-        largest = [
-            (name, str(file.resolve()), max(faces, key=_area))
-            for (name, file), faces in zip(group, found, strict=True)
-            if faces
-        ]
+        readable = _read(group, left_out)
+        found = app.get_batch([picture for _, _, picture in readable])
+        largest = []
+        for (name, file, _), faces in zip(readable, found, strict=True):
+            if faces:
+                largest.append((name, str(file.resolve()), max(faces, key=_area)))
+            else:
+                left_out[file] = "no face found"
         if largest:
             names, sources, faces = zip(*largest, strict=True)
             embeddings = np.stack([face.embedding for face in faces])
@@ -121,9 +133,21 @@ def enrol(app: Any, gallery: Gallery, pictures: Iterable[tuple[str, Path]], path
         if path is not None and since_save >= _PICTURES_A_SAVE:
             gallery.save(path)
             since_save = 0
-    if path is not None:
+    added = len(gallery.names) - before
+    if path is not None and added:
         gallery.save(path)
-    return faceless
+    return Enrolled(added, passed_over, left_out)
+
+
+def _read(group: Iterable[tuple[str, Path]], left_out: dict[Path, str]) -> list[tuple[str, Path, np.ndarray]]:
+    """Name, file and pixels of pictures; why a file could not be read goes to ``left_out``."""
+    readable = []
+    for name, file in group:
+        try:
+            readable.append((name, file, read_picture(file)))
+        except ValueError as error:
+            left_out[file] = str(error).removeprefix(f"{file} ")
+    return readable
 
 
 def check_model(app: Any, gallery: Gallery) -> None:
@@ -184,6 +208,7 @@ def annotate(photo: np.ndarray, faces: Sequence[NamedFace]) -> np.ndarray:
     drawn = photo.copy()
     unit = max(photo.shape[:2]) / 1000  # sizes grow with the photo
     thickness, scale = max(1, round(2 * unit)), max(0.4, 0.7 * unit)
+    labels = []  # drawn last, so that no neighbour's box cuts one
     for number, (name, nearest, quality, face) in enumerate(faces, 1):
         colour = (80, 220, 80) if name is not None else (190, 190, 190)
         left, top, right, bottom = (int(value) for value in face.bbox)
@@ -193,7 +218,9 @@ def annotate(photo: np.ndarray, faces: Sequence[NamedFace]) -> np.ndarray:
             cv2.circle(drawn, (round(float(x)), round(float(y))), thickness + 1, (60, 60, 255), -1, cv2.LINE_AA)
         similarity = "" if nearest is None else f" {nearest.similarity:.2f}"
         text = f"{'unknown' if name is None else _drawable(name) or f'no. {number}'}{similarity} q{quality:.2f}"
-        _label(drawn, text, left, top, scale, colour)
+        labels.append((text, left, top, scale, colour))
+    for label in labels:
+        _label(drawn, *label)
     return drawn
 
 

@@ -67,8 +67,7 @@ class VisionTransformer(nn.Module):
         self.mask_ratio = mask_ratio
         self.fp16 = fp16
         self.gradient_checkpointing = False
-        # Channels last: the convolution's result is then (B, N, D) as it lies in memory.
-        self.patch_embed = PatchEmbed(img_size, patch_size, embed_dim=embed_dim).to(memory_format=torch.channels_last)
+        self.patch_embed = PatchEmbed(img_size, patch_size, embed_dim=embed_dim)
         grid_size, num_patches = self.patch_embed.grid_size[0], self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches, embed_dim))
         if mask_ratio > 0:

@@ -108,8 +108,13 @@ def build_pack(
     offline: Offline = False,
 ) -> None:
     """Build a pack for FaceAnalysis(name=NAME): export, check against torch, add the detector, write the manifest."""
+    import logging
+
     from ..deployment.installed_packs import describe
     from ..deployment.pack_sources import make_pack
+
+    for module in ("pack_sources", "model_pack", "precision"):  # whose steps take minutes
+        logging.getLogger(f"insightface_kprpe.deployment.{module}").setLevel(logging.INFO)
 
     if (source is None) == (recognition is None):
         raise ValueError("pack takes the recognition weights once: as --recognition X, or as the first argument")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .app import app
+
+if TYPE_CHECKING:
+    from ..app.recognition import Enrolled
 
 Pack = Annotated[str, typer.Option(help="model pack: its name in ROOT/models, or its folder")]
 Root = Annotated[Path, typer.Option(help="InsightFace's root folder")]
@@ -34,25 +37,27 @@ def recognize(
 ) -> None:
     """Name the people in a photo, with similarity (cosine) and quality (0 to 1)."""
     from ..app.gallery import Gallery
-    from ..app.pictures import read_picture, write_picture
+    from ..app.pictures import check_picture_name, read_picture, write_picture
     from ..app.recognition import DEFAULT_THRESHOLD, annotate, enrol, measured_threshold, open_pack, people_of_folder
     from ..app.recognition import recognize as name_faces
     from ..deployment.installed_packs import load_note
 
+    if out is not None:
+        check_picture_name(out)
     picture = read_picture(photo)
     people = Gallery() if gallery.is_dir() else Gallery.load(gallery)
     analysis = open_pack(pack, root, det_thresh, aligned=aligned)
     typer.echo(load_note(analysis.models["recognition"].model_file) or f"{pack}: not built by this package", err=True)
     if gallery.is_dir():
-        _report_faceless(enrol(analysis, people, people_of_folder(gallery)))
+        _report_left_out(enrol(analysis, people, people_of_folder(gallery)), gallery)
     if threshold is None:
         threshold = measured_threshold(analysis)
     if threshold is None:
         threshold = DEFAULT_THRESHOLD
         typer.echo(f"threshold {threshold}: nothing measured in the pack; set --threshold", err=True)
     faces = name_faces(analysis, people, picture, threshold)
-    found = f"{len(faces)} face" if len(faces) == 1 else f"{len(faces)} faces"
-    typer.echo(f"{photo}: {found}, gallery of {len(people.people())} people, threshold {threshold:.3f}")
+    found, known = _count(len(faces), "face", "faces"), _count(len(people.people()), "person", "people")
+    typer.echo(f"{photo}: {found}, gallery of {known}, threshold {threshold:.3f}")
     for number, (name, nearest, quality, face) in enumerate(faces, 1):
         box = " ".join(f"{value:.0f}" for value in face.bbox)
         similarity = "" if nearest is None else f"similarity {nearest.similarity:.3f}  "
@@ -86,9 +91,18 @@ def add_people(
         pictures = [(name, path) for path in ([people] if people.is_file() else list_pictures(people))]
     analysis = open_pack(pack, root, det_thresh, aligned=aligned)
     with editing(index) as gallery:
-        before = len(gallery.names)
-        _report_faceless(enrol(analysis, gallery, pictures, index))
-    typer.echo(f"{index}: {len(gallery.names) - before} pictures added, {len(gallery.people())} people")
+        enrolled = enrol(analysis, gallery, pictures, index)
+    _report_left_out(enrolled, people)
+    passed = ""
+    if enrolled.passed_over:
+        # By name where that is not the one asked for.
+        others = sorted(
+            {enrolled.passed_over[path] for who, path in pictures if enrolled.passed_over.get(path, who) != who}
+        )
+        passed = f", {len(enrolled.passed_over)} passed over: already in the gallery"
+        passed += f" (as {', '.join(others)})" if others else ""
+    added, known = _count(enrolled.added, "picture", "pictures"), _count(len(gallery.people()), "person", "people")
+    typer.echo(f"{index}: {added} added, {known}{passed}")
 
 
 @gallery_app.command("list")
@@ -99,7 +113,11 @@ def list_people(index: Index) -> None:
     gallery = Gallery.load(index)
     for name, pictures in gallery.people().items():
         typer.echo(f"{pictures:6}  {name}")
-    typer.echo(f"{index}: {len(gallery.people())} people, {len(gallery.names)} pictures, model {gallery.model}")
+    known, pictures = (
+        _count(len(gallery.people()), "person", "people"),
+        _count(len(gallery.names), "picture", "pictures"),
+    )
+    typer.echo(f"{index}: {known}, {pictures}, model {gallery.model}")
 
 
 @gallery_app.command("remove")
@@ -111,7 +129,8 @@ def remove_person(index: Index, name: Annotated[str, typer.Argument(help="whom t
     with editing(index) as gallery:
         pictures = gallery.remove(name)
         gallery.save(index)
-    typer.echo(f"{index}: {name} removed ({pictures} pictures), {len(gallery.people())} people left")
+    removed, left = _count(pictures, "picture", "pictures"), _count(len(gallery.people()), "person", "people")
+    typer.echo(f"{index}: {name} removed ({removed}), {left} left")
 
 
 @app.command()
@@ -129,6 +148,12 @@ def doctor(
     raise typer.Exit(int(any(item.status == BROKEN for item in findings)))
 
 
-def _report_faceless(faceless: list[Path]) -> None:
-    for path in faceless:
-        typer.echo(f"{path}: no face found, left out", err=True)
+def _report_left_out(enrolled: Enrolled, people: Path) -> None:
+    for path, reason in enrolled.left_out.items():
+        typer.echo(f"{path}: left out, {reason}", err=True)
+    if enrolled.left_out and not enrolled.added and not enrolled.passed_over:
+        raise ValueError(f"{people}: none of its pictures could be added")
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

@@ -41,20 +41,26 @@ def fetch_snapshot(source: str, cache: str | Path | None = None, offline: bool =
     if match is None:
         raise ValueError(f"source must be hf:OWNER/NAME or hf:OWNER/NAME@REVISION, got {source!r}")
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
     except ImportError as error:
         raise ImportError(
             f"{source} needs huggingface_hub, which is not installed; pip install 'insightface-kprpe[hf]'"
         ) from error
+    offline = offline or constants.HF_HUB_OFFLINE
     options = {"revision": match["revision"], "cache_dir": cache, "local_files_only": offline}
     try:
         folder = Path(snapshot_download(match["name"], allow_patterns=_DESCRIPTION + _SAFETENSORS, **options))
         if not any((folder / name).is_file() for name in _SAFETENSORS):
             folder = Path(snapshot_download(match["name"], allow_patterns=_DESCRIPTION + _PICKLED, **options))
     except Exception as error:  # of huggingface_hub, requests or httpx, by its version
+        if offline:
+            raise RuntimeError(
+                f"{source} is not in the cache, and nothing is downloaded, as --offline or HF_HUB_OFFLINE asks; "
+                "run once without them"
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = "in the cache" if offline else "from huggingface.co"
-        hint = "run once without offline" if offline else "check the name, the revision and the connection"
-        raise RuntimeError(f"{source} could not be had {where} ({reason}); {hint}") from error
+        raise RuntimeError(
+            f"{source} could not be had from huggingface.co ({reason}); check the name, the revision and the connection"
+        ) from error
     logger.info("%s: %s", source, folder)
     return folder, f"{PREFIX}{match['name']}@{folder.name}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from .onnx_export import read_metadata
 from .precision import format_change
 from .published import file_sha256
 
+INSIGHTFACE_PACK = re.compile(r"(buffalo|antelope)\w*")  # names of packs that InsightFace publishes
 _PICTURE = 320  # pixels, of the drawn face that a detector is tried on
 
 
@@ -33,7 +36,12 @@ def find_pack(name: str | Path, root: str | Path = "~/.insightface") -> Path:
     for folder in (Path(root).expanduser() / "models" / name, Path(name).expanduser()):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"pack not found: {name} is neither a folder nor a name in {root}/models")
+    models = Path(root).expanduser() / "models"
+    there = sorted(path.name for path in models.glob("[!.]*") if path.is_dir()) if models.is_dir() else []
+    raise FileNotFoundError(
+        f"pack not found: {name} is neither a folder nor a name in {root}/models, which holds "
+        f"{', '.join(there) or 'none'}; --root names another root folder"
+    )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -67,8 +75,8 @@ def describe(folder: Path) -> str:
     manifest = read_manifest(folder)
     lines = [f"{folder}: pack {manifest['name']}"]
     for name, record in manifest["files"].items():
-        size = (folder / name).stat().st_size / 1e6 if (folder / name).is_file() else 0.0
-        lines.append(f"\n{name} ({size:.1f} MB)")
+        path = folder / name
+        lines.append(f"\n{name} ({f'{path.stat().st_size / 1e6:.1f} MB' if path.is_file() else 'missing'})")
         lines += [f"  {key:<12} {value}" for key, value in _facts(record).items()]
     return "\n".join(lines)
 
@@ -120,14 +128,21 @@ def verify(folder: Path) -> list[str]:
     Raises:
         PackError: it is no pack of this package.
     """
-    files = read_manifest(folder)["files"]
-    problems = [
-        f"{path.name} was added after the pack was built, and InsightFace would load it; move it away"
-        for path in sorted(folder.glob("*.onnx"))
-        if path.name not in files
-    ]
-    embeddings = {}
-    for name, record in files.items():
+    added = [f"{name} was added after the pack was built; move it away" for name in added_files(folder)]
+    return added + faults(folder)
+
+
+def added_files(folder: Path) -> list[str]:
+    """The ONNX files of a pack that its manifest does not list."""
+    listed = read_manifest(folder)["files"]
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.onnx"))]
+    return [name for name in names if name not in listed]
+
+
+def faults(folder: Path) -> list[str]:
+    """What is wrong with the files that a pack's manifest lists, one sentence each."""
+    problems, embeddings = [], {}
+    for name, record in read_manifest(folder)["files"].items():
         path = folder / name
         if not path.is_file():
             problems.append(f"{name} is missing; build the pack again")
@@ -142,6 +157,37 @@ def verify(folder: Path) -> list[str]:
     if len(set(lengths.values())) > 1:
         problems.append(f"recognition files disagree on the length of embeddings: {lengths}")
     return problems
+
+
+def rebuild_command(folder: Path) -> str:
+    """The command that builds a pack again, as far as its manifest knows; what it does not is in capitals."""
+    try:
+        files = read_manifest(folder)["files"]
+    except PackError:
+        files = {}
+    # With users of register() in mind; a network without keypoints has but the other.
+    recognition = files.get(TWIN, files.get(RECOGNITION, {}))
+    detection, aligner = files.get(DETECTION, {}), files.get(ALIGNER, {})
+    pack, _, file = detection.get("source", "").partition("/")
+    known = file and pack != folder.name and (INSIGHTFACE_PACK.fullmatch(pack) or (folder.parent / pack).is_dir())
+    detector = pack if known else "PATH_TO_DETECTOR.onnx"
+    if detection.get("architecture") == "DFA":
+        detector, aligner = "dfa", detection
+    words = ["insightface-kprpe", "pack", _known(recognition, "RUN"), "--detector", detector]
+    # An aligner from inside the network comes with it.
+    if aligner and aligner["source"] != recognition.get("source"):
+        words += ["--aligner", _known(aligner, "PATH_TO_DFA")]
+    if recognition.get("precision", "fp32") != "fp32":
+        words += ["--precision", recognition["precision"]]
+    if "evaluation" in recognition:
+        words += ["--evaluate", f"{recognition['evaluation']['set']}.bin"]
+    return shlex.join([*words, "--name", folder.name, "--root", str(folder.parent.parent)])
+
+
+def _known(record: Mapping[str, Any], placeholder: str) -> str:
+    """Where weights came from; of an ONNX file the manifest has but the name."""
+    source = record.get("source", "").partition(", converted from ")[0]
+    return placeholder if not source or source == "the aligner" or source.endswith(".onnx") else source
 
 
 def _try(path: Path, name: str) -> np.ndarray | None:

@@ -16,6 +16,7 @@ package say what they are in their own metadata, of which ``pack.json`` is a cop
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ from .published import file_sha256
 if TYPE_CHECKING:
     from ..evaluation.verification import VerificationPairs
 
+logger = logging.getLogger(__name__)
+
 DETECTION, RECOGNITION, MANIFEST = "detection.onnx", "recognition.onnx", "pack.json"
 FORMAT = "insightface-kprpe pack"
 TWIN, ALIGNER = f"keypoints/{RECOGNITION}", "keypoints/dfa.onnx"
@@ -48,6 +51,7 @@ _DEFAULTS = {
     RECOGNITION: {"task": "recognition", **_RECOGNISER},
     TWIN: {"task": "recognition", **_RECOGNISER},
 }
+_DETECTORS = {DFA_DETECTOR: "DFA", "retinaface": "RetinaFace"}  # what export_detector says, for people
 _JSON_ENTRIES = ("evaluation", "change")  # that metadata hold as JSON
 
 
@@ -86,6 +90,7 @@ def build(
     """
     folder = _pack_folder(name, root)
     sources = {DETECTION: Path(detector), RECOGNITION: Path(recognition)}
+    logger.info("checking how InsightFace takes the files, and installing them as %s", folder)
     _check_detector(sources[DETECTION])
     _check_recognition(sources[RECOGNITION])
     if keypoint_recognition is not None:
@@ -146,6 +151,7 @@ def build_from_network(
         image_only, two_inputs = Path(folder) / "image_only.onnx", Path(folder) / "keypoints.onnx"
         forms = [image_only, two_inputs] if needs_keypoints(net) else [image_only]
         for path in forms:
+            logger.info("exporting the %s form and comparing it with torch", path.stem.replace("_", "-"))
             export_onnx(net, path, path is image_only, licence, origin)
             _finish(path, precision, pairs)
         if aligner is None and getattr(net, "finds_keypoints", False):
@@ -169,10 +175,15 @@ def _finish(path: Path, precision: Precision, pairs: VerificationPairs | None) -
     """Lower an exported file's precision and measure it, and write into the file what came of it."""
     facts, measured = {"precision": precision}, None
     if precision != "fp32":
+        logger.info(
+            "writing it in %s and comparing that with fp32 on %s", precision, pairs.name if pairs else "drawn pairs"
+        )
         change, measured = lower_precision(path, path, precision, pairs)
         facts["change"] = json.dumps(change._asdict())
     if pairs is not None:
-        measured = measured or measure(path, pairs)
+        if measured is None:
+            logger.info("evaluating it on %s (%d pairs)", pairs.name, len(pairs.is_same))
+            measured = measure(path, pairs)
         evaluation = {"set": pairs.name, "pairs": len(pairs.is_same), "keypoints": pairs.keypoint_source}
         evaluation |= {"accuracy": measured.accuracy, "thresholds": measured.thresholds}
         facts["evaluation"] = json.dumps(evaluation)
@@ -182,6 +193,8 @@ def _finish(path: Path, precision: Precision, pairs: VerificationPairs | None) -
 def _record(path: Path, target: str, origin: str, licence: str) -> dict[str, Any]:
     """What the manifest says of a file: what the file itself says, completed by what is known of its kind."""
     metadata = read_metadata(path)
+    if metadata.get("detector") in _DETECTORS:
+        metadata = {"architecture": _DETECTORS[metadata["detector"]], **metadata}
     record = {
         "sha256": file_sha256(path),
         "source": metadata.get("source", origin),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
+import logging
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -11,14 +10,16 @@ from typing import NamedTuple
 import onnx
 
 from ..dfa import DFA
-from .detector_export import export_detector
-from .model_pack import DETECTION, DETECTOR_OUTPUTS, MANIFEST, PackError, build_from_network
-from .onnx_export import add_metadata
+from .detector_export import DFA_DETECTOR, export_detector
+from .installed_packs import INSIGHTFACE_PACK, read_manifest
+from .model_pack import ALIGNER, DETECTION, DETECTOR_OUTPUTS, MANIFEST, PackError, build_from_network
+from .onnx_export import add_metadata, read_metadata
 from .precision import Precision, check_precision
 from .published import Description, load_published
 
+logger = logging.getLogger(__name__)
+
 DFA_AS_DETECTOR = "dfa"
-_INSIGHTFACE_PACK = re.compile(r"(buffalo|antelope)\w*")
 INSIGHTFACE_LICENCE = "non-commercial research (InsightFace model zoo)"
 
 
@@ -72,7 +73,10 @@ def make_pack(
     from ..evaluation.verification import open_verification
 
     check_precision(precision)
+    if evaluate is not None and (Path(evaluate).suffix != ".bin" or not Path(evaluate).is_file()):
+        raise PackError(f"evaluate must be a verification set (a .bin file), {evaluate} is none or does not exist")
     pairs = None if evaluate is None else open_verification(str(evaluate))
+    logger.info("loading %s", recognition)
     net, about = load_published(recognition, network, cache, offline, licence)
     if about.task != "recognition":
         raise PackError(f"recognition must be a recognition network, {recognition} is a {about.architecture}")
@@ -83,7 +87,7 @@ def make_pack(
             aligner = _export_aligner(net.dfa, about, Path(folder) / "aligner.onnx")
         if detector == DFA_AS_DETECTOR:
             if aligner is None:
-                raise PackError("detector dfa needs the DFA: give aligner=, or a network with a DFA inside")
+                raise PackError("detector dfa needs the DFA: give it with --aligner, or a network with a DFA inside")
             found, aligner = FoundDetector(aligner, "the aligner", "unknown"), None
         else:
             found = find_detector(detector, root, offline)
@@ -126,10 +130,17 @@ def find_detector(detector: str | Path, root: str | Path = "~/.insightface", off
             )
         _download(str(detector), root, offline)
     folder = installed if installed.is_dir() else path
-    licence = INSIGHTFACE_LICENCE if _INSIGHTFACE_PACK.fullmatch(folder.name) else "unknown"
+    licence = INSIGHTFACE_LICENCE if INSIGHTFACE_PACK.fullmatch(folder.name) else "unknown"
     if (folder / MANIFEST).is_file():
-        licence = json.loads((folder / MANIFEST).read_text())["files"][DETECTION]["licence"]
+        licence = read_manifest(folder)["files"].get(DETECTION, {}).get("licence", licence)
+        return FoundDetector(folder / DETECTION, f"{folder.name}/{DETECTION}", licence)
     for candidate in sorted(folder.rglob("*.onnx"), key=lambda file: file.stat().st_size):  # detectors are small
+        # An aligner has a detector's layout, and finds one face in a crop.
+        if (
+            candidate.parent.name == Path(ALIGNER).parent.name
+            or read_metadata(candidate).get("detector") == DFA_DETECTOR
+        ):
+            continue
         if len(onnx.load(str(candidate), load_external_data=False).graph.output) in DETECTOR_OUTPUTS:
             source = f"{folder.name}/{candidate.relative_to(folder).as_posix()}"
             return FoundDetector(candidate, source, licence)

@@ -116,7 +116,7 @@ def lower_precision(
         after = measure(temporary, pairs)
         change = _compare(before, after, pairs)
         _check(change, precision, len(pairs.is_same), str(source))
-    logger.info("%s: %s", target, format_change(change._asdict()))
+    logger.info("%s: %s", precision, format_change(change._asdict()))
     return change, after
 
 

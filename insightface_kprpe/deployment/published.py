@@ -25,6 +25,7 @@ from .weights import load_network, read_state_dict, strip_prefixes
 
 WEIGHTS = ("model.safetensors", "model.pt")
 HEADER = "insightface_kprpe"  # key of what convert() writes into a .safetensors file's metadata
+_FILE_SUFFIXES = (".pt", ".pth", ".onnx", ".bin")  # that nobody gives to a folder
 _NETWORK_KEYS = ("network", "network_kwargs", "embedding_size")
 _ALIGNER_KEYS = ("body", "aggregator", "image_size")
 
@@ -139,9 +140,11 @@ def convert(net: nn.Module, description: Description, out: str | Path) -> Path:
         ``out``.
 
     Raises:
-        ValueError: the folder exists, or cannot describe the network.
+        ValueError: the folder exists or is named as a file, or cannot describe the network.
     """
     out = Path(out)
+    if out.suffix in _FILE_SUFFIXES:
+        raise ValueError(f"OUT must be NAME.safetensors or a new folder, which will hold model.pt, got {out}")
     record = {**description.config, "published": {k: v for k, v in asdict(description).items() if k != "config"}}
     state = {key: value.contiguous() for key, value in net.state_dict().items()}
     if out.suffix == ".safetensors":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,14 +41,23 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} could not be read as weights ({reason}); expected a plain state dict") from error
+        raise ValueError(
+            f"{path} could not be read as weights ({_reason(error)}); expected a plain state dict"
+        ) from error
     for key in ("state_dict", "model", "state_dict_backbone"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no state dict (a mapping of names to tensors)")
     return dict(state)
+
+
+def _reason(error: Exception) -> str:
+    """Why a file could not be read; torch's own words where they do not advise to read it unsafely."""
+    lines = str(error).strip().splitlines()
+    if not lines or isinstance(error, pickle.UnpicklingError | LookupError) or "weights_only" in str(error):
+        return "it is another kind of file, or holds other objects than tensors"
+    return lines[0]
 
 
 def strip_prefixes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -83,7 +83,7 @@ def put_aside(output: str | Path) -> None:
 def save_model(path: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
     """Write a backbone's weights as arcface_torch's ``model.pt``: a plain state dict, on CPU."""
     with atomic_path(path) as temporary:
-        torch.save({key: value.detach().cpu() for key, value in state_dict.items()}, temporary)
+        torch.save({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, temporary)
 
 
 class Checkpointer:

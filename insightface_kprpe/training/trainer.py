@@ -63,7 +63,9 @@ def train(config: edict) -> dict[str, float]:
             raise ValueError(f"gradient_acc must fit {len(sampler)} batches an epoch, got {config.gradient_acc}")
 
         torch.manual_seed(config.seed)
-        backbone = get_model(config.network, num_features=config.embedding_size, **config.network_kwargs).to(device)
+        backbone = get_model(config.network, num_features=config.embedding_size, **config.network_kwargs)
+        # In channels-last layout the patch embedding's result is (B, N, D) as it lies in memory.
+        backbone.to(device, memory_format=torch.channels_last)
         if config.gradient_checkpointing:
             backbone.set_grad_checkpointing()
         if config.compile:
