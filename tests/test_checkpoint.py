@@ -151,6 +151,7 @@ def test_a_second_attempt_resumes_unless_the_first_failed_before_it_put_an_older
 
 def test_a_start_that_fails_leaves_an_older_run_as_it_is(tmp_path):
     trainer.train(tiny_config(tmp_path, "num_epoch=1"))
+    assert all(value.is_contiguous() for value in weights(tmp_path).values())  # safetensors takes no others
     before = (tmp_path / "metrics.jsonl").read_bytes(), latest_checkpoint(tmp_path)
     for mistake in ("val_targets=lfw", "init_from=nowhere"):
         with pytest.raises((ValueError, FileNotFoundError)):
