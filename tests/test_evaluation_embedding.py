@@ -9,6 +9,7 @@ import torch
 from distributed import run_on_ranks
 
 from insightface_kprpe.backbones import VisionTransformer, get_model
+from insightface_kprpe.data.image_codec import encode_jpeg
 from insightface_kprpe.data.landmark_csv import write_landmark_csv
 from insightface_kprpe.data.synthetic import verification_pairs
 from insightface_kprpe.data.verification_bin import write_verification_bin
@@ -17,7 +18,6 @@ from insightface_kprpe.evaluation.embedding import EmbedOptions, TorchEmbedder, 
 from insightface_kprpe.evaluation.models import open_model
 from insightface_kprpe.evaluation.verification import open_verification, verify
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, mirror_keypoints
-from insightface_kprpe.quickstart import _jpeg
 
 TINY = {
     "embed_dim": 32, "depth": 1, "num_heads": 2, "mlp_ratio": 2, "num_features": 8, "patch_size": 28,
@@ -58,7 +58,7 @@ def test_the_network_is_left_in_its_mode(net, crops):
 @pytest.fixture
 def bin_set(tmp_path):
     images, is_same, keypoints = verification_pairs(5, 20, aligned=False)
-    write_verification_bin(tmp_path / "drawn.bin", [_jpeg(image) for image in images], is_same)
+    write_verification_bin(tmp_path / "drawn.bin", [encode_jpeg(image) for image in images], is_same)
     return tmp_path, images, is_same, keypoints
 
 
