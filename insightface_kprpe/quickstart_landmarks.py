@@ -69,7 +69,7 @@ class DrawnScenes(Dataset):
         return FaceSample(torch.from_numpy(image), torch.from_numpy(keypoints), torch.from_numpy(box))
 
 
-def train_both(detector: Path, dfa: Path, licence: str, scenes: int = 3600, crops: int = 1800) -> tuple[float, float]:
+def train_both(detector: Path, dfa: Path, licence: str, scenes: int = 3600, crops: int = 1200) -> tuple[float, float]:
     """Train the detector and DFA at the same time and write their files.
 
     Args:
@@ -105,7 +105,7 @@ def _train_dfa(path: Path, count: int) -> float:
     crops = DrawnScenes(count, net.image_size, face_size=(90, 140))
     # Grown and shifted, so that the face also fills the crop as it does once it is aligned.
     augmentation = LandmarkAugmentation(scale=(0.9, 1.4), shift=0.08, rotation=20.0)
-    loss = _train(net, crops, "  DFA", augmentation=augmentation, epochs=3, lr=0.004, warmup_epochs=0.5)
+    loss = _train(net, crops, "  DFA", augmentation=augmentation, epochs=5, lr=0.004, warmup_epochs=0.5)
     with atomic_path(path) as temporary:
         torch.save(net.state_dict(), temporary)
     return loss
