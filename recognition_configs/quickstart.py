@@ -20,5 +20,5 @@ config.batch_size = 32
 config.lr = 0.001
 config.scheduler = "cosine"
 config.warmup_epoch = 1.0
-config.num_epoch = 5
+config.num_epoch = 6
 config.num_workers = 1
