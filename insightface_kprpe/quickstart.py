@@ -70,7 +70,8 @@ def run_quickstart(output: Path) -> dict[str, float]:
         results = evaluate(data, run, net)
     with _step(5, "exporting ONNX and building the model pack, DFA inside"):
         root = output / "insightface"
-        folder = model_pack.build_from_network(net, detector, PACK, root, LICENCE, LICENCE)
+        origin = {"source": "quickstart", "architecture": "vit_n_kprpe_dfa"}
+        folder = model_pack.build_from_network(net, detector, PACK, root, LICENCE, LICENCE, origin=origin)
         print(f"  {folder}")
     with _step(6, "recognising faces in group photos with the stock insightface FaceAnalysis"):
         results |= recognise(root, output)
