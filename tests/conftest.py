@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads of tiny nets wait for each other
@@ -13,6 +14,18 @@ import pytest
 import insightface_kprpe  # noqa: F401  (first: makes timm importable beside a torchvision built for another torch)
 
 SHARED = Path(os.environ.get("KPRPE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def log_reaches_caplog():
+    """Training takes the package's log for itself; give it back after every test."""
+    yield
+    log = logging.getLogger("insightface_kprpe")
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.setLevel(logging.NOTSET)
+    log.propagate = True
 
 
 @pytest.fixture(scope="session")

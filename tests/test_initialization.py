@@ -131,7 +131,6 @@ def test_fine_tuning_takes_over_what_fits(tmp_path, caplog):
     torch.save(state, tmp_path / "model.pt")
     before = {key: value.clone() for key, value in net.state_dict().items()}
     with caplog.at_level(logging.INFO, logger="insightface_kprpe"):
-        logging.getLogger("insightface_kprpe").propagate = True
         match = initialize(net, PartialFC(ArcFace(), SIZE, CLASSES), tmp_path / "model.pt", 0.8)
     assert match.missing == ["keypoint_linear.weight", "keypoint_linear.bias"]
     assert match.mismatched == ["feature.3.bias (3,) instead of (16,)"] and match.unused == ["head.weight"]
