@@ -45,6 +45,10 @@ config.batch_size = 128  # images a rank and forward pass
 config.gradient_acc = 1  # batches an optimizer step, which takes batch_size * ranks * gradient_acc images as one batch
 config.optimizer = "adamw"  # "adamw" | "sgd"
 config.lr = 0.001  # peak learning rate
+config.position_lr_scale = (
+    1.0  # KPRPE's and iRPE's tables learn this many times as fast; 1: as published. They start at
+)
+# zero and AdamW moves a weight by about lr a step, so that short runs need more: see docs/does_kprpe_help.md
 config.momentum = 0.9  # SGD only
 config.weight_decay = 0.05
 config.scheduler = "polynomial"  # after warm-up: "polynomial" (linear to 0) | "cosine" | "step"

@@ -18,6 +18,7 @@ config.embedding_size = 128
 config.loss = "adaface"
 config.batch_size = 32
 config.lr = 0.001
+config.position_lr_scale = 30.0
 config.scheduler = "cosine"
 config.warmup_epoch = 1.0
 config.num_epoch = 6

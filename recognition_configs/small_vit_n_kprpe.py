@@ -17,6 +17,7 @@ config.embedding_size = 256
 config.loss = "adaface"
 config.batch_size = 32
 config.lr = 0.001
+config.position_lr_scale = 30.0
 config.weight_decay = 0.1
 config.scheduler = "cosine"
 config.warmup_epoch = 2.0

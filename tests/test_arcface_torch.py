@@ -170,6 +170,8 @@ def test_modules_are_plugged_into_when_they_are_imported(tmp_path, monkeypatch):
     for name in ("backbones", "losses", "partial_fc_v2"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    for name in ("AdamW", "SGD"):  # put back afterwards
+        monkeypatch.setattr(torch.optim, name, getattr(torch.optim, name))
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "losses.py").write_text("old_name = 1")
     (tmp_path / "partial_fc_v2.py").write_text((CHECKOUT / "partial_fc_v2.py").read_text())
@@ -235,6 +237,32 @@ def test_partial_fc_sees_norms(root):
     logits = ik.AdaFace()(cosines, labels, embeddings.norm(dim=1))
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, labels))
     assert parts.partial_fc(original, "margin", 8, 5, 0.1) == ("margin", 8, 5, 0.1, False)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_position_tables_learn_at_a_rate_of_their_own(root, name):
+    original = getattr(torch.optim, name)
+    parts = Parts(root)
+    optimizer_class = parts.optimizer(original)
+    net = parts.get_model(own_model, "vit_n_irpe", num_features=8, **TINY)
+    other = torch.nn.Linear(2, 2)
+    groups = [{"params": net.parameters()}, {"params": other.parameters()}]
+    plain = optimizer_class(groups, lr=0.1, weight_decay=0.5)
+    assert [group["lr"] for group in plain.param_groups] == [0.1, 0.1]
+
+    parts.config = {"position_lr_scale": 30}
+    groups = [{"params": net.parameters()}, {"params": other.parameters()}]
+    split = optimizer_class(groups, lr=0.1, weight_decay=0.5)
+    assert isinstance(split, original)
+    assert [(group["lr"], group["weight_decay"]) for group in split.param_groups] == [(0.1, 0.5), (0.1, 0.5), (3, 0)]
+    held = [[id(p) for p in group["params"]] for group in split.param_groups]
+    tables = {id(net.get_parameter(table)) for table in net.position_tables()}
+    assert set(held[2]) == tables and len(held[0]) == len(list(net.parameters())) - len(tables)
+    (before,) = {float(p.sum()) for p in split.param_groups[2]["params"]}
+    sum(p.sum() for p in net.parameters()).backward()
+    split.step()
+    moved = split.param_groups[2]["params"][0].abs().max().item()
+    assert before == 0 and moved == pytest.approx(3, rel=1e-4)
 
 
 def test_config_in_the_checkout_and_elsewhere(root, tmp_path, monkeypatch, caplog):

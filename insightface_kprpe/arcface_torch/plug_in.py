@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 import torch.nn as nn
 
 from .. import backbones
@@ -36,6 +37,7 @@ class Parts:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.config: Mapping[str, Any] | None = None  # of train_v2.py, once it has read one
+        self.tables: list[nn.Parameter] = []  # of the network's relative positions
 
     def get_config(self, original: Callable, config_file: str) -> Mapping[str, Any]:
         """The checkout's ``get_config`` for a config file anywhere."""
@@ -81,7 +83,9 @@ class Parts:
                 '{"dfa_weights": FILE} to the config'
             )
         with weights_follow():  # given above; the other scripts load a model.pt with the aligner in it
-            return backbones.get_model(name, **settings)
+            net = backbones.get_model(name, **settings)
+        self.tables = [net.get_parameter(table) for table in sorted(net.position_tables())]
+        return net
 
     def margin_loss(self, original: Callable, s: float, m1: Any, m2: float, m3: float, *args, **kwargs) -> nn.Module:
         """``CombinedMarginLoss``, or AdaFace where the config asks for it."""
@@ -107,8 +111,37 @@ class Parts:
             return PartialFC(margin_loss, embedding_size, num_classes, sample_rate)
         return original(margin_loss, embedding_size, num_classes, sample_rate, fp16)
 
+    def optimizer(self, original: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+        """An optimizer's class whose position tables are a group of their own, where the config gives them a rate."""
 
-_OWN_KEYS = ("loss", "adaface_m", "adaface_h", "adaface_t_alpha", "network_kwargs")  # beside those of configs/base.py
+        class WithPositionTables(original):
+            def __init__(optimizer, params, lr=1e-3, **kwargs) -> None:
+                super().__init__(self._split(params, lr), lr=lr, **kwargs)
+
+        WithPositionTables.__name__ = original.__name__
+        return WithPositionTables
+
+    def _split(self, params: Any, lr: float) -> Any:
+        """The scripts' parameter groups; tables are taken out of them into one without weight decay."""
+        scale = (self.config or {}).get("position_lr_scale", 1.0)
+        if scale == 1 or not self.tables:
+            return params
+        own = {id(table) for table in self.tables}
+        params = list(params)
+        if not isinstance(params[0], dict):
+            params = [{"params": params}]
+        groups = [{**group, "params": [p for p in group["params"] if id(p) not in own]} for group in params]
+        return [*groups, {"params": self.tables, "lr": lr * scale, "weight_decay": 0.0}]
+
+
+_OWN_KEYS = (
+    "loss",
+    "position_lr_scale",
+    "adaface_m",
+    "adaface_h",
+    "adaface_t_alpha",
+    "network_kwargs",
+)  # beside those of configs/base.py
 _USUAL_KEYS = ("rec", "num_classes", "num_image", "num_epoch", "warmup_epoch", "val_targets")  # which base.py lacks
 
 
@@ -153,7 +186,17 @@ def plug_in(root: Path) -> list[Change]:
     return [
         Change(f"{module}.{attribute}", why, plug(module, attribute, getattr(parts, method)))
         for (module, attribute), (method, why) in _PLUGS.items()
-    ]
+    ] + [_optimizers(parts)]
+
+
+def _optimizers(parts: Parts) -> Change:
+    def apply(root: Path, cpu: bool) -> bool:
+        for name in ("AdamW", "SGD"):
+            setattr(torch.optim, name, parts.optimizer(getattr(torch.optim, name)))
+        return True
+
+    why = "position tables of this package's networks learn position_lr_scale times as fast, where the config has it"
+    return Change("torch.optim.AdamW, SGD", why, apply)
 
 
 def _replace_for_importers(module: ModuleType, attribute: str, replacement: Callable) -> None:

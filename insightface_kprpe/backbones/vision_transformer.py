@@ -109,11 +109,15 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
 
     @torch.jit.ignore
+    def position_tables(self) -> set[str]:
+        """Names of the parameters of the relative positions, which start at zero and may learn at their own rate."""
+        tables = ("lookup_table_weight", "keypoint_linear.weight", "keypoint_linear.bias")
+        return {name for name, _ in self.named_parameters() if name.endswith(tables)}
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the position tables and tokens, which weight decay should leave alone."""
-        tables = ("lookup_table_weight", "keypoint_linear.weight")
-        names = {name for name, _ in self.named_parameters() if name.endswith(tables)}
-        return names | {"pos_embed", "mask_token"}
+        return self.position_tables() | {"pos_embed", "mask_token"}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

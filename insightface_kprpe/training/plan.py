@@ -34,6 +34,7 @@ class TrainingPlan:
         config: the run's.
         world_size: GPUs.
         parameters: of the network.
+        table_parameters: of these, those of KPRPE's or iRPE's tables, which learn at a rate of their own.
         class_center_parameters: of all ranks together.
         flops: of a forward pass of the network for one image; a multiply-add counts as two.
         memory: what is there, by name. Not all of it is there at the same time.
@@ -45,6 +46,7 @@ class TrainingPlan:
     config: edict
     world_size: int
     parameters: int
+    table_parameters: int
     class_center_parameters: int
     flops: int
     memory: dict[str, int]
@@ -94,13 +96,14 @@ def plan_training(config: edict, world_size: int = 1, images_per_second: float |
     with torch.device("meta"):
         net = build()
     parameters = sum(parameter.numel() for parameter in net.parameters())
+    tables = sum(net.get_parameter(name).numel() for name in net.position_tables())
     trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
     memory, phases = _memory(config, world_size, parameters, trained, build)
     hours = None
     if images_per_second is not None:
         hours = steps_per_epoch * config.num_epoch * step_images / (images_per_second * world_size) / 3600
     return TrainingPlan(
-        config, world_size, parameters, config.num_classes * config.embedding_size, forward_flops(build),
+        config, world_size, parameters, tables, config.num_classes * config.embedding_size, forward_flops(build),
         memory, phases, steps_per_epoch, hours,
     )  # fmt: skip
 
@@ -156,6 +159,13 @@ def format_plan(plan: TrainingPlan) -> str:
         f"  steps             {plan.steps_per_epoch:,} an epoch, {steps:,} in {config.num_epoch} epochs of "
         f"{config.num_image:,} images; {step_images:,} images a step",
     ]
+    if plan.table_parameters:
+        rate = config.lr * config.position_lr_scale
+        lines.insert(
+            2,
+            f"  position tables   {plan.table_parameters / 1e6:,.1f}M of these parameters, at a learning rate of up to "
+            f"{rate:g}: position_lr_scale is {config.position_lr_scale:g}",
+        )
     if plan.hours is not None:
         speed = steps * step_images / plan.hours / 3600
         lines.append(f"  time              {plan.hours:,.1f} hours at {speed:,.0f} images/s on all GPUs")

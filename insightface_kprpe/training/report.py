@@ -61,6 +61,14 @@ PANELS = {
         },
         smooth=True,
     ),
+    "keypoints": Panel(
+        "Does the network look at its keypoints?",
+        "share",
+        {
+            "keypoints/attention_share": "of attention that they decide",
+            "keypoints/template_shift": "by which the template's in their place move the embedding",
+        },
+    ),
     "speed": Panel("Speed", "images / s", {"images_per_second": "all ranks"}),
 }
 

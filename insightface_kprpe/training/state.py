@@ -144,13 +144,27 @@ def build_state(config: edict, net: nn.Module, loss: nn.Module, plan: Plan, devi
 
 
 def build_optimizer(config: edict, net: nn.Module, loss: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or SGD over network and loss, without weight decay on biases, norms and what the network names."""
+    """AdamW or SGD over network and loss.
+
+    Weight decay leaves biases, norms and what the network names alone. Position tables are a group of their own, whose
+    learning rate is ``position_lr_scale`` times that of the others, through the whole schedule.
+    """
     spared = net.no_weight_decay() if hasattr(net, "no_weight_decay") else set()
-    named = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for name, parameter in named if parameter.ndim > 1 and name not in spared]
-    plain = [parameter for name, parameter in named if parameter.ndim <= 1 or name in spared]
-    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}, {"params": loss.parameters()}]
+    tables = net.position_tables() if hasattr(net, "position_tables") else set()
+    named = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    plain = {name for name, parameter in named.items() if parameter.ndim <= 1} | spared
+    groups = [
+        {"params": [named[name] for name in named if name not in plain | tables]},
+        {"params": [named[name] for name in named if name in plain - tables], "weight_decay": 0.0},
+        {
+            "params": [named[name] for name in named if name in tables],
+            "lr": config.lr * config.get("position_lr_scale", 1.0),
+            "weight_decay": 0.0,
+        },
+        {"params": list(loss.parameters())},
+    ]
+    groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    fused = all(parameter.device.type in ("cpu", "cuda") for _, parameter in named)  # one kernel for all tensors
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in named.values())  # one kernel for all tensors
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)

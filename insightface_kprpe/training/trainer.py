@@ -23,6 +23,7 @@ from .checkpoint import Checkpointer, put_aside
 from .command_line import run_command_line
 from .config import dump_config
 from .initialization import initialize
+from .keypoint_watch import KeypointWatch
 from .loop import begin, build_loader, process_group, run_steps, step_generator
 from .norm_watch import NormWatch
 from .optimization import AUTOCAST, distributed, optimize
@@ -80,6 +81,7 @@ def train(config: edict) -> dict[str, float]:
         if config.init_from is not None and step == 0:
             initialize(backbone, partial_fc, config.init_from, config.init_min_match)
 
+        keypoint_watch = KeypointWatch(backbone) if getattr(backbone, "position", None) == "kprpe" else None
         accuracies: dict[str, float] = {}
         log = validate = metrics = wandb = None
         if rank == 0:
@@ -95,6 +97,8 @@ def train(config: edict) -> dict[str, float]:
             logger.info("%s", _summary(config, dataset, backbone, world_size, device, plan.total_steps))
 
             def validate(step: int) -> float | None:
+                if keypoint_watch and (use := keypoint_watch.values()):
+                    metrics.write(step, **use)
                 accuracies.update(verification(step, backbone))
                 return sum(accuracies.values()) / len(accuracies) if accuracies else None
 
@@ -111,6 +115,8 @@ def train(config: edict) -> dict[str, float]:
             batches = [prepare(batch, device, (*seed, part), augment) for part, batch in enumerate(batches)]
             if getattr(backbone, "finds_keypoints", False):
                 batches = [(images, labels, None) for images, labels, _ in batches]
+            if keypoint_watch:
+                keypoint_watch(batches[-1][0], batches[-1][2])
             looking = metrics is not None and (step + 1) % config.frequent == 0
             loss = train_step(network, batches, state, config, watch if looking else None)
             if looking:
@@ -122,6 +128,8 @@ def train(config: edict) -> dict[str, float]:
                 state, take_step, loader, plan,
                 step=step, log=log, checkpoints=checkpoints, validate=validate, verbose=config.verbose,
             )  # fmt: skip
+            if keypoint_watch:
+                keypoint_watch.warn_if_ignored()
             if wandb is not None and config.save_artifacts:
                 save_artifact(wandb, output / "model.pt")
         finally:
