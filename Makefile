@@ -19,6 +19,7 @@ test: .venv/installed-test
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv

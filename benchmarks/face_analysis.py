@@ -29,13 +29,13 @@ from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 
 import insightface_kprpe as ik
 from insightface_kprpe.app.face_analysis import embed_crops
+from insightface_kprpe.app.recognizer import KeypointRecognizer
 from insightface_kprpe.data.face_dataset import to_network_input
 from insightface_kprpe.data.synthetic import SyntheticFaces
 from insightface_kprpe.deployment.onnx_export import export_onnx
 from insightface_kprpe.deployment.precision import WRITERS
 from insightface_kprpe.files import write_atomically
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS
-from insightface_kprpe.model_zoo import KeypointRecognizer
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 Embed = Callable[[list[np.ndarray]], np.ndarray]

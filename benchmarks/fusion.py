@@ -21,10 +21,11 @@ import numpy as np
 
 from insightface_kprpe.dfa import load_dfa
 from insightface_kprpe.evaluation import ijb, protocols
-from insightface_kprpe.evaluation.embedding import EmbedOptions
 from insightface_kprpe.evaluation.fusion import FUSION_METHODS
-from insightface_kprpe.evaluation.models import open_model
-from insightface_kprpe.evaluation.report import Result, format_text, write_report
+from insightface_kprpe.evaluation.report import format_text, write_report
+from insightface_kprpe.evaluation.result import Result
+from insightface_kprpe.inference.embedding import EmbedOptions
+from insightface_kprpe.inference.models import open_model
 
 
 def degrade(folder: Path, out: Path, target: str, share: float, blur: float, shift: float, seed: int) -> int:

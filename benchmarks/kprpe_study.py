@@ -27,13 +27,15 @@ from kprpe_study_report import write_report
 
 from insightface_kprpe.data.augmentation import move_keypoints, warp_images
 from insightface_kprpe.data.face_dataset import to_network_input
-from insightface_kprpe.deployment.weights import load_run
-from insightface_kprpe.evaluation.embedding import TorchEmbedder, embed_images
+from insightface_kprpe.data.verification_pairs import VerificationPairs, open_verification
 from insightface_kprpe.evaluation.metrics import unit_rows
-from insightface_kprpe.evaluation.verification import VerificationPairs, open_verification, verify
+from insightface_kprpe.evaluation.verification import verify
 from insightface_kprpe.files import write_atomically
+from insightface_kprpe.inference.embedding import embed_images
+from insightface_kprpe.inference.models import TorchEmbedder
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.trainer import train
+from insightface_kprpe.weights.network import load_run
 
 logger = logging.getLogger("insightface_kprpe.study")
 
@@ -119,7 +121,7 @@ def measure(net: torch.nn.Module, sets: Sequence[VerificationPairs], pairs: int)
     for kind, amounts in MOVES.items():
         none = "1" if kind == "scale" else "0"
         results[kind] = {none: unmoved} | {f"{amount:g}": accuracy(move(some, kind, amount)) for amount in amounts}
-    if getattr(net, "position", None) == "kprpe":
+    if net.needs_keypoints:
         for kind in KEYPOINT_ERRORS:
             wrong = {f"{alpha:g}": accuracy(mislead(some, kind, alpha)) for alpha in ALPHAS}
             results[kind] = {"0": unmoved} | wrong
@@ -128,7 +130,7 @@ def measure(net: torch.nn.Module, sets: Sequence[VerificationPairs], pairs: int)
 
 def keypoint_effect(net: torch.nn.Module, tested: VerificationPairs, pairs: int) -> dict[str, float]:
     """How far wrong keypoints move the unit embedding, mean in percent of its length; nothing where none are used."""
-    if getattr(net, "position", None) != "kprpe":
+    if not net.needs_keypoints:
         return {}
     embed, some = TorchEmbedder(net), choose_pairs(tested, pairs)
     nowhere = np.zeros_like(some.keypoints)

@@ -1,7 +1,7 @@
 """KPRPE vision transformers, the AdaFace loss and the Differentiable Face Aligner for InsightFace.
 
-Importing this package registers its networks with timm and does nothing else; what needs OpenCV, onnxruntime or
-``insightface`` is imported when first used.
+Importing this package loads nothing else: each name is imported when it is first used. The networks are known to
+``timm.create_model`` once ``insightface_kprpe.backbones`` is imported.
 """
 
 from __future__ import annotations
@@ -9,36 +9,43 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .backbones import VisionTransformer, get_model, list_models, register_backbone
-from .losses import AdaFace, ArcFace, CombinedMarginLoss, CosFace
-from .partial_fc import PartialFC
-
 if TYPE_CHECKING:
     from . import evaluation, geometry
-    from .backbones import relative_position
+    from .app.registration import register, unregister
+    from .backbones import VisionTransformer, get_model, list_models, register_backbone, relative_position
     from .data.record_writer import RecordWriter
     from .data.recordio import RecordReader
     from .deployment import model_pack
     from .deployment.onnx_export import export_onnx
-    from .deployment.weights import load_weights
     from .dfa import DFA
-    from .model_zoo import register, unregister
+    from .losses import AdaFace, ArcFace, CombinedMarginLoss, CosFace
+    from .partial_fc import PartialFC
+    from .state_dict import load_weights
 
 __version__ = "0.1.0"
 
 # Public name -> (module, attribute); no attribute: the module itself.
 _LAZY = {
+    "AdaFace": (".losses", "AdaFace"),
+    "ArcFace": (".losses", "ArcFace"),
+    "CombinedMarginLoss": (".losses", "CombinedMarginLoss"),
+    "CosFace": (".losses", "CosFace"),
     "DFA": (".dfa", "DFA"),
+    "PartialFC": (".partial_fc", "PartialFC"),
     "RecordReader": (".data.recordio", "RecordReader"),
     "RecordWriter": (".data.record_writer", "RecordWriter"),
+    "VisionTransformer": (".backbones", "VisionTransformer"),
     "evaluation": (".evaluation", None),
     "export_onnx": (".deployment.onnx_export", "export_onnx"),
     "geometry": (".geometry", None),
-    "load_weights": (".deployment.weights", "load_weights"),
+    "get_model": (".backbones", "get_model"),
+    "list_models": (".backbones", "list_models"),
+    "load_weights": (".state_dict", "load_weights"),
     "model_pack": (".deployment.model_pack", None),
-    "register": (".model_zoo", "register"),
+    "register": (".app.registration", "register"),
+    "register_backbone": (".backbones", "register_backbone"),
     "relative_position": (".backbones.relative_position", None),
-    "unregister": (".model_zoo", "unregister"),
+    "unregister": (".app.registration", "unregister"),
 }
 
 __all__ = [

@@ -33,7 +33,21 @@ def _angle(cosine: torch.Tensor) -> torch.Tensor:
     return cosine.clamp(-1, 1).acos()
 
 
-class CombinedMarginLoss(nn.Module):
+class MarginLoss(nn.Module):
+    """What every margin loss declares: ``(logits, labels, norms) -> scaled logits``, see the module's head.
+
+    Attributes:
+        needs_norms: the margin depends on the lengths of the embeddings; then :meth:`update_statistics` lets running
+            statistics follow those of a batch.
+    """
+
+    needs_norms: bool = False
+
+    def update_statistics(self, norms: torch.Tensor) -> None:
+        """Let running statistics follow the (B,) lengths of a whole batch; nothing to do where there are none."""
+
+
+class CombinedMarginLoss(MarginLoss):
     """ArcFace's angular margin or CosFace's additive one, with arcface_torch's arguments.
 
     Args:
@@ -87,7 +101,7 @@ class CosFace(CombinedMarginLoss):
         super().__init__(s, 1.0, 0.0, m, interclass_filtering_threshold)
 
 
-class AdaFace(nn.Module):
+class AdaFace(MarginLoss):
     """A margin that follows image quality, read from the embedding's norm (Kim et al., CVPR 2022).
 
     Args:
@@ -96,6 +110,8 @@ class AdaFace(nn.Module):
         t_alpha: weight of the new batch in the running mean and deviation of the norms.
         s: scale of the logits.
     """
+
+    needs_norms = True
 
     def __init__(self, m: float = 0.4, h: float = 0.333, t_alpha: float = 0.01, s: float = 64.0) -> None:
         super().__init__()

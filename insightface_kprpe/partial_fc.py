@@ -14,12 +14,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-def rank_and_world_size() -> tuple[int, int]:
-    """This process' rank and the number of ranks; (0, 1) where no process group was initialised."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+from .distributed import rank_and_world_size
+from .losses import MarginLoss
 
 
 def shard_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -87,18 +83,25 @@ class PartialFC(nn.Module):
     """Class centers, margin and softmax loss in one module: ``loss = partial_fc(embeddings, labels)``.
 
     Args:
-        margin_loss: ``(logits, labels, norms) -> logits``, e.g. :class:`~insightface_kprpe.losses.AdaFace`.
+        margin_loss: e.g. :class:`~insightface_kprpe.losses.AdaFace`.
         embedding_size: D.
         num_classes: number of people, over all ranks.
         sample_rate: share of this rank's class centers that take part in a step, in (0, 1]. The centers of the people
             in the batch always do.
 
     Raises:
-        ValueError: sample_rate is out of range, or there are fewer classes than ranks.
+        ValueError: margin_loss is none, sample_rate is out of range, or there are fewer classes than ranks.
     """
 
-    def __init__(self, margin_loss: nn.Module, embedding_size: int, num_classes: int, sample_rate: float = 1.0) -> None:
+    def __init__(
+        self, margin_loss: MarginLoss, embedding_size: int, num_classes: int, sample_rate: float = 1.0
+    ) -> None:
         super().__init__()
+        if not isinstance(margin_loss, MarginLoss):
+            raise ValueError(
+                f"margin_loss must be an insightface_kprpe.losses.MarginLoss, got {type(margin_loss).__name__}; derive "
+                "its class from MarginLoss"
+            )
         if not 0 < sample_rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], got {sample_rate}")
         self.rank, self.world_size = rank_and_world_size()
@@ -123,10 +126,15 @@ class PartialFC(nn.Module):
             embeddings: (b, D) float of this rank, not normalised; every rank passes the same b.
             labels: (b,) int64 in [0, num_classes); left as they are.
 
+        Raises:
+            ValueError: a label is outside. On CUDA, where a look at the values would stall the device, the kernel that
+                finds one ends the process' work with an assertion instead.
+
         Returns:
             The mean loss over all B = b * world size samples, the same number on every rank. Its gradient reaches this
             rank's class centers and embeddings; the latter scaled for a backbone under DistributedDataParallel.
         """
+        self._check_labels(labels)
         labels = self._local_labels(labels)
         if self.world_size > 1:
             embeddings = _GatherEmbeddings.apply(embeddings)
@@ -151,6 +159,7 @@ class PartialFC(nn.Module):
             norms: returns (n,) float, the lengths of all their embeddings; needed where :attr:`needs_norms`. It is
                 called after the class centers are drawn: random numbers stand where they do in the block.
         """
+        self._check_labels(labels)
         if self.num_sampled < self.num_local:
             self._index = self._sample(self._local_labels(labels))
         was_training = self.margin_loss.training
@@ -166,7 +175,16 @@ class PartialFC(nn.Module):
     @property
     def needs_norms(self) -> bool:
         """Whether the margin depends on the norms of the whole batch."""
-        return hasattr(self.margin_loss, "update_statistics")
+        return self.margin_loss.needs_norms
+
+    def _check_labels(self, labels: torch.Tensor) -> None:
+        """Refuse a label that would be taken for a class of another rank."""
+        outside = (labels < 0) | (labels >= self.num_classes)
+        if labels.is_cuda:
+            torch._assert_async(~outside.any())  # no wait for the device
+        elif outside.any():
+            wrong = labels[outside][0].item()
+            raise ValueError(f"labels must be in [0, num_classes), got {wrong} with num_classes={self.num_classes}")
 
     def _local_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """(b,) labels of every rank -> (B,) rows of this rank's class centers, -1 for those of others."""

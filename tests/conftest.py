@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import insightface_kprpe  # noqa: F401  (first: makes timm importable beside a torchvision built for another torch)
+import insightface_kprpe
+import insightface_kprpe._timm  # noqa: F401 - makes timm importable beside a torchvision built for another torch
 
 SHARED = Path(os.environ.get("KPRPE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 

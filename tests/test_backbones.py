@@ -242,10 +242,10 @@ def test_sizes_are_those_published():
 
 
 def test_timm_builds_the_same_networks(faces):
-    net = timm.create_model("vit_n_kprpe", num_features=16, depth=1)
+    net = timm.create_model("insightface_vit_n_kprpe", num_features=16, depth=1)
     assert isinstance(net, ik.VisionTransformer) and net(*faces).shape == (3, 16)
     with pytest.raises(ValueError, match="no bundled weights"):
-        timm.create_model("vit_n_kprpe", pretrained=True)
+        timm.create_model("insightface_vit_n_kprpe", pretrained=True)
 
 
 def test_unknown_name_suggests_a_near_one():

@@ -11,13 +11,14 @@ from typer.testing import CliRunner
 
 import insightface_kprpe as ik
 from insightface_kprpe import cli
-from insightface_kprpe.app.face_aligner import MIN_SIDE, AlignedCrops, FaceAligner
+from insightface_kprpe.app.aligner import MIN_SIDE, AlignedCrops, FaceAligner
 from insightface_kprpe.data.synthetic import SyntheticFaces, draw_scene
 from insightface_kprpe.deployment import detector_export, model_pack
 from insightface_kprpe.deployment.detector_export import OneFaceLayout, export_detector
-from insightface_kprpe.deployment.onnx_export import ExportError, export_onnx, read_metadata
+from insightface_kprpe.deployment.onnx_export import ExportError, export_onnx
 from insightface_kprpe.dfa import DFA, RetinaFaceNet
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, align_face
+from insightface_kprpe.packs.metadata import read_metadata
 
 CPU = {"providers": ["CPUExecutionProvider"]}
 
@@ -309,7 +310,7 @@ def test_a_pack_can_refine_the_detectors_keypoints(recognition, refining, monkey
     assert isinstance(recogniser.aligner, FaceAligner)
     picture, (face, other) = a_picture()
     for threshold, kind in ((0.0, "dfa_kps"), (1.0, "kps")):
-        monkeypatch.setattr("insightface_kprpe.model_zoo.SCORE_THRESHOLD", threshold)
+        monkeypatch.setattr("insightface_kprpe.app.recognizer.SCORE_THRESHOLD", threshold)
         embedding = recogniser.get(picture, face)
         np.testing.assert_allclose(embedding, embed(net, *align_face(picture, face[kind])), atol=1e-3)
     boxed = Face(bbox=other.bbox)  # of a detector that gives no landmarks

@@ -96,8 +96,8 @@ def test_autocast_keeps_coordinates_precise(net, bgr):
 
 
 def test_public_retinaface_weights_load_strictly_and_find_faces(shared, retinaface_file):
-    from insightface_kprpe.deployment.weights import load_weights
     from insightface_kprpe.evaluation.landmarks import LandmarkDataset, evaluate_landmarks
+    from insightface_kprpe.state_dict import load_weights
 
     net = load_weights(RetinaFaceNet(**RETINAFACE), retinaface_file).eval()
     dataset = LandmarkDataset(shared / "data" / "faces" / "landmarks" / "val", labelled_only=True)
@@ -112,7 +112,7 @@ def test_public_retinaface_weights_load_strictly_and_find_faces(shared, retinafa
 
 
 def test_starting_from_retinaface_moves_the_pixel_scale_into_the_first_layer(retinaface_file):
-    from insightface_kprpe.deployment.weights import load_weights
+    from insightface_kprpe.state_dict import load_weights
 
     published = load_weights(RetinaFaceNet(**RETINAFACE), retinaface_file).eval()
     net = RetinaFaceNet().eval()
@@ -128,7 +128,7 @@ def test_starting_from_retinaface_moves_the_pixel_scale_into_the_first_layer(ret
 
 
 def test_starting_from_retinaface_changes_nothing_for_its_own_pixels(retinaface_file):
-    from insightface_kprpe.deployment.weights import read_state_dict, strip_prefixes
+    from insightface_kprpe.state_dict import read_state_dict, strip_prefixes
 
     net = RetinaFaceNet(**RETINAFACE)
     start_from_retinaface(net, retinaface_file)

@@ -19,12 +19,12 @@ from insightface_kprpe.data.landmark_augmentation import LandmarkAugmentation
 from insightface_kprpe.data.landmark_dataset import UNKNOWN, FaceSample, LandmarkDataset
 from insightface_kprpe.data.synthetic import draw_scene
 from insightface_kprpe.dfa import DFALoss, RetinaFaceNet
-from insightface_kprpe.dfa.training import main, train_dfa, train_landmarks
 from insightface_kprpe.dfa.weights import load_dfa, start_from
 from insightface_kprpe.evaluation.landmarks import evaluate_landmarks
 from insightface_kprpe.training.callbacks import StopSignal
 from insightface_kprpe.training.checkpoint import list_checkpoints
 from insightface_kprpe.training.config import ConfigError, configs_folder, load_config
+from insightface_kprpe.training.landmark_trainer import main, train_dfa, train_landmarks
 from insightface_kprpe.training.loop import EXIT_STOPPED, TrainingError
 
 SIZE = 32  # pixels; 42 anchors
@@ -274,7 +274,14 @@ def launch(faces, output, *arguments, processes=0):
     command = [sys.executable]
     if processes:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "insightface_kprpe.dfa.training", "dfa_small", *TINY_RUN, f"data={faces}", f"output={output}"]
+    command += [
+        "-m",
+        "insightface_kprpe.training.landmark_trainer",
+        "dfa_small",
+        *TINY_RUN,
+        f"data={faces}",
+        f"output={output}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ik.__file__).parents[1])}
     return subprocess.Popen(
         [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from insightface_kprpe import cli
 from insightface_kprpe.app import doctor, doctor_packs
-from insightface_kprpe.app.doctor import BROKEN, OK, WARNING, Finding
+from insightface_kprpe.app.findings import BROKEN, OK, WARNING, Finding
 from insightface_kprpe.deployment import installed_packs, model_pack
 
 

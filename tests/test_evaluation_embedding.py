@@ -13,11 +13,12 @@ from insightface_kprpe.data.image_codec import encode_jpeg
 from insightface_kprpe.data.landmark_csv import write_landmark_csv
 from insightface_kprpe.data.synthetic import verification_pairs
 from insightface_kprpe.data.verification_bin import write_verification_bin
-from insightface_kprpe.evaluation import embedding_store
-from insightface_kprpe.evaluation.embedding import EmbedOptions, TorchEmbedder, embed_faces, embed_images
-from insightface_kprpe.evaluation.models import open_model
-from insightface_kprpe.evaluation.verification import open_verification, verify
+from insightface_kprpe.data.verification_pairs import open_verification
+from insightface_kprpe.evaluation.verification import verify
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, mirror_keypoints
+from insightface_kprpe.inference import stores as embedding_store
+from insightface_kprpe.inference.embedding import EmbedOptions, embed_faces, embed_images
+from insightface_kprpe.inference.models import TorchEmbedder, open_model
 
 TINY = {
     "embed_dim": 32, "depth": 1, "num_heads": 2, "mlp_ratio": 2, "num_features": 8, "patch_size": 28,
@@ -145,8 +146,8 @@ KILLED = """
 import os, sys
 import numpy as np, torch
 from insightface_kprpe.evaluation import embedding_store
-from insightface_kprpe.evaluation.embedding import EmbedOptions, embed_faces
-from insightface_kprpe.evaluation.models import open_model
+from insightface_kprpe.inference.embedding import EmbedOptions, embed_faces
+from insightface_kprpe.inference.models import open_model
 
 embedding_store.BLOCK = 6
 embed, calls = open_model(sys.argv[1], "vit_n"), []

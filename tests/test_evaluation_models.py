@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 import insightface_kprpe as ik
 from insightface_kprpe.data.synthetic import draw_face
-from insightface_kprpe.deployment.model_pack import MANIFEST, TWIN
 from insightface_kprpe.deployment.onnx_export import export_onnx
-from insightface_kprpe.evaluation import models
-from insightface_kprpe.evaluation.models import OnnxEmbedder, TorchEmbedder, open_model
+from insightface_kprpe.inference import models
+from insightface_kprpe.inference.models import OnnxEmbedder, TorchEmbedder, open_model
+from insightface_kprpe.packs.layout import KEYPOINT_RECOGNITION, MANIFEST
 
 TINY = {"depth": 1, "embed_dim": 32, "num_heads": 2, "patch_size": 28}
 
@@ -121,9 +121,9 @@ def test_arcface_files_as_insightface_feeds_them(tmp_path, faces, batch, preproc
 def test_packs_by_folder_and_by_name(tmp_path, files, net, faces, monkeypatch):
     monkeypatch.setattr(models, "PACKS", str(tmp_path))
     ours = tmp_path / "kprpe"
-    (ours / TWIN).parent.mkdir(parents=True)
-    (ours / TWIN).write_bytes((files / "two.onnx").read_bytes())
-    (ours / MANIFEST).write_text(json.dumps({"name": "kprpe", "files": {TWIN: {}}}))
+    (ours / KEYPOINT_RECOGNITION).parent.mkdir(parents=True)
+    (ours / KEYPOINT_RECOGNITION).write_bytes((files / "two.onnx").read_bytes())
+    (ours / MANIFEST).write_text(json.dumps({"name": "kprpe", "files": {KEYPOINT_RECOGNITION: {}}}))
     embed = open_model("kprpe")
     assert isinstance(embed, OnnxEmbedder) and embed.needs_keypoints and embed.name == "kprpe"
     other = tmp_path / "buffalo"

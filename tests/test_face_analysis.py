@@ -4,8 +4,7 @@ import tiny_packs as tiny
 from insightface.app import FaceAnalysis
 
 import insightface_kprpe as ik
-from insightface_kprpe import model_zoo
-from insightface_kprpe.app import face_analysis
+from insightface_kprpe.app import face_analysis, registration
 from insightface_kprpe.app.pictures import as_bgr
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS
 
@@ -181,9 +180,9 @@ def test_as_bgr_leaves_a_picture_alone_and_rounds_16_bit():
 def test_unregister_takes_everything_back():
     ik.unregister()
     assert not hasattr(FaceAnalysis, "get_batch") and not hasattr(FaceAnalysis, "embed_aligned")
-    assert FaceAnalysis.get is model_zoo._stock_get
+    assert FaceAnalysis.get is registration._stock_get
     ik.unregister()
     ik.register()
     ik.register()
     ik.unregister()
-    assert FaceAnalysis.get is model_zoo._stock_get
+    assert FaceAnalysis.get is registration._stock_get

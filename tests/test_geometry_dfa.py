@@ -2,12 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from insightface_kprpe.geometry import (
-    ARCFACE_TEMPLATE_112,
-    similarity_transform,
-    theta_from_similarity,
-    to_five_points,
-)
+from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112, similarity_transform, theta_from_similarity, to_five_points
 
 
 def test_theta_is_the_reference_one(golden):

@@ -13,12 +13,13 @@ import torch
 from insightface.app import FaceAnalysis
 
 import insightface_kprpe as ik
-from insightface_kprpe import model_zoo
+from insightface_kprpe.app import recognizer
 from insightface_kprpe.deployment import model_pack
 from insightface_kprpe.deployment.detector_export import export_detector
 from insightface_kprpe.deployment.onnx_export import export_onnx
 from insightface_kprpe.dfa.network import RetinaFaceNet
 from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112, CANONICAL_KEYPOINTS, align_face
+from insightface_kprpe.packs import routing
 
 CPU = {"providers": ["CPUExecutionProvider"]}
 
@@ -97,7 +98,7 @@ def test_registered_recogniser_gets_the_faces_keypoints(files, root, picture, re
     app = FaceAnalysis(name="kprpe", root=str(root), **CPU)
     app.prepare(ctx_id=-1)
     recogniser = app.models["recognition"]
-    assert isinstance(recogniser, model_zoo.KeypointRecognizer)
+    assert isinstance(recogniser, recognizer.KeypointRecognizer)
     face = a_face()
     embedding = recogniser.get(picture, face)
     crop, keypoints = align_face(picture, face.kps)
@@ -184,7 +185,7 @@ def test_detector_export_decodes_as_the_network_does(files):
     torch.manual_seed(0)
     net = RetinaFaceNet(aggregator=False, image_size=64).eval()
     export_detector(net, files[1] / "check.onnx")
-    detector = model_zoo.stock_model(files[1] / "check.onnx")
+    detector = routing.stock_model(files[1] / "check.onnx")
     detector.prepare(-1, det_thresh=0.0)
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     boxes, points = detector.detect(image)

@@ -13,11 +13,10 @@ from insightface.app import FaceAnalysis
 from insightface.app.common import Face
 
 import insightface_kprpe as ik
-from insightface_kprpe import model_zoo
-from insightface_kprpe.app.face_aligner import FaceAligner
-from insightface_kprpe.deployment import providers
+from insightface_kprpe.app.aligner import FaceAligner
 from insightface_kprpe.evaluation.fusion import landmark_weights
 from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112, CANONICAL_KEYPOINTS, align_face
+from insightface_kprpe.packs import providers
 
 MANIFESTS = tuple(int(part) for part in insightface.__version__.split(".")[:1]) >= (2,)
 PICTURE = tiny.draw_picture([(5, 5), (14, 20), (25, 9)])
@@ -164,7 +163,7 @@ def test_other_models_keep_their_classes_and_answers(tmp_path):
 def test_a_packs_name_is_found_by_the_stock_loader(tmp_path):
     tiny.write_pack(tmp_path)
     model = insightface.model_zoo.get_model("tiny", root=str(tmp_path), **tiny.CPU)
-    assert isinstance(model, model_zoo.KeypointRecognizer)
+    assert isinstance(model, recognizer.KeypointRecognizer)
     assert insightface.model_zoo.get_model("absent", root=str(tmp_path), **tiny.CPU) is None
 
 
@@ -173,11 +172,11 @@ def test_manifest_packs(tmp_path):
     folder = tiny.write_pack(tmp_path, aligner=True, manifest=True)
     app = open_app(tmp_path)
     recognizer = app.models["recognition"]
-    assert app.model_package is not None and isinstance(recognizer, model_zoo.KeypointRecognizer)
+    assert app.model_package is not None and isinstance(recognizer, recognizer.KeypointRecognizer)
     assert isinstance(recognizer.aligner, FaceAligner)
     assert len(app.get(PICTURE)) == 3
     by_task = insightface.model_zoo.get_model(str(folder), model_task="recognition", **tiny.CPU)
-    assert isinstance(by_task, model_zoo.KeypointRecognizer)
+    assert isinstance(by_task, recognizer.KeypointRecognizer)
     ik.unregister()
     assert type(open_app(tmp_path).models["recognition"]).__name__ == "ArcFaceONNX"
 

@@ -6,8 +6,9 @@ import torch
 
 import insightface_kprpe as ik
 from insightface_kprpe.deployment import onnx_export
-from insightface_kprpe.deployment.onnx_export import ExportError, export_onnx, read_metadata
+from insightface_kprpe.deployment.onnx_export import ExportError, export_onnx
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS
+from insightface_kprpe.packs.metadata import read_metadata
 
 
 def tiny(position="kprpe", trained=True):

@@ -16,9 +16,11 @@ from insightface_kprpe import cli
 from insightface_kprpe.data.synthetic import verification_pairs
 from insightface_kprpe.data.verification_bin import write_verification_bin
 from insightface_kprpe.deployment import installed_packs, pack_sources, precision
-from insightface_kprpe.deployment.model_pack import PackError, build
-from insightface_kprpe.deployment.onnx_export import add_metadata, read_metadata
-from insightface_kprpe.model_zoo import stock_route
+from insightface_kprpe.deployment.model_pack import build
+from insightface_kprpe.packs import layout
+from insightface_kprpe.packs.layout import PackError
+from insightface_kprpe.packs.metadata import add_metadata, read_metadata
+from insightface_kprpe.packs.routing import stock_route
 
 TINY = {"depth": 1, "embed_dim": 32, "num_heads": 2, "patch_size": 28}
 
@@ -96,7 +98,7 @@ def test_the_manifest_says_what_every_file_is(made):
 
 
 def test_thresholds_are_those_of_unmirrored_embeddings(made):
-    from insightface_kprpe.evaluation.verification import open_verification
+    from insightface_kprpe.data.verification_pairs import open_verification
 
     folder, _ = made
     file = folder / "root" / "models" / "kprpe" / "recognition.onnx"
@@ -116,9 +118,9 @@ def test_inspect_and_load_note(made, caplog):
         assert part in result.output
     result = call("pack", "inspect", folder / "root" / "models" / "buffalo_x")
     assert "not built by this package" in result.output and "det.onnx: detection (SCRFD)" in result.output
-    note = installed_packs.load_note(folder / "root" / "models" / "kprpe" / "keypoints" / "recognition.onnx")
+    note = layout.load_note(folder / "root" / "models" / "kprpe" / "keypoints" / "recognition.onnx")
     assert note.startswith("kprpe/keypoints/recognition.onnx: ViT with KPRPE") and note.endswith("licence MIT")
-    assert installed_packs.load_note(folder / "root" / "models" / "buffalo_x" / "det.onnx") is None
+    assert layout.load_note(folder / "root" / "models" / "buffalo_x" / "det.onnx") is None
     with pytest.raises(FileNotFoundError, match="pack not found: absent .* which holds buffalo_x, kprpe; --root"):
         call("pack", "inspect", "absent", "--root", folder / "root")
     with pytest.raises(FileNotFoundError, match="which holds none"):

@@ -99,6 +99,20 @@ def test_labels_of_other_ranks_are_kept_apart():
     assert set(partial_fc._sample(torch.tensor([-1, 4, -1])).tolist()) > {4}
 
 
+@pytest.mark.parametrize("label", [-1, 5, 10**9])
+def test_labels_of_nobody_are_refused(label):
+    partial_fc = PartialFC(CosFace(), SIZE, 5)
+    with pytest.raises(ValueError, match=rf"labels must be in \[0, num_classes\), got {label} with num_classes=5"):
+        partial_fc(torch.randn(2, SIZE), torch.tensor([0, label]))
+    with pytest.raises(ValueError, match="labels must be"), partial_fc.one_batch(torch.tensor([label])):
+        pass
+
+
+def test_a_margin_without_interface_is_refused():
+    with pytest.raises(ValueError, match="margin_loss must be an insightface_kprpe.losses.MarginLoss, got Identity"):
+        PartialFC(torch.nn.Identity(), SIZE, 5)
+
+
 @pytest.mark.parametrize("margin", [AdaFace, ArcFace])
 def test_parts_of_one_batch_equal_the_batch(margin):
     def outcome(parts):

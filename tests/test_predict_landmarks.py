@@ -5,17 +5,19 @@ import torch
 from distributed import run_on_ranks
 from typer.testing import CliRunner
 
-from insightface_kprpe import cli, landmarks
+from insightface_kprpe import cli
+from insightface_kprpe.data.crops import open_crops
 from insightface_kprpe.data.face_dataset import open_faces
 from insightface_kprpe.data.landmark_csv import read_landmark_csv
 from insightface_kprpe.data.record_writer import write_face_records
 from insightface_kprpe.data.synthetic import SyntheticFaces
 from insightface_kprpe.data.verification_bin import write_verification_bin
+from insightface_kprpe.data.verification_pairs import open_verification
 from insightface_kprpe.dfa import DFA
 from insightface_kprpe.dfa.aligner import canonical_keypoints, fit_to_square
-from insightface_kprpe.evaluation.verification import open_verification
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS
-from insightface_kprpe.landmarks import contact_sheet, open_crops, predict_landmarks
+from insightface_kprpe.inference import predicted_landmarks as landmarks
+from insightface_kprpe.inference.predicted_landmarks import contact_sheet, predict_landmarks
 
 COUNT = 10
 

@@ -13,25 +13,28 @@ from typer.testing import CliRunner
 
 from insightface_kprpe import cli
 from insightface_kprpe.backbones import VisionTransformer, get_model
+from insightface_kprpe.backbones.interface import Backbone
 from insightface_kprpe.data.landmark_csv import write_landmark_csv
 from insightface_kprpe.data.synthetic import draw_face, verification_pairs
 from insightface_kprpe.data.verification_bin import write_verification_bin
+from insightface_kprpe.data.verification_pairs import open_verification
 from insightface_kprpe.dfa import DFA
 from insightface_kprpe.evaluation import ijb
-from insightface_kprpe.evaluation.embedding import EmbedOptions, TorchEmbedder, embed_faces
 from insightface_kprpe.evaluation.fusion import FUSION_METHODS, norm_weights
-from insightface_kprpe.evaluation.images import AlignedFiles, WholeFiles, fit_crop
 from insightface_kprpe.evaluation.protocols import choose_fusions, run_ijb, run_ijbs, run_pairs, run_tinyface
-from insightface_kprpe.evaluation.verification import open_verification, verify
+from insightface_kprpe.evaluation.verification import verify
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, align_face
+from insightface_kprpe.inference.embedding import EmbedOptions, embed_faces
+from insightface_kprpe.inference.images import AlignedFiles, WholeFiles, fit_crop
+from insightface_kprpe.inference.models import TorchEmbedder
 
 PEOPLE, FRAMES = 6, 4  # two templates of two frames each a person
 
 
-class Thumbnail(torch.nn.Module):
+class Thumbnail(Backbone):
     """Its embedding is a small picture of the crop: good enough to tell drawn people apart somewhat."""
 
-    position = "kprpe"
+    img_size, num_features, needs_keypoints = 112, 202, True
 
     def __init__(self):
         super().__init__()
@@ -232,9 +235,9 @@ def test_self_aligned_networks_and_aligners_report_what_they_found():
     tiny = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 28, "num_features": 8}
     plain = VisionTransformer(position="kprpe", **tiny).eval()
     torch.nn.init.normal_(plain.keypoint_linear.weight)
-    from insightface_kprpe.backbones.self_aligned import SelfAlignedViT
+    from insightface_kprpe.backbones.vit_with_dfa import ViTWithDFA
 
-    both = SelfAlignedViT(dfa.state_dict(), **tiny).eval()
+    both = ViTWithDFA(dfa.state_dict(), **tiny).eval()
     both.load_state_dict(plain.state_dict(), strict=False)
     own = embed_faces(TorchEmbedder(both), images)
     other = embed_faces(TorchEmbedder(plain), images, None, EmbedOptions(aligner=dfa))
@@ -338,7 +341,7 @@ def test_embed(tmp_path, weights, suffix):
         names, norms = table["name"], table["norm"]
         embeddings, keypoints = np.array(table["embedding"]), np.array(table["keypoints"]).reshape(-1, 5, 2)
     assert list(names) == ["p0/0.png", "p1/0.png", "p2/0.png"]
-    from insightface_kprpe.deployment.weights import load_run
+    from insightface_kprpe.weights.network import load_run
 
     expected = embed_faces(TorchEmbedder(load_run(weights)), images)
     np.testing.assert_allclose(embeddings, expected.embeddings, atol=1e-5)

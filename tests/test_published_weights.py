@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 import insightface_kprpe as ik
 from insightface_kprpe.backbones import registry
-from insightface_kprpe.deployment import architecture, cvlface, hub
-from insightface_kprpe.deployment.published import convert, load_published
-from insightface_kprpe.deployment.weights import load_run
 from insightface_kprpe.dfa.network import RetinaFaceNet
 from insightface_kprpe.dfa.weights import load_dfa
+from insightface_kprpe.weights import architecture, cvlface, hub
+from insightface_kprpe.weights.network import load_run
+from insightface_kprpe.weights.sources import convert, load_published
 
 # The golden files' sizes, in the place of CVLface's "base".
 TINY = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 3.0, "num_features": 32}
@@ -26,7 +26,7 @@ def tiny(monkeypatch):
     for suffix, position in (("", None), ("_irpe", "irpe"), ("_kprpe", "kprpe")):
         build = registry._vit({**TINY, "position": position})
         monkeypatch.setitem(registry._BACKBONES, f"tiny{suffix}", build)
-    monkeypatch.setitem(registry._BACKBONES, "tiny_kprpe_dfa", registry._vit(TINY, registry.SelfAlignedViT))
+    monkeypatch.setitem(registry._BACKBONES, "tiny_kprpe_dfa", registry._vit(TINY, registry.ViTWithDFA))
     monkeypatch.setitem(cvlface._SIZES, "base", "tiny")
 
 

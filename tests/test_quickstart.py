@@ -6,8 +6,8 @@ import torch
 import insightface_kprpe as ik
 from insightface_kprpe.data.landmark_dataset import UNKNOWN
 from insightface_kprpe.dfa import DFA, load_dfa
-from insightface_kprpe.quickstart import with_aligner
-from insightface_kprpe.quickstart_landmarks import DrawnScenes, landmark_error, train_both
+from insightface_kprpe.quickstart.landmarks import DrawnScenes, landmark_error, train_both
+from insightface_kprpe.quickstart.run import with_aligner
 from insightface_kprpe.training.config import dump_config, load_config
 
 

@@ -13,7 +13,8 @@ from insightface_kprpe.contact_sheet import CELL, arrange, face_cell
 from insightface_kprpe.evaluation.curves import cmc_points, equal_error_rate, plot_roc, roc_points, thinned
 from insightface_kprpe.evaluation.hardest import hardest_pairs, write_hardest_pairs
 from insightface_kprpe.evaluation.metrics import Matches, tpr_at_fpr
-from insightface_kprpe.evaluation.report import Result, format_markdown, format_text, grid, write_report
+from insightface_kprpe.evaluation.report import format_markdown, format_text, grid, write_report
+from insightface_kprpe.evaluation.result import Result
 
 
 def draw_scores(count=3000, seed=0, steps=None):

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from insightface_kprpe.training.report import read_metrics, report_run, smoothed, summary
+from insightface_kprpe.training.run_report import read_metrics, report_run, smoothed, summary
 
 
 @pytest.fixture

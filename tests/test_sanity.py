@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from insightface_kprpe.evaluation.report import Result
+from insightface_kprpe.evaluation.result import Result
 from insightface_kprpe.evaluation.sanity import (
     channel_order_warning,
     expected_rank_1,

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from insightface_kprpe.evaluation.verification import VerificationPairs
+from insightface_kprpe.backbones.interface import Backbone
+from insightface_kprpe.data.verification_pairs import VerificationPairs
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS
 
 
@@ -75,8 +76,8 @@ def test_keypoint_errors_are_as_long_as_equation_12_says(study, dots):
 
 
 def test_effect_of_keypoints_is_the_distance_of_unit_embeddings(study, dots):
-    class Net(torch.nn.Module):
-        position = "kprpe"
+    class Net(Backbone):
+        img_size, num_features, needs_keypoints = 112, 10, True
 
         def __init__(self):
             super().__init__()

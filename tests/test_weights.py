@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import insightface_kprpe as ik
-from insightface_kprpe.deployment.weights import read_state_dict
+from insightface_kprpe.state_dict import read_state_dict
 
 
 def net(**kwargs):

@@ -9,9 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from insightface_kprpe.deployment.detector_export import DFA_DETECTOR
-from insightface_kprpe.deployment.onnx_export import METADATA_PREFIX
 from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112, CANONICAL_KEYPOINTS
+from insightface_kprpe.packs.metadata import DFA_DETECTOR, METADATA_PREFIX
 
 DIM = 16
 DETECTOR_SIDE, FACE = 256, 32  # a face is a bright 8x8 cell of the detector's input; its box has this side

@@ -10,11 +10,12 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
-OK, WARNING, BROKEN = "ok", "warning", "broken"
+from .doctor_packs import examine_packs
+from .findings import BROKEN, OK, WARNING, Finding
+
 _PACKAGE = "insightface-kprpe"
 # Distributions that unpack into the same folder: of two, the one installed last wins, file by file.
 _ONNXRUNTIMES = (
@@ -29,15 +30,6 @@ _GPU_ONNXRUNTIME = (
 )
 
 
-class Finding(NamedTuple):
-    """What was looked at, how it is ("ok", "warning" or "broken"), and the command that mends it."""
-
-    name: str
-    status: str
-    found: str
-    mend: str = ""
-
-
 def examine(root: str | Path = "~/.insightface") -> list[Finding]:
     """Everything: packages, devices, and the packs under ``root/models``."""
     python = sys.version.split()[0]
@@ -47,8 +39,6 @@ def examine(root: str | Path = "~/.insightface") -> list[Finding]:
     findings += [check_onnxruntime(), check_opencv(), check_insightface()]
     if findings[-1].status == BROKEN:
         return [*findings, Finding("packs", WARNING, "not looked at: insightface does not load")]
-    from .doctor_packs import examine_packs
-
     return findings + examine_packs(Path(root).expanduser())
 
 
@@ -192,7 +182,7 @@ def check_insightface() -> Finding:
     version = installed(["insightface"]).get("insightface", "not installed")
     try:
         importlib.import_module("insightface.app")
-        importlib.import_module("insightface_kprpe.model_zoo")
+        importlib.import_module("insightface_kprpe.app.recognizer")
     except Exception as error:
         return Finding("insightface", BROKEN, f"{version} does not load ({error})", "pip install -U insightface")
     return Finding("insightface", OK, f"{version}, register() has what it needs")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import onnx
 
-from ..deployment.installed_packs import added_files, faults, read_manifest, rebuild_command
-from ..deployment.model_pack import MANIFEST, PackError
-from ..deployment.onnx_export import read_metadata
-from .doctor import BROKEN, OK, WARNING, Finding
+from ..deployment.installed_packs import added_files, faults, rebuild_command
+from ..packs.layout import ALIGNER_FILE, KEYPOINT_FOLDER, MANIFEST, PackError, read_manifest
+from ..packs.metadata import DFA_DETECTOR, read_metadata
+from ..packs.routing import stock_route
+from .findings import BROKEN, OK, WARNING, Finding
 
 # InsightFace decides by shapes.
 _ROUTING = (
@@ -58,8 +59,6 @@ def _examine_file(
     name: str, path: Path, tasks: dict[str, str], listed: Collection[str]
 ) -> tuple[Finding | None, str | None]:
     """How a file is routed, or why not, unless the manifest's finding tells; and its task."""
-    from ..model_zoo import stock_route
-
     try:
         route = stock_route(path)
     except Exception as error:  # onnxruntime and protobuf raise what they like
@@ -95,9 +94,6 @@ def why_ignored(path: Path) -> str:
 
 def _after_register(path: Path) -> str:
     """What else becomes of a file of this package after ``register()``."""
-    from ..deployment.detector_export import DFA_DETECTOR
-    from ..model_zoo import ALIGNER_FILE, KEYPOINT_FOLDER
-
     metadata = read_metadata(path)
     if metadata.get("detector") == DFA_DETECTOR:
         return "; after register() FaceAligner"

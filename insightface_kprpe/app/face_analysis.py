@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 from insightface.utils import face_align
 
-from ..geometry import KEYPOINT_LIMIT
+from .batches import LARGEST_BATCH, batches, check_crops, refuse_single
 from .pictures import as_bgr
+from .recognizer import KeypointRecognizer
 
-LARGEST_BATCH = 64  # faces a run of the network; a power of two
 # A picture this many times longer than wide has no row left in the detector's input.
 _THINNEST = 100
 
@@ -46,7 +46,7 @@ def get_batch(self, images: Iterable[np.ndarray], max_num: int = 0, det_metric: 
     Raises:
         ValueError: an array is no picture, or ``images`` is a single one.
     """
-    _refuse_single(images, "images", "photo")
+    refuse_single(images, "images", "photo")
     collector = _Collector(self.models.get("recognition"))
     collecting = copy.copy(self)
     collecting.models = {task: collector if task == "recognition" else model for task, model in self.models.items()}
@@ -74,60 +74,13 @@ def embed_aligned(self, crops: Sequence[np.ndarray], keypoints: np.ndarray | Non
     """
     if "recognition" not in self.models:
         raise ValueError(f"embed_aligned needs a recognition model, this pack has only {', '.join(self.models)}")
-    return embed_crops(self.models["recognition"], crops, keypoints)
-
-
-def embed_crops(recognizer: ArcFaceONNX, crops: Sequence[np.ndarray], keypoints: np.ndarray | None) -> np.ndarray:
-    """:func:`embed_aligned` for a recognition model by itself."""
-    _refuse_single(crops, "crops", "crop")
-    crops = [as_bgr(crop, f"crops[{i}]") for i, crop in enumerate(crops)]
-    width, height = recognizer.input_size
-    for i, crop in enumerate(crops):
-        if crop.shape[:2] != (height, width):
-            raise ValueError(
-                f"crops must be ({height}, {width}, 3), aligned to the template, got crops[{i}] of shape {crop.shape}"
-            )
-    if hasattr(recognizer, "keypoint_name"):
-        return recognizer.get_feat(crops, keypoints)
+    recognizer = self.models["recognition"]
+    if isinstance(recognizer, KeypointRecognizer):
+        return recognizer.embed_aligned(crops, keypoints)
+    crops = check_crops(crops, recognizer.input_size)
     if keypoints is not None:
         raise ValueError("keypoints were given to a recognition model without keypoint input; leave them out")
     return _in_batches(recognizer, crops)
-
-
-def _refuse_single(images: Any, name: str, example: str) -> None:
-    """One picture in the place of many would be taken for many rows of pixels."""
-    if isinstance(images, np.ndarray) and images.ndim < 4:
-        raise ValueError(f"{name} must be a list of arrays, got one of shape {images.shape}; give a list: [{example}]")
-
-
-def check_keypoints(keypoints: np.ndarray, count: int) -> np.ndarray:
-    """Keypoints as (count, 5, 2) float32.
-
-    Raises:
-        ValueError: another shape, not finite, or pixels.
-    """
-    keypoints = np.asarray(keypoints, dtype=np.float32)
-    if keypoints.shape != (count, 5, 2) or not np.isfinite(keypoints).all():
-        raise ValueError(f"keypoints must be ({count}, 5, 2) finite numbers, got shape {keypoints.shape}")
-    if count and np.median(np.abs(keypoints)) > KEYPOINT_LIMIT:
-        raise ValueError("keypoints must be in [0, 1] of the crop, got pixels; divide them by the side of the crop")
-    return keypoints
-
-
-def batches(count: int, largest: int = LARGEST_BATCH) -> Iterator[slice]:
-    """Parts of ``count`` faces, each a power of two long, the longest first.
-
-    Sessions prepare themselves for every new shape, so there are few; and no face is computed in vain.
-
-    Args:
-        count: of faces.
-        largest: length of a part, a power of two.
-    """
-    start = 0
-    while start < count:
-        length = min(largest, 1 << ((count - start).bit_length() - 1))
-        yield slice(start, start + length)
-        start += length
 
 
 class _Collector:
@@ -148,7 +101,7 @@ class _Collector:
         faces, self.waiting = self.waiting, []
         if not faces:
             return
-        if hasattr(self.recognizer, "embed_faces"):
+        if isinstance(self.recognizer, KeypointRecognizer):
             self.recognizer.embed_faces(faces)
         elif type(self.recognizer).get is ArcFaceONNX.get:
             size = self.recognizer.input_size[0]

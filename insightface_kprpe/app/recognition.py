@@ -13,9 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from ..evaluation.fusion import landmark_weights
+from ..fingerprint import file_sha256
 from ..geometry import SCORE_THRESHOLD, estimate_alignment, transform_points
+from ..packs.layout import MANIFEST, find_pack, read_manifest
 from .gallery import Gallery, Match
 from .pictures import list_pictures, read_picture
+from .registration import register
 
 # A customary starting point for models trained on millions of faces; `pack --evaluate` measures one's own.
 DEFAULT_THRESHOLD = 0.3
@@ -41,7 +44,7 @@ class Enrolled(NamedTuple):
 
 
 def open_pack(name: str | Path, root: str | Path = "~/.insightface", det_thresh: float = 0.5, **settings: Any) -> Any:
-    """An installed pack as ``FaceAnalysis`` with :func:`~.model_zoo.register`, prepared; nothing is downloaded.
+    """An installed pack as ``FaceAnalysis`` with :func:`~.registration.register`, prepared; nothing is downloaded.
 
     Args:
         name: of the pack in ``root/models``, or its folder.
@@ -54,9 +57,6 @@ def open_pack(name: str | Path, root: str | Path = "~/.insightface", det_thresh:
     """
     from insightface.app import FaceAnalysis
 
-    from ..deployment.installed_packs import find_pack
-    from ..model_zoo import register
-
     register()
     app = FaceAnalysis(name=str(find_pack(name, root).resolve()), **settings)
     app.prepare(ctx_id=0, det_thresh=det_thresh)
@@ -65,9 +65,6 @@ def open_pack(name: str | Path, root: str | Path = "~/.insightface", det_thresh:
 
 def measured_threshold(app: Any) -> float | None:
     """The threshold that a pack's ``pack.json`` holds, of the smallest false positive rate; None if it has none."""
-    from ..deployment.installed_packs import read_manifest
-    from ..deployment.model_pack import MANIFEST
-
     file = Path(app.models["recognition"].model_file)
     for folder in file.parents[:2]:
         if (folder / MANIFEST).is_file():
@@ -156,8 +153,6 @@ def check_model(app: Any, gallery: Gallery) -> None:
     Raises:
         ValueError: they may not.
     """
-    from ..deployment.published import file_sha256
-
     recognizer = app.models.get("recognition")
     if recognizer is None:
         raise ValueError("the pack must have a recognition model, it has none")

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 
 from .. import backbones
-from ..backbones.self_aligned import weights_follow
+from ..backbones.vit_with_dfa import weights_follow
 from ..losses import AdaFace
 from ..partial_fc import PartialFC
 from .changes import Change

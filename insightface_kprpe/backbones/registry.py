@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
 
-import torch.nn as nn
+import torch
 
-from ._timm import register_model
-from .self_aligned import SelfAlignedViT
+from .._timm import register_model
+from .interface import Backbone, check_backbone
 from .vision_transformer import VisionTransformer
+from .vit_with_dfa import ViTWithDFA
 
-_BACKBONES: dict[str, Callable[..., nn.Module]] = {}
+_BACKBONES: dict[str, Callable[..., Backbone]] = {}
 
+TIMM_PREFIX = "insightface_"  # of our names in timm's registry, where others have a vit_b too
 # Arguments that timm.create_model passes to every model and that mean nothing here.
 _TIMM_ARGUMENTS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
@@ -36,26 +39,33 @@ _ARCFACE_TORCH = {
 }
 
 
-def register_backbone(name: str, build: Callable[..., nn.Module]) -> None:
-    """Make ``build(**kwargs)`` available as ``get_model(name, **kwargs)`` and ``timm.create_model(name, **kwargs)``.
+def register_backbone(name: str, build: Callable[..., Backbone]) -> None:
+    """Make ``build(**kwargs)`` available as ``get_model(name)`` and ``timm.create_model("insightface_" + name)``.
 
     Args:
         name: not registered yet.
-        build: returns a module that maps (B, 3, 112, 112) images and (B, 5, 2) keypoints to embeddings.
+        build: a class that derives from :class:`~.interface.Backbone`, or a function that returns one; it is called
+            once without arguments, on torch's "meta" device, to see that what it builds keeps to the interface.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, or what is built is no :class:`~.interface.Backbone`.
     """
+    with torch.device("meta"):
+        check_backbone(build(), name)
+    _register(name, build)
+
+
+def _register(name: str, build: Callable[..., Backbone]) -> None:
     if name in _BACKBONES:
         raise ValueError(f"backbone name {name!r} is registered already; choose another")
     _BACKBONES[name] = build
 
-    def create(pretrained: bool = False, **kwargs) -> nn.Module:
+    def create(pretrained: bool = False, **kwargs) -> Backbone:
         if pretrained:
             raise ValueError(f"{name} has no bundled weights; create it without pretrained and use load_weights")
         return build(**{key: value for key, value in kwargs.items() if key not in _TIMM_ARGUMENTS})
 
-    create.__name__ = name
+    create.__name__ = TIMM_PREFIX + name
     create.__module__ = __name__
     register_model(create)
 
@@ -65,7 +75,7 @@ def list_models() -> list[str]:
     return sorted(_BACKBONES)
 
 
-def get_model(name: str, dropout: float = 0.0, **kwargs) -> nn.Module:
+def get_model(name: str, dropout: float = 0.0, **kwargs) -> Backbone:
     """Build a backbone by name, with arcface_torch's signature.
 
     Args:
@@ -90,12 +100,20 @@ def get_model(name: str, dropout: float = 0.0, **kwargs) -> nn.Module:
 
 
 def _vit(settings: dict, kind: type[VisionTransformer] = VisionTransformer) -> Callable[..., VisionTransformer]:
-    return lambda **kwargs: kind(**{**settings, **kwargs})
+    def build(**kwargs) -> VisionTransformer:
+        known = {*inspect.signature(kind).parameters, *inspect.signature(VisionTransformer).parameters}
+        for key in kwargs.keys() - known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(known - {'settings'}))}"
+            raise TypeError(f"{kind.__name__} has no argument {key!r}; {hint}")
+        return kind(**{**settings, **kwargs})
+
+    return build
 
 
 for _name, _size in _SIZES.items():
     for _suffix, _position in (("", None), ("_irpe", "irpe"), ("_kprpe", "kprpe")):
-        register_backbone(_name + _suffix, _vit({**_size, "position": _position}))
-    register_backbone(f"{_name}_kprpe_dfa", _vit(_size, SelfAlignedViT))
+        _register(_name + _suffix, _vit({**_size, "position": _position}))
+    _register(f"{_name}_kprpe_dfa", _vit(_size, ViTWithDFA))
 for _name, (_base, _changes) in _ARCFACE_TORCH.items():
-    register_backbone(_name, _vit({**_SIZES[_base], **_changes}))
+    _register(_name, _vit({**_SIZES[_base], **_changes}))

@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .._timm import Attention
 from ..geometry import CANONICAL_KEYPOINTS, KEYPOINT_LIMIT
-from ._timm import Attention
 
 # Piecewise index of iRPE (Wu et al., ICCV 2021): exact up to ALPHA patches, logarithmic up to GAMMA, +-3 beyond.
 ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2

@@ -6,17 +6,21 @@ arcface_torch and CVLface checkpoints.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from ._timm import Block, PatchEmbed
+from .._timm import Block, PatchEmbed
+from .interface import Backbone
 from .relative_position import ContextualAttention, KeypointRelativePosition, bucket_index, check_keypoints
 
 POSITIONS = (None, "irpe", "kprpe")
+BATCH_NORM_EPS = 2e-5  # of arcface_torch's embedding head
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Backbone):
     """A ViT that embeds a face crop; with ``position="kprpe"`` it looks relative to the face's keypoints.
 
     Args:
@@ -27,18 +31,15 @@ class VisionTransformer(nn.Module):
         num_heads: H, attention heads a block; divides ``embed_dim``.
         mlp_ratio: hidden width of the MLPs, as a multiple of ``embed_dim``.
         num_features: length of the embedding.
+        num_classes: timm's name for it, which wins where given; 0: no last layer, see :meth:`reset_classifier`.
+        in_chans: channels of the images.
         position: None (absolute only), "irpe" or "kprpe".
         num_keypoints: K, 2 to 5 (KPRPE only).
         kprpe_sharing: which tables are shared: "none" (the published models), "layers", "heads" or "both".
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         mask_ratio: share of the patches hidden from the blocks in training, in [0, 1).
         fp16: run under float16 autocast by itself on CUDA, as arcface_torch's networks do.
-
-    Attributes:
-        finds_keypoints: whether ``forward`` finds the keypoints itself where none are given.
     """
-
-    finds_keypoints = False
 
     def __init__(
         self,
@@ -55,6 +56,8 @@ class VisionTransformer(nn.Module):
         drop_path_rate: float = 0.0,
         mask_ratio: float = 0.0,
         fp16: bool = False,
+        num_classes: int | None = None,
+        in_chans: int = 3,
     ) -> None:
         super().__init__()
         if position not in POSITIONS:
@@ -62,12 +65,12 @@ class VisionTransformer(nn.Module):
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
         self.img_size = img_size
-        self.num_features = num_features
         self.position = position
+        self.needs_keypoints = position == "kprpe"
         self.mask_ratio = mask_ratio
         self.fp16 = fp16
         self.gradient_checkpointing = False
-        self.patch_embed = PatchEmbed(img_size, patch_size, embed_dim=embed_dim)
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans=in_chans, embed_dim=embed_dim)
         grid_size, num_patches = self.patch_embed.grid_size[0], self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches, embed_dim))
         if mask_ratio > 0:
@@ -92,11 +95,30 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
         self.feature = nn.Sequential(
             nn.Linear(num_patches * embed_dim, embed_dim, bias=False),
-            nn.BatchNorm1d(embed_dim, eps=2e-5),
-            nn.Linear(embed_dim, num_features, bias=False),
-            nn.BatchNorm1d(num_features, eps=2e-5),
+            nn.BatchNorm1d(embed_dim, eps=BATCH_NORM_EPS),
+            nn.Identity(),
+            nn.Identity(),
         )
+        self._set_classifier(num_features if num_classes is None else num_classes)
         self._initialise()
+
+    def _set_classifier(self, num_classes: int) -> None:
+        """The last layer of the head and its normalisation, or none for 0."""
+        width = self.feature[0].out_features
+        self.num_classes, self.num_features = num_classes, num_classes or width
+        self.feature[2] = nn.Linear(width, num_classes, bias=False) if num_classes else nn.Identity()
+        self.feature[3] = nn.BatchNorm1d(num_classes, eps=BATCH_NORM_EPS) if num_classes else nn.Identity()
+        self.pretrained_cfg = {
+            "input_size": (self.patch_embed.proj.in_channels, self.img_size, self.img_size),
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "interpolation": "bilinear",
+            "num_classes": num_classes,
+            "first_conv": "patch_embed.proj",
+            "classifier": "feature.2",
+        }
 
     def _initialise(self) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -138,32 +160,78 @@ class VisionTransformer(nn.Module):
             ValueError: keypoints are missing, of a wrong shape, not finite or in pixels. In training on a GPU only the
                 shape is checked, since a look at the values would stall the device.
         """
+        return self.forward_head(self.forward_features(images, keypoints))
+
+    def forward_features(self, images: torch.Tensor, keypoints: torch.Tensor | None = None) -> torch.Tensor:
+        """All blocks and the last normalisation; arguments as for :meth:`forward`.
+
+        Returns:
+            (B, N, D) float32 tokens of the N patches, row by row.
+        """
         if self.position == "kprpe":
-            look = not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+            look = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and _has_values(keypoints)
             look = look and not (self.training and images.is_cuda)
             check_keypoints(keypoints, images.shape[0], self.keypoint_linear.num_keypoints, look)
-        if self.fp16 and images.is_cuda:
-            with torch.autocast("cuda", dtype=torch.float16):
-                return self._embed(images, keypoints)
-        return self._embed(images, keypoints)
+        with self._half_precision(images):
+            tokens = self.patch_embed(images) + self.pos_embed  # (B, N, D)
+            tables = self.keypoint_linear(keypoints) if self.position == "kprpe" else None
+            keep = self._draw_kept_patches(tokens) if self.training and self.mask_ratio > 0 else None
+            if keep is not None:
+                tokens = tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+            for layer in range(len(self.blocks)):
+                if self.gradient_checkpointing and self.training:
+                    tokens = checkpoint(self._run_block, tokens, layer, tables, keep, use_reentrant=False)
+                else:
+                    tokens = self._run_block(tokens, layer, tables, keep)
+            with torch.autocast(tokens.device.type, enabled=False):
+                tokens = self.norm(tokens.float())
+            if keep is not None:
+                everywhere = self.mask_token.to(tokens.dtype).expand(len(tokens), self.pos_embed.shape[1], -1)
+                tokens = everywhere.scatter(1, keep.unsqueeze(-1).expand_as(tokens), tokens)
+        return tokens
 
-    def _embed(self, images: torch.Tensor, keypoints: torch.Tensor | None) -> torch.Tensor:
-        tokens = self.patch_embed(images) + self.pos_embed  # (B, N, D)
-        tables = self.keypoint_linear(keypoints) if self.position == "kprpe" else None
-        keep = self._draw_kept_patches(tokens) if self.training and self.mask_ratio > 0 else None
-        if keep is not None:
-            tokens = tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-        for layer in range(len(self.blocks)):
-            if self.gradient_checkpointing and self.training:
-                tokens = checkpoint(self._run_block, tokens, layer, tables, keep, use_reentrant=False)
-            else:
-                tokens = self._run_block(tokens, layer, tables, keep)
-        with torch.autocast(tokens.device.type, enabled=False):
-            tokens = self.norm(tokens.float())
-        if keep is not None:
-            everywhere = self.mask_token.to(tokens.dtype).expand(len(tokens), self.pos_embed.shape[1], -1)
-            tokens = everywhere.scatter(1, keep.unsqueeze(-1).expand_as(tokens), tokens)
-        return self.feature(tokens.flatten(1)).float()
+    def forward_head(self, tokens: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Tokens of :meth:`forward_features` -> embeddings.
+
+        Args:
+            tokens: (B, N, D) float.
+            pre_logits: leave the last layer and its normalisation out.
+
+        Returns:
+            (B, num_features) float32; (B, D) with ``pre_logits``.
+        """
+        with self._half_precision(tokens):
+            head = self.feature[:2] if pre_logits else self.feature
+            return head(tokens.flatten(1)).float()
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The layer that makes embeddings of what :meth:`forward_head` returns with ``pre_logits``."""
+        return self.feature[2]
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the network a new last layer with random weights, or none.
+
+        Args:
+            num_classes: length of the new embeddings; 0: they are what goes into the last layer, (B, D).
+            global_pool: timm passes it; there is no pooling to choose here, all tokens go into the head.
+
+        Raises:
+            ValueError: ``global_pool`` is given.
+        """
+        if global_pool not in (None, ""):
+            raise ValueError(f"global_pool must be None: all tokens go into the head, got {global_pool!r}")
+        like = self.feature[0].weight
+        self._set_classifier(num_classes)
+        if num_classes:
+            nn.init.trunc_normal_(self.feature[2].weight, std=0.02)
+        self.feature[2:].to(like)
+
+    def _half_precision(self, tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+        """Float16 autocast where the network was built with ``fp16``; else whatever the caller has."""
+        on = self.fp16 and tensor.is_cuda
+        return torch.autocast("cuda", dtype=torch.float16) if on else contextlib.nullcontext()
 
     def _run_block(self, tokens: torch.Tensor, layer: int, tables: tuple | None, keep: torch.Tensor | None):
         """One block; the position argument is made here so that checkpointing need not store it."""
@@ -183,6 +251,11 @@ class VisionTransformer(nn.Module):
         batch, length, _ = tokens.shape
         kept = max(1, int(length * (1 - self.mask_ratio)))
         return torch.rand(batch, length, device=tokens.device).argsort(1)[:, :kept]
+
+
+def _has_values(tensor: torch.Tensor | None) -> bool:
+    """Whether there are numbers to look at: tensors that stand for others in tracing have none."""
+    return tensor is None or type(tensor) in (torch.Tensor, nn.Parameter)
 
 
 def _between_kept(position: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

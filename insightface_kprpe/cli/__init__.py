@@ -18,7 +18,7 @@ def quickstart(
     output: Annotated[Path, typer.Option(help="folder for everything that is made")] = Path("work_dirs/quickstart"),
 ) -> None:
     """Everything once, on drawn faces: data, training, verification, ONNX, model pack, FaceAnalysis (5 minutes)."""
-    from ..quickstart import run_quickstart
+    from ..quickstart.run import run_quickstart
 
     run_quickstart(output)
 

@@ -35,11 +35,11 @@ def landmarks(
     insightface_kprpe.cli landmarks ...
     """
     from ..contact_sheet import write_sheet
+    from ..data.crops import open_crops
     from ..data.landmark_csv import read_landmark_csv
     from ..dfa import load_dfa
-    from ..landmarks import contact_sheet, open_crops, predict_landmarks
-    from ..partial_fc import rank_and_world_size
-    from ..training.loop import process_group
+    from ..distributed import process_group, rank_and_world_size
+    from ..inference.predicted_landmarks import contact_sheet, predict_landmarks
 
     with process_group() as device:
         crops = open_crops(source)

@@ -55,8 +55,8 @@ def export(
     """
     from ..deployment.detector_export import export_detector
     from ..deployment.onnx_export import export_onnx
-    from ..deployment.weights import load_run
     from ..dfa.weights import holds_dfa, load_dfa
+    from ..weights.network import load_run
 
     if holds_dfa(run):
         typer.echo(f"{export_detector(load_dfa(run), out, licence)}: a detector for crops of one face")
@@ -78,8 +78,8 @@ def convert(
 
     The folder is what export, evaluate and pack take for a training run; its model.pt is arcface_torch's.
     """
-    from ..deployment.published import convert as write
-    from ..deployment.published import load_published
+    from ..weights.sources import convert as write
+    from ..weights.sources import load_published
 
     net, description = load_published(source, network, cache, offline, licence)
     typer.echo(f"{description.text()}\nwritten      {write(net, description, out)}")
@@ -138,7 +138,8 @@ def build_pack(
 @pack_app.command("inspect")
 def inspect_pack(pack: Pack, root: Root = Path("~/.insightface")) -> None:
     """Say what every file of a pack is, where it came from, and under which licence."""
-    from ..deployment.installed_packs import describe, find_pack
+    from ..deployment.installed_packs import describe
+    from ..packs.layout import find_pack
 
     typer.echo(describe(find_pack(pack, root)))
 
@@ -146,7 +147,8 @@ def inspect_pack(pack: Pack, root: Root = Path("~/.insightface")) -> None:
 @pack_app.command("verify")
 def verify_pack(pack: Pack, root: Root = Path("~/.insightface")) -> None:
     """Check a pack: hashes, how InsightFace takes each file, and one run of everything."""
-    from ..deployment.installed_packs import find_pack, verify
+    from ..deployment.installed_packs import verify
+    from ..packs.layout import find_pack
 
     folder = find_pack(pack, root)
     if problems := verify(folder):
@@ -157,7 +159,8 @@ def verify_pack(pack: Pack, root: Root = Path("~/.insightface")) -> None:
 @pack_app.command("remove")
 def remove_pack(pack: Pack, root: Root = Path("~/.insightface")) -> None:
     """Delete a pack that this package built."""
-    from ..deployment.installed_packs import find_pack, remove
+    from ..deployment.installed_packs import remove
+    from ..packs.layout import find_pack
 
     folder = find_pack(pack, root)
     remove(folder)

@@ -12,8 +12,9 @@ import typer
 from .app import app
 
 if TYPE_CHECKING:
-    from ..evaluation.embedding import Embedder, EmbedOptions
-    from ..evaluation.report import Result
+    from ..evaluation.result import Result
+    from ..inference.embedding import EmbedOptions
+    from ..inference.models import Embedder
 
 evaluate_app = typer.Typer(help="Measure a model on a protocol.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(evaluate_app, name="evaluate")
@@ -59,8 +60,8 @@ def evaluate_bin(
     out: Out = None,
 ) -> None:
     """10-fold verification accuracy on InsightFace .bin sets; landmarks from NAME_ldmk_5points.csv beside each."""
+    from ..data.verification_pairs import open_verification
     from ..evaluation.protocols import run_pairs
-    from ..evaluation.verification import open_verification
 
     opened = [open_verification(name) for name in sets]
     _measure(
@@ -168,7 +169,7 @@ def embed_command(
     num_workers: Workers = 2,
 ) -> None:
     """Embed aligned 112x112 crops: names, embeddings, norms, keypoints and face scores in one file."""
-    from ..evaluation.embedding_file import embed_to_file
+    from ..inference.embedding_file import embed_to_file
 
     if len(model) != 1:
         raise ValueError(f"embed takes one --model, got {len(model)}")
@@ -219,9 +220,9 @@ def _measure(run: Callable[[Embedder, EmbedOptions], list[Result]], settings: _S
 def _rank(settings: _Settings) -> Iterator[tuple[EmbedOptions, Iterator[Embedder]]]:
     """This rank's options, and the models, each opened when the one before is done with."""
     from ..dfa import load_dfa
-    from ..evaluation.embedding import EmbedOptions
-    from ..evaluation.models import open_model
-    from ..training.loop import process_group
+    from ..distributed import process_group
+    from ..inference.embedding import EmbedOptions
+    from ..inference.models import open_model
 
     named = _named(settings.models)
     with process_group() as device:
@@ -240,7 +241,7 @@ def _rank(settings: _Settings) -> Iterator[tuple[EmbedOptions, Iterator[Embedder
 
 def _named(models: list[str]) -> list[tuple[str, str]]:
     """(name, path) of each ``[NAME=]PATH``."""
-    from ..evaluation.models import default_name
+    from ..inference.models import default_name
 
     named = []
     for text in models:
@@ -254,7 +255,7 @@ def _named(models: list[str]) -> list[tuple[str, str]]:
 
 
 def _is_first() -> bool:
-    from ..partial_fc import rank_and_world_size
+    from ..distributed import rank_and_world_size
 
     return rank_and_world_size()[0] == 0
 

@@ -40,7 +40,7 @@ def recognize(
     from ..app.pictures import check_picture_name, read_picture, write_picture
     from ..app.recognition import DEFAULT_THRESHOLD, annotate, enrol, measured_threshold, open_pack, people_of_folder
     from ..app.recognition import recognize as name_faces
-    from ..deployment.installed_packs import load_note
+    from ..packs.layout import load_note
 
     if out is not None:
         check_picture_name(out)
@@ -141,7 +141,8 @@ def doctor(
     """Check the installation and the model packs; what is wrong comes with the command that mends it."""
     import json
 
-    from ..app.doctor import BROKEN, examine, format_findings
+    from ..app.doctor import examine, format_findings
+    from ..app.findings import BROKEN
 
     findings = examine(root)
     typer.echo(json.dumps([item._asdict() for item in findings], indent=2) if as_json else format_findings(findings))

@@ -35,8 +35,11 @@ def train_dfa(
     config: Annotated[str, typer.Argument(help="config file, or the name of a shipped one (e.g. dfa_small)")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="replace values")] = None,
 ) -> None:
-    """Train the landmark network in this process. Several: torchrun ... -m insightface_kprpe.dfa.training CONFIG ..."""
-    from ..dfa.training import main as train_main
+    """Train the landmark network in this process.
+
+    Several: torchrun --nproc_per_node=N -m insightface_kprpe.training.landmark_trainer CONFIG ...
+    """
+    from ..training.landmark_trainer import main as train_main
 
     train_main([config, *(overrides or [])])
 
@@ -47,7 +50,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="folder for the report; default: report in RUN")] = None,
 ) -> None:
     """Draw how a training went: loss, learning rate, norms, margins, verification, as PNG and one HTML file."""
-    from ..training.report import report_run
+    from ..training.run_report import report_run
 
     for path in report_run(run, out):
         typer.echo(path)

@@ -30,8 +30,8 @@ class FaceDataset(Dataset):
     """A source of faces as tensors.
 
     Args:
-        source: has ``labels`` (N,) int64, ``source[i] -> (image (H, W, 3) uint8 RGB, keypoints (5, 2) or None)``, and
-            ``record_key(i)``, by which a person finds the image.
+        source: has ``labels`` (N,) int64, ``has_landmarks``, ``source[i] -> (image (H, W, 3) uint8 RGB, keypoints
+            (5, 2) or None)``, and ``record_key(i)``, by which a person finds the image.
         size: side of the crops, pixels; other sizes are resized.
     """
 
@@ -43,7 +43,7 @@ class FaceDataset(Dataset):
 
     def warn_without_landmarks(self) -> None:
         """Say so where every face has the template's keypoints, for networks that make use of keypoints."""
-        if getattr(self.source, "keypoints", self) is None:
+        if not self.source.has_landmarks:
             logger.warning(
                 "%s not found: every face gets the canonical template as its keypoints, which is right for aligned "
                 "crops only and leaves KPRPE nothing to learn from. `insightface-kprpe landmarks %s --weights DFA` "
@@ -78,6 +78,7 @@ class RecordFaces:
         self.keys = self.reader.image_keys
         self.labels = self.reader.labels()
         self.keypoints = _landmarks_beside(self.folder, len(self.keys))
+        self.has_landmarks = self.keypoints is not None
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         _, image = self.reader.read_image(int(self.keys[index]))
@@ -100,6 +101,7 @@ class FolderFaces:
         self.labels = np.repeat(np.arange(len(people), dtype=np.int64), [len(files) for files in people])
         self.folder = Path(folder)
         self.keypoints = _landmarks_beside(self.folder, len(self.paths))
+        self.has_landmarks = self.keypoints is not None
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         return read_image_file(self.paths[index]), None if self.keypoints is None else self.keypoints[index]
@@ -110,6 +112,8 @@ class FolderFaces:
 
 class DrawnFaces:
     """Synthetic people; see :mod:`insightface_kprpe.data.synthetic`."""
+
+    has_landmarks = True
 
     def __init__(self, num_classes: int, num_image: int, seed: int) -> None:
         self.faces = SyntheticFaces(num_classes, max(1, num_image // num_classes), seed=seed)

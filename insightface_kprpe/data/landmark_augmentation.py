@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from insightface_kprpe.data.augmentation import move_keypoints, warp_images
-from insightface_kprpe.data.landmark_dataset import UNKNOWN, FaceSample
-from insightface_kprpe.data.photometric import gaussian_blur, lower_resolution
-from insightface_kprpe.geometry import MIRROR_ORDER
+from ..geometry import MIRROR_ORDER
+from .augmentation import move_keypoints, warp_images
+from .landmark_dataset import UNKNOWN, FaceSample
+from .photometric import gaussian_blur, lower_resolution
 
 Uniform = Callable[[float, float], torch.Tensor]  # low, high -> one random number per image
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from insightface_kprpe.geometry import warp_smoothly
+from ..geometry import warp_smoothly
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +155,10 @@ class LandmarkDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def record_key(self, index: int) -> str:
+        """The picture that a face is cut out of."""
+        return str(self.labels[index].picture)
 
     def __getitem__(self, index: int) -> FaceSample:
         label = self.labels[index]

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from insightface_kprpe.data.synthetic_drawing import (
+from ..geometry import estimate_alignment, transform_points
+from .synthetic_drawing import (
     Head,
     build_head,
     draw_background,
@@ -25,8 +26,7 @@ from insightface_kprpe.data.synthetic_drawing import (
     photograph,
     pose_head,
 )
-from insightface_kprpe.data.synthetic_people import Appearance, sample_appearance, sample_identity, sample_light
-from insightface_kprpe.geometry import estimate_alignment, transform_points
+from .synthetic_people import Appearance, sample_appearance, sample_identity, sample_light
 
 _PERSON, _PICTURE, _SCENE, _PAIRS = range(4)  # kinds of random streams
 

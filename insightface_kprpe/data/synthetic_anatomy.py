@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from insightface_kprpe.data.synthetic_people import Colour, Identity
+from .synthetic_people import Colour, Identity
 
 # Every shape is laid out for no expression and for each one alone: (7, 1) each, to broadcast with the points.
 _SMILE, _OPEN, _RAISE, _WAKE, _GAZE_X, _GAZE_Y = np.eye(7, 6, -1).T[:, :, None]

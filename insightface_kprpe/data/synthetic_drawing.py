@@ -8,8 +8,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from insightface_kprpe.data.synthetic_anatomy import drop_jaw, lay_out
-from insightface_kprpe.data.synthetic_people import EXPRESSIONS, Appearance, Colour, Identity
+from .synthetic_anatomy import drop_jaw, lay_out
+from .synthetic_people import EXPRESSIONS, Appearance, Colour, Identity
 
 _SHIFT = 5  # OpenCV draws polygons with this many fractional bits
 _GRID_X = np.linspace(-2.0, 2.0, 48, dtype=np.float32)  # where light is computed, in face units

@@ -21,11 +21,11 @@ from ..dfa.aligner import DFA
 from ..dfa.anchors import STRIDES, decode_boxes, decode_points
 from ..dfa.network import ANCHORS_PER_CELL, RetinaFaceNet
 from ..files import atomic_path
+from ..packs.metadata import DFA_DETECTOR
 from .onnx_export import ExportError, eval_on_cpu, save_graph
 
 _SCRFD_STD, _OUR_STD = 128.0, 127.5
 _NAMES = [f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in STRIDES]
-DFA_DETECTOR = "dfa"  # what the metadata say of a file with one face a crop
 NO_FACE = -1.0  # a score below every threshold, 0 included
 
 # What a picture must have to show a face; on 8-bit pixels the first is 2.5 of 255.

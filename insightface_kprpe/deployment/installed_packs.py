@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -14,59 +12,28 @@ import numpy as np
 import torch
 
 from ..data.synthetic import draw_face
-from .model_pack import ALIGNER, DETECTION, MANIFEST, RECOGNITION, TWIN, PackError
-from .onnx_export import read_metadata
+from ..fingerprint import file_sha256
+from ..inference.models import OnnxEmbedder
+from ..packs.layout import (
+    ALIGNER,
+    DETECTION,
+    INSIGHTFACE_PACK,
+    KEYPOINT_RECOGNITION,
+    MANIFEST,
+    RECOGNITION,
+    PackError,
+    read_manifest,
+)
+from ..packs.metadata import read_metadata
+from ..packs.routing import stock_model, stock_route
 from .precision import format_change
-from .published import file_sha256
 
-INSIGHTFACE_PACK = re.compile(r"(buffalo|antelope)\w*")  # names of packs that InsightFace publishes
 _PICTURE = 320  # pixels, of the drawn face that a detector is tried on
-
-
-def find_pack(name: str | Path, root: str | Path = "~/.insightface") -> Path:
-    """The folder of a pack.
-
-    Args:
-        name: of the pack in ``root/models``, or its folder.
-        root: InsightFace's root folder.
-
-    Raises:
-        FileNotFoundError: there is no such pack.
-    """
-    for folder in (Path(root).expanduser() / "models" / name, Path(name).expanduser()):
-        if folder.is_dir():
-            return folder
-    models = Path(root).expanduser() / "models"
-    there = sorted(path.name for path in models.glob("[!.]*") if path.is_dir()) if models.is_dir() else []
-    raise FileNotFoundError(
-        f"pack not found: {name} is neither a folder nor a name in {root}/models, which holds "
-        f"{', '.join(there) or 'none'}; --root names another root folder"
-    )
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What ``pack.json`` says.
-
-    Raises:
-        PackError: there is none, so the pack is someone else's, or it is damaged.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise PackError(f"{folder} was not built by this package: it has no {MANIFEST}")
-    try:
-        manifest = json.loads(path.read_text())
-        if not all("sha256" in record for record in manifest["files"].values()):
-            raise ValueError("a file has no sha256")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PackError(f"{path} is damaged ({error!r}); build the pack again") from error
-    return manifest
 
 
 def describe(folder: Path) -> str:
     """A pack for people: of ours what the manifest says, of others what InsightFace takes the files for."""
     if not (folder / MANIFEST).is_file():
-        from ..model_zoo import stock_route
-
         lines = [f"{folder}: not built by this package; InsightFace takes its files for"]
         for path in sorted(folder.rglob("*.onnx")):
             route = stock_route(path)
@@ -100,20 +67,6 @@ def format_thresholds(thresholds: Mapping[str, float]) -> str:
     """Cosine thresholds by false positive rate, as JSON has them, for people."""
     shown = ", ".join(f"cosine {value:.4f} at FPR {float(fpr):g}" for fpr, value in thresholds.items())
     return shown or "none: the set has too few pairs of different people"
-
-
-def load_note(path: str | Path) -> str | None:
-    """One line about a pack's file for the log of whoever loads it; None if it is not of a pack of this package."""
-    path = Path(path)
-    for folder in path.parents[:2]:
-        if (folder / MANIFEST).is_file():
-            name = path.relative_to(folder).as_posix()
-            record = read_manifest(folder)["files"].get(name)
-            if record is None:
-                return None
-            precision, architecture = record.get("precision", "fp32"), record.get("architecture", "unknown")
-            return f"{folder.name}/{name}: {architecture}, {precision}; {record['source']}; licence {record['licence']}"
-    return None
 
 
 def verify(folder: Path) -> list[str]:
@@ -166,7 +119,7 @@ def rebuild_command(folder: Path) -> str:
     except PackError:
         files = {}
     # With users of register() in mind; a network without keypoints has but the other.
-    recognition = files.get(TWIN, files.get(RECOGNITION, {}))
+    recognition = files.get(KEYPOINT_RECOGNITION, files.get(RECOGNITION, {}))
     detection, aligner = files.get(DETECTION, {}), files.get(ALIGNER, {})
     pack, _, file = detection.get("source", "").partition("/")
     known = file and pack != folder.name and (INSIGHTFACE_PACK.fullmatch(pack) or (folder.parent / pack).is_dir())
@@ -192,9 +145,6 @@ def _known(record: Mapping[str, Any], placeholder: str) -> str:
 
 def _try(path: Path, name: str) -> np.ndarray | None:
     """Run a file once; what a recognition file embeds a drawn face to."""
-    from ..evaluation.models import OnnxEmbedder
-    from ..model_zoo import stock_model
-
     if name in (RECOGNITION, DETECTION, ALIGNER):
         task = "recognition" if name == RECOGNITION else "detection"
         model = stock_model(path)
@@ -205,7 +155,7 @@ def _try(path: Path, name: str) -> np.ndarray | None:
         model.prepare(-1, input_size=model.input_size if fixed else (_PICTURE, _PICTURE), det_thresh=0.5)
         model.detect(draw_face(0, 0, size=_PICTURE)[0][..., ::-1].copy())
         return None
-    if name == TWIN and read_metadata(path).get("inputs") != "images+keypoints":
+    if name == KEYPOINT_RECOGNITION and read_metadata(path).get("inputs") != "images+keypoints":
         raise PackError("it does not take images and keypoints")
     image, keypoints = draw_face(0, 0)
     images = torch.tensor(image).permute(2, 0, 1)[None].float() / 127.5 - 1

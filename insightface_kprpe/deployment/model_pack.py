@@ -1,16 +1,6 @@
-"""FaceAnalysis model packs: a folder of ONNX files that the stock ``insightface`` loads by name.
+"""Builds model packs: folders of ONNX files that the stock ``insightface`` loads by name; see :mod:`..packs.layout`.
 
-::
-
-    ROOT/models/NAME/
-      detection.onnx              SCRFD layout: 9 or 15 outputs, with landmarks; a DFA serves crops of one face
-      recognition.onnx            images -> embedding; what the stock loader uses
-      keypoints/recognition.onnx  images + keypoints -> embedding; used after insightface_kprpe.register()
-      keypoints/dfa.onnx          a DFA that refines the detector's landmarks, in the layout of a detector; likewise
-      pack.json                   what every file is, its SHA-256, origin and licence
-
-The stock loader does not look into ``keypoints/``, where a second detector would only be in its way. Files of this
-package say what they are in their own metadata, of which ``pack.json`` is a copy that people can read.
+Files of this package say what they are in their own metadata, of which ``pack.json`` is a copy that people can read.
 """
 
 from __future__ import annotations
@@ -21,26 +11,24 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 import torch.nn as nn
 
+from ..data.verification_pairs import VerificationPairs
 from ..files import atomic_folder
-from .detector_export import DFA_DETECTOR, export_detector
-from .onnx_export import add_metadata, export_onnx, needs_keypoints, read_metadata
-from .precision import Precision, check_precision, lower_precision, measure
-from .published import file_sha256
-
-if TYPE_CHECKING:
-    from ..evaluation.verification import VerificationPairs
+from ..fingerprint import file_sha256
+from ..packs.layout import ALIGNER, DETECTION, DETECTOR_OUTPUTS, KEYPOINT_RECOGNITION, MANIFEST, RECOGNITION, PackError
+from ..packs.metadata import DFA_DETECTOR, add_metadata, read_metadata
+from ..packs.routing import stock_route
+from .detector_export import export_detector
+from .onnx_export import export_onnx
+from .precision import PackPrecision, check_precision, lower_precision, measure
 
 logger = logging.getLogger(__name__)
 
-DETECTION, RECOGNITION, MANIFEST = "detection.onnx", "recognition.onnx", "pack.json"
 FORMAT = "insightface-kprpe pack"
-TWIN, ALIGNER = f"keypoints/{RECOGNITION}", "keypoints/dfa.onnx"
-DETECTOR_OUTPUTS = (9, 15)  # SCRFD with landmarks, on 3 or 5 strides
 _LANDMARKS = "(faces, 5, 2) pixels of the picture: left eye, right eye, nose, left and right mouth corner as seen in it"
 # What the record says of a file that does not say it itself: InsightFace feeds all detectors alike.
 _DETECTOR = {"colour_order": "RGB", "keypoint_convention": _LANDMARKS}
@@ -49,14 +37,10 @@ _DEFAULTS = {
     DETECTION: {"task": "detection", "architecture": "SCRFD", **_DETECTOR},
     ALIGNER: {"task": "aligner", "architecture": "DFA", **_DETECTOR},
     RECOGNITION: {"task": "recognition", **_RECOGNISER},
-    TWIN: {"task": "recognition", **_RECOGNISER},
+    KEYPOINT_RECOGNITION: {"task": "recognition", **_RECOGNISER},
 }
 _DETECTORS = {DFA_DETECTOR: "DFA", "retinaface": "RetinaFace"}  # what export_detector says, for people
 _JSON_ENTRIES = ("evaluation", "change")  # that metadata hold as JSON
-
-
-class PackError(ValueError):
-    """A file does not fit a pack; the message says which and why. Nothing was written."""
 
 
 def build(
@@ -94,10 +78,10 @@ def build(
     _check_detector(sources[DETECTION])
     _check_recognition(sources[RECOGNITION])
     if keypoint_recognition is not None:
-        sources[TWIN] = Path(keypoint_recognition)
-        if (inputs := read_metadata(sources[TWIN]).get("inputs")) != "images+keypoints":
+        sources[KEYPOINT_RECOGNITION] = Path(keypoint_recognition)
+        if (inputs := read_metadata(sources[KEYPOINT_RECOGNITION]).get("inputs")) != "images+keypoints":
             raise PackError(
-                f"{sources[TWIN]} must be exported with inputs images and keypoints, got {inputs or 'none'}"
+                f"{keypoint_recognition} must be exported with inputs images and keypoints, got {inputs or 'none'}"
             )
     if aligner is not None:
         sources[ALIGNER] = Path(aligner)
@@ -123,7 +107,7 @@ def build_from_network(
     detector_licence: str = "unknown",
     aligner: str | Path | None = None,
     *,
-    precision: Precision = "fp32",
+    precision: PackPrecision = "fp32",
     pairs: VerificationPairs | None = None,
     origin: Mapping[str, str] | None = None,
     detector_source: str | None = None,
@@ -149,15 +133,15 @@ def build_from_network(
     _check_detector(Path(detector))
     with tempfile.TemporaryDirectory() as folder:
         image_only, two_inputs = Path(folder) / "image_only.onnx", Path(folder) / "keypoints.onnx"
-        forms = [image_only, two_inputs] if needs_keypoints(net) else [image_only]
+        forms = [image_only, two_inputs] if net.needs_keypoints else [image_only]
         for path in forms:
             logger.info("exporting the %s form and comparing it with torch", path.stem.replace("_", "-"))
             export_onnx(net, path, path is image_only, licence, origin)
             _finish(path, precision, pairs)
-        if aligner is None and getattr(net, "finds_keypoints", False):
+        if aligner is None and net.finds_keypoints:
             aligner = export_detector(net.dfa, Path(folder) / "dfa.onnx", licence)
             add_metadata(aligner, {"source": origin["source"]} if origin else {})
-        twin = two_inputs if needs_keypoints(net) else None
+        twin = two_inputs if net.needs_keypoints else None
         return build(image_only, detector, twin, name, root, detector_licence, aligner, detector_source)
 
 
@@ -171,7 +155,7 @@ def _pack_folder(name: str, root: str | Path) -> Path:
     return folder
 
 
-def _finish(path: Path, precision: Precision, pairs: VerificationPairs | None) -> None:
+def _finish(path: Path, precision: PackPrecision, pairs: VerificationPairs | None) -> None:
     """Lower an exported file's precision and measure it, and write into the file what came of it."""
     facts, measured = {"precision": precision}, None
     if precision != "fp32":
@@ -249,8 +233,6 @@ def _check_recognition(path: Path) -> None:
 
 
 def _check_route(path: Path, task: str):
-    from ..model_zoo import stock_route
-
     route = stock_route(path)
     if route.task != task:
         raise PackError(f"{path} must be routed as {task} by insightface.model_zoo, it takes it for {route.kind}")

@@ -18,17 +18,13 @@ import torch.nn as nn
 from ..backbones.relative_position import canonical_keypoints
 from ..data.synthetic import SyntheticFaces
 from ..files import atomic_path
+from ..packs.metadata import KEYPOINT_CONVENTION, set_metadata
 
 logger = logging.getLogger(__name__)
 
 # The first that torch's exporter targets, and old enough for onnxruntime 1.14 and TensorRT 8.6.
 OPSET = 18
-METADATA_PREFIX = "insightface_kprpe."
 MINIMAL_COSINE = 0.9999
-KEYPOINT_CONVENTION = (
-    "(batch, 5, 2) float32, x y in [0, 1] of the input crop (pixel / 112): left eye, right eye, nose, left and "
-    "right mouth corner as seen in the image"
-)
 
 _WITHOUT_KEYPOINTS = {
     "dfa": "the aligner inside finds them; where its face score is below dfa_threshold, the template's are used",
@@ -67,18 +63,13 @@ class ImageOnly(nn.Module):
         return self.net(images, self.keypoints.expand(images.shape[0], -1, -1))
 
 
-def needs_keypoints(net: nn.Module) -> bool:
-    """Whether the network looks at keypoints at all."""
-    return getattr(net, "position", None) == "kprpe"
-
-
 def keypoint_source(net: nn.Module, image_only: bool) -> str:
     """Where the keypoints of an exported network come from: "input", "dfa", "template", or "none" are used."""
-    if not needs_keypoints(net):
+    if not net.needs_keypoints:
         return "none"
     if not image_only:
         return "input"
-    return "dfa" if getattr(net, "finds_keypoints", False) else "template"
+    return "dfa" if net.finds_keypoints else "template"
 
 
 def export_onnx(
@@ -110,7 +101,7 @@ def export_onnx(
     """
     source = keypoint_source(net, image_only)
     inputs = ("images", "keypoints") if source == "input" else ("images",)
-    size = getattr(net, "img_size", 112)
+    size = net.img_size
     entries = {
         "inputs": "+".join(inputs),
         "colour_order": "RGB",
@@ -164,32 +155,8 @@ def save_graph(
             verbose=False,
         )
     model = program.model_proto
-    _set_metadata(model, metadata)
+    set_metadata(model, metadata)
     onnx.save(model, str(path))
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """What :func:`save_graph` stored in a file; empty for other ONNX files."""
-    model = onnx.load(str(path), load_external_data=False)
-    prefix = METADATA_PREFIX
-    return {p.key[len(prefix) :]: p.value for p in model.metadata_props if p.key.startswith(prefix)}
-
-
-def add_metadata(path: str | Path, entries: Mapping[str, str]) -> None:
-    """Store more in a file, for :func:`read_metadata`; entries of the same name are replaced."""
-    model = onnx.load(str(path))
-    _set_metadata(model, entries)
-    with atomic_path(path) as temporary:
-        onnx.save(model, str(temporary))
-
-
-def _set_metadata(model: onnx.ModelProto, entries: Mapping[str, str]) -> None:
-    named = {METADATA_PREFIX + key: str(value) for key, value in entries.items()}
-    kept = [prop for prop in model.metadata_props if prop.key not in named]
-    del model.metadata_props[:]
-    model.metadata_props.extend(kept)
-    for key, value in named.items():
-        model.metadata_props.add(key=key, value=value)
 
 
 def _example(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:

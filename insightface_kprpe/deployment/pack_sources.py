@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import onnx
 
+from ..data.verification_pairs import open_verification
 from ..dfa import DFA
-from .detector_export import DFA_DETECTOR, export_detector
-from .installed_packs import INSIGHTFACE_PACK, read_manifest
-from .model_pack import ALIGNER, DETECTION, DETECTOR_OUTPUTS, MANIFEST, PackError, build_from_network
-from .onnx_export import add_metadata, read_metadata
-from .precision import Precision, check_precision
-from .published import Description, load_published
+from ..packs.layout import ALIGNER, DETECTION, DETECTOR_OUTPUTS, INSIGHTFACE_PACK, MANIFEST, PackError, read_manifest
+from ..packs.metadata import DFA_DETECTOR, add_metadata, read_metadata
+from ..weights.sources import Description, load_published
+from .detector_export import export_detector
+from .model_pack import build_from_network
+from .precision import PackPrecision, check_precision
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def make_pack(
     aligner: str | Path | None = None,
     name: str = "kprpe",
     root: str | Path = "~/.insightface",
-    precision: Precision = "fp32",
+    precision: PackPrecision = "fp32",
     evaluate: str | Path | None = None,
     licence: str | None = None,
     detector_licence: str | None = None,
@@ -48,7 +49,7 @@ def make_pack(
     """Build a FaceAnalysis pack from published weights or a training run, and a detector.
 
     Args:
-        recognition: what :func:`~insightface_kprpe.deployment.published.load_published` loads.
+        recognition: what :func:`~insightface_kprpe.weights.sources.load_published` loads.
         detector: an ONNX file in SCRFD's layout with landmarks; a folder with one; the name of an InsightFace pack,
             which InsightFace's own downloader fetches where it is not installed; or "dfa": the aligner, for pictures
             of one face.
@@ -70,8 +71,6 @@ def make_pack(
     Raises:
         FileNotFoundError, ImportError, RuntimeError, ValueError: see ``load_published``, ``build_from_network``.
     """
-    from ..evaluation.verification import open_verification
-
     check_precision(precision)
     if evaluate is not None and (Path(evaluate).suffix != ".bin" or not Path(evaluate).is_file()):
         raise PackError(f"evaluate must be a verification set (a .bin file), {evaluate} is none or does not exist")
@@ -83,7 +82,7 @@ def make_pack(
     with tempfile.TemporaryDirectory() as folder:
         if aligner is not None:
             aligner = _aligner_file(aligner, Path(folder) / "aligner.onnx", cache, offline)
-        elif detector == DFA_AS_DETECTOR and getattr(net, "finds_keypoints", False):
+        elif detector == DFA_AS_DETECTOR and net.finds_keypoints:
             aligner = _export_aligner(net.dfa, about, Path(folder) / "aligner.onnx")
         if detector == DFA_AS_DETECTOR:
             if aligner is None:

@@ -8,19 +8,21 @@ from __future__ import annotations
 import logging
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
 
+from ..data.synthetic import verification_pairs
+from ..data.verification_pairs import FIRST_UNSEEN_IDENTITY, VerificationPairs
+from ..evaluation.metrics import kfold_accuracy, tpr_at_fpr, unit_rows
 from ..files import atomic_path
-
-if TYPE_CHECKING:
-    from ..evaluation.verification import VerificationPairs
+from ..inference.embedding import embed_images
+from ..inference.models import OnnxEmbedder
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "fp16", "int8"]
+PackPrecision = Literal["fp32", "fp16", "int8"]
 MINIMAL_COSINE = {"fp16": 0.999, "int8": 0.98}  # of every face, to its float32 embedding
 MAXIMAL_DROP = 1.0  # of verification accuracy, percentage points
 _CHANCE = 3  # pairs that may change sides on a small set without meaning anything
@@ -64,10 +66,6 @@ def measure(path: str | Path, pairs: VerificationPairs) -> Measurement:
         path: ONNX file, of one or two inputs.
         pairs: what to verify.
     """
-    from ..evaluation.embedding import embed_images
-    from ..evaluation.metrics import kfold_accuracy, tpr_at_fpr, unit_rows
-    from ..evaluation.models import OnnxEmbedder
-
     embeddings = embed_images(OnnxEmbedder(path), pairs.images, pairs.keypoints, flip=False, label=pairs.name)
     first, second = embeddings[0::2], embeddings[1::2]
     scores = (unit_rows(first) * unit_rows(second)).sum(1)
@@ -80,16 +78,13 @@ def measure(path: str | Path, pairs: VerificationPairs) -> Measurement:
 
 def drawn_pairs() -> VerificationPairs:
     """A few pairs of drawn faces, for when there is no verification set."""
-    from ..data.synthetic import verification_pairs
-    from ..evaluation.verification import FIRST_UNSEEN_IDENTITY, VerificationPairs
-
     drawn = verification_pairs(_DRAWN_PEOPLE, _DRAWN_PAIRS, first_identity=FIRST_UNSEEN_IDENTITY)
     images, is_same, keypoints = drawn
     return VerificationPairs(f"{_DRAWN_PAIRS} drawn pairs", images, keypoints, is_same, "as drawn")
 
 
 def lower_precision(
-    source: str | Path, target: str | Path, precision: Precision, pairs: VerificationPairs | None = None
+    source: str | Path, target: str | Path, precision: PackPrecision, pairs: VerificationPairs | None = None
 ) -> tuple[PrecisionChange, Measurement]:
     """Write a recognition file in a lower precision, if it still tells people apart as the float32 file does.
 
@@ -129,8 +124,6 @@ def format_change(change: dict[str, Any]) -> str:
 
 
 def _compare(before: Measurement, after: Measurement, pairs: VerificationPairs) -> PrecisionChange:
-    from ..evaluation.metrics import unit_rows
-
     if not np.isfinite(after.embeddings).all():
         return PrecisionChange(-1.0, -1.0, before.accuracy, 0.0, pairs.name)
     cosines = (unit_rows(before.embeddings) * unit_rows(after.embeddings)).sum(1)

@@ -1,9 +1,9 @@
 """The Differentiable Face Aligner: landmarks of one face per crop, and the crop aligned by them."""
 
-from insightface_kprpe.dfa.aligner import DFA, AlignedFace
-from insightface_kprpe.dfa.loss import DFALoss
-from insightface_kprpe.dfa.network import RETINAFACE, RetinaFaceNet, describe, start_from_retinaface
-from insightface_kprpe.dfa.weights import load_dfa
+from .aligner import DFA, AlignedFace
+from .loss import DFALoss
+from .network import RETINAFACE, RetinaFaceNet, describe, start_from_retinaface
+from .weights import load_dfa
 
 __all__ = [
     "DFA",

@@ -13,13 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from insightface_kprpe.dfa.network import RetinaFaceNet
-from insightface_kprpe.geometry import (
-    CANONICAL_KEYPOINTS,
-    KEYPOINT_LIMIT,
-    similarity_transform,
-    theta_from_similarity,
-)
+from ..geometry import CANONICAL_KEYPOINTS, KEYPOINT_LIMIT, similarity_transform, theta_from_similarity
+from ..state_dict import load_weights
+from .network import RetinaFaceNet
 
 logger = logging.getLogger(__name__)
 
@@ -186,8 +182,6 @@ class DFA(RetinaFaceNet):
         if weights is None:
             logger.info("DFA has random weights until some are loaded")
         else:
-            from insightface_kprpe.deployment.weights import load_weights
-
             load_weights(self, weights)
 
     def forward(self, images: torch.Tensor) -> AlignedFace:

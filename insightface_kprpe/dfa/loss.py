@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from insightface_kprpe.dfa.anchors import encode_boxes, encode_points, overlap
-from insightface_kprpe.dfa.network import NetworkOutput
+from .anchors import encode_boxes, encode_points, overlap
+from .network import NetworkOutput
 
 # Aggregated coordinates are compared in the unit in which the anchors' are: variance 0.1 of an anchor that is about
 # half the crop.

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from insightface_kprpe.backbones._timm import MixerBlock, create_model
-from insightface_kprpe.dfa.anchors import DFA_ANCHOR_SIZES, decode_boxes, decode_points, make_anchors
+from .._timm import MixerBlock, create_model
+from ..state_dict import load_weights, read_state_dict, strip_prefixes
+from .anchors import DFA_ANCHOR_SIZES, decode_boxes, decode_points, make_anchors
 
 ANCHORS_PER_CELL = 2
 VALUES_PER_ANCHOR = 4 + 2 + 10  # box, background / face, five points
@@ -249,8 +250,6 @@ def start_from_retinaface(net: RetinaFaceNet, source: str | Path | Mapping[str, 
         FileNotFoundError: there is no such file.
         ValueError: names or shapes differ.
     """
-    from insightface_kprpe.deployment.weights import load_weights, read_state_dict, strip_prefixes
-
     state = strip_prefixes(source if isinstance(source, Mapping) else read_state_dict(source))
     load_weights(net, {key: value for key, value in net.state_dict().items() if "aggregator" in key} | state)
     stem = net.body.stage1[0] if isinstance(net.body, MobileNetBody) else (net.body.conv1, net.body.bn1)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from insightface_kprpe.deployment.weights import load_weights, read_state_dict, strip_prefixes
-from insightface_kprpe.dfa.aligner import DFA
-from insightface_kprpe.dfa.network import RETINAFACE, RetinaFaceNet, start_from_retinaface
+from ..state_dict import load_weights, read_state_dict, strip_prefixes
+from .aligner import DFA
+from .network import RETINAFACE, RetinaFaceNet, start_from_retinaface
 
 
 def load_dfa(source: str | Path | Mapping[str, torch.Tensor]) -> DFA:

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from .embedding import Embedder, EmbedOptions, embed_faces
+from ..data.verification_pairs import VerificationPairs
+from ..inference.embedding import EmbedOptions, embed_faces
+from ..inference.models import Embedder
 from .metrics import unit_rows
 from .sanity import channel_order_warning
-from .verification import VerificationPairs
 
 logger = logging.getLogger(__name__)
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..files import atomic_path
 from .metrics import Matches, rank_k, split_scores
-
-if TYPE_CHECKING:
-    from .report import Result
+from .result import Result
 
 CURVE_POINTS = 2000  # more than a picture can show
 # Readable on white, in grey, and by people who do not see red and green (Okabe and Ito, without yellow).

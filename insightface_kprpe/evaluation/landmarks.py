@@ -16,10 +16,10 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from insightface_kprpe.data.landmark_augmentation import gaussian_blur, lower_resolution, to_float
-from insightface_kprpe.data.landmark_dataset import LandmarkDataset
-from insightface_kprpe.evaluation.curves import new_figure, save_figure
-from insightface_kprpe.files import write_atomically
+from ..data.landmark_augmentation import gaussian_blur, lower_resolution, to_float
+from ..data.landmark_dataset import LandmarkDataset
+from ..files import write_atomically
+from .curves import new_figure, save_figure
 
 POINT_NAMES = ("left eye", "right eye", "nose", "left mouth", "right mouth")
 FAILURE_THRESHOLD = 0.1  # an image above this NME has failed; the curve ends there, as in the paper's Fig. 8

@@ -12,19 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from ..blocks import fingerprint
-from ..partial_fc import rank_and_world_size
+from ..data.verification_pairs import VerificationPairs
+from ..distributed import rank_and_world_size
+from ..fingerprint import fingerprint
+from ..inference.embedding import Embeddings, EmbedOptions, embed_faces
+from ..inference.images import AlignedFiles, WholeFiles
+from ..inference.models import Embedder
 from . import ijb, ijbs, tinyface
 from .channels import pair_cosines, warn_of_swapped_channels
 from .curves import cmc_points, roc_points
-from .embedding import Embedder, Embeddings, EmbedOptions, embed_faces
 from .fusion import FUSION_METHODS, fusion_weights
 from .hardest import write_hardest_pairs
-from .images import AlignedFiles, WholeFiles
 from .metrics import OperatingPoint, kfold_accuracy, rank_k, tpr_at_fpr
-from .report import Result
+from .result import Result
 from .search import search
-from .verification import VerificationPairs
 
 PAIR_FPRS = (1e-4, 1e-3)
 RANKS = (1, 5, 10)
@@ -248,16 +249,16 @@ def _settings(
     embed: Embedder, options: EmbedOptions, found: Embeddings, given: str, names: Sequence[str]
 ) -> dict[str, Any]:
     """What all protocols say about how they embedded."""
-    if getattr(embed, "finds_keypoints", False):
+    if embed.finds_keypoints:
         keypoints = "found by the network itself"
-    elif not getattr(embed, "needs_keypoints", True):
+    elif not embed.needs_keypoints:
         keypoints = "not used by this network"
     else:
         keypoints = f"{options.aligner_name}" if options.aligner is not None else given
     missing = [names[i] for i in np.flatnonzero(~found.readable)]
     listed = ", ".join(missing[:_LISTED]) + (f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else "")
     return {
-        "model": embed.describe() if hasattr(embed, "describe") else type(embed).__name__,
+        "model": embed.describe(),
         "flip": "sum of both embeddings" if options.flip else "off",
         "keypoints": keypoints,
         "images": len(names),

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from ..files import write_atomically
 from .curves import plot_cmc, plot_det, plot_roc, thinned
+from .result import Result
 
 _COLUMN_NAMES = (
     (r"tpr_at_fpr_(\S+)", r"TPR@FPR=\1"),
@@ -22,35 +22,6 @@ _COLUMN_NAMES = (
     (r"thresh_at_fpir_(\S+)", r"at FPIR=\1"),
     (r"rank_(\d+)", r"rank-\1"),
 )
-
-
-@dataclass(frozen=True)
-class Result:
-    """One model on one protocol, one way.
-
-    Attributes:
-        model: what tables call the model.
-        protocol: e.g. "IJB-C 1:1".
-        metrics: name -> value; rates in percent (``tpr_at_fpr_0.0001``, ``rank_1``), thresholds as cosines.
-        settings: everything that is needed to get the numbers again (alignment, flip, fusion, source of the keypoints,
-            threshold rule, counts), as one reads it.
-        variant: what tells this result from others of the same model and protocol, e.g. the fusion.
-        roc: false and true positive rates, fractions, both ascending; None where the protocol has none.
-        cmc: (R,) identification rate in percent at rank 1 to R; None where the protocol has none.
-    """
-
-    model: str
-    protocol: str
-    metrics: dict[str, float]
-    settings: dict[str, Any] = field(default_factory=dict)
-    variant: str = ""
-    roc: tuple[np.ndarray, np.ndarray] | None = None
-    cmc: np.ndarray | None = None
-
-    @property
-    def name(self) -> str:
-        """Model and variant."""
-        return f"{self.model}, {self.variant}" if self.variant else self.model
 
 
 def format_text(results: Sequence[Result]) -> str:

@@ -17,7 +17,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from .report import Result
+from .result import Result
 
 # Rank-1 below this share of what verification suggests. The suggestion is rough, as real scores are not normal: by the
 # paper's Table 7, TinyFace is at 2.4 times what 97.67 % on AgeDB suggest, and at 1.3 times what 99.06 % on CFP-FP do.

@@ -2,102 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-
-from ..blocks import fingerprint
-from ..data.face_dataset import LANDMARK_FILE
-from ..data.landmark_csv import read_keypoints
-from ..data.synthetic import verification_pairs
-from ..data.verification_bin import read_verification_bin
-from ..geometry import CANONICAL_KEYPOINTS
-from .embedding import Embedder, embed_images
+from ..data.verification_pairs import VerificationPairs
+from ..inference.embedding import embed_images
+from ..inference.models import Embedder, EmbedFunction
 from .metrics import KFoldResult, kfold_accuracy
 
-logger = logging.getLogger(__name__)
 
-# People that no training set draws: the drawn ones are numbered from 0.
-FIRST_UNSEEN_IDENTITY = 1_000_000
-
-
-@dataclass(frozen=True)
-class VerificationPairs:
-    """Pairs of crops: images 2i and 2i + 1 are pair i.
-
-    Attributes:
-        name: what reports call the set.
-        images: 2P crops (112, 112, 3) uint8 RGB, indexable.
-        keypoints: (2P, 5, 2) float32 in [0, 1] of the crops.
-        is_same: (P,) bool.
-        keypoint_source: where the keypoints come from, for reports.
-        source: text that tells this set from others of its name.
-    """
-
-    name: str
-    images: Sequence[np.ndarray]
-    keypoints: np.ndarray
-    is_same: np.ndarray
-    keypoint_source: str = "given"
-    source: str = ""
-
-
-class _Decoded(Sequence):
-    """The images of a ``.bin`` set, decoded one by one when asked for."""
-
-    def __init__(self, source) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source.images)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.source.image(index)
-
-
-def open_verification(target: str, rec: str | Path = ".") -> VerificationPairs:
-    """Open a verification set.
-
-    Args:
-        target: path of a ``.bin`` file, the name of one in the folder ``rec``, "synthetic" or "synthetic_unaligned".
-            Landmarks are read from ``<name>_ldmk_5points.csv`` beside the file.
-        rec: where named sets lie.
-
-    Raises:
-        ValueError: there is no such set, or it is damaged.
-    """
-    if target in ("synthetic", "synthetic_unaligned"):
-        aligned = target == "synthetic"
-        images, is_same, keypoints = verification_pairs(
-            num_identities=60, pairs=600, seed=0, first_identity=FIRST_UNSEEN_IDENTITY, aligned=aligned
-        )
-        return VerificationPairs(target, images, keypoints, is_same, "as drawn", target)
-    path = Path(target) if target.endswith(".bin") else Path(rec) / f"{target}.bin"
-    if not path.is_file():
-        raise ValueError(
-            f'val_targets must name .bin files (in rec, or by path) or "synthetic", got {target}: no {path}'
-        )
-    pairs = read_verification_bin(path)
-    landmarks = path.with_name(f"{path.stem}_{LANDMARK_FILE}")
-    if landmarks.is_file():
-        keypoints, keypoint_source = read_keypoints(landmarks, len(pairs.images)), landmarks.name
-    else:
-        logger.warning(
-            "%s not found: the canonical template stands in for every face's keypoints, unless the network finds them; "
-            "write the file with `insightface-kprpe landmarks %s --weights DFA`",
-            landmarks,
-            path,
-        )
-        keypoints = np.broadcast_to(CANONICAL_KEYPOINTS, (len(pairs.images), 5, 2))
-        keypoint_source = "the canonical template"
-    source = fingerprint(*pairs.images)
-    return VerificationPairs(path.stem, _Decoded(pairs), keypoints, pairs.is_same, keypoint_source, source)
-
-
-def verify(embed: Embedder, pairs: VerificationPairs, batch_size: int = 64, flip: bool = True) -> KFoldResult:
+def verify(
+    embed: Embedder | EmbedFunction, pairs: VerificationPairs, batch_size: int = 64, flip: bool = True
+) -> KFoldResult:
     """10-fold verification accuracy, as InsightFace measures it (embeddings of both flips added).
 
     Args:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..deployment.weights import load_weights, strip_prefixes
 from ..partial_fc import PartialFC
+from ..state_dict import load_weights, strip_prefixes
 from .state import Plan, TrainingState
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from ..evaluation.embedding import TorchEmbedder
-from ..evaluation.verification import VerificationPairs, verify
+from ..data.verification_pairs import VerificationPairs
+from ..distributed import rank_and_world_size
+from ..evaluation.verification import verify
 from ..files import write_atomically
-from ..partial_fc import rank_and_world_size
+from ..inference.models import TorchEmbedder
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..distributed import rank_and_world_size
 from ..files import atomic_path, sync_folder, write_atomically
-from ..partial_fc import rank_and_world_size
 from . import arcface_torch_checkpoint
 from .callbacks import METRICS
 from .random_state import random_state, seed_everything, seed_from, set_random_state

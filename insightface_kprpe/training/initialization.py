@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from ..deployment.weights import ALIGNER_PREFIX, read_state_dict, strip_prefixes
 from ..partial_fc import PartialFC
+from ..state_dict import ALIGNER_PREFIX, read_state_dict, strip_prefixes
 from . import arcface_torch_checkpoint
 
 logger = logging.getLogger(__name__)

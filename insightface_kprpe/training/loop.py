@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.sampler import EpochSampler
+from ..distributed import RESTARTS, rank_and_world_size
 from ..files import atomic_path, write_atomically
-from ..partial_fc import rank_and_world_size
 from .callbacks import StopSignal, start_logging
 from .checkpoint import NEW_RUN, Checkpointer
 from .optimization import Batch, NotFinite
@@ -28,7 +28,6 @@ from .state import Plan, TrainingState
 
 logger = logging.getLogger(__name__)
 
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun
 EXIT_STOPPED = 128 + 15  # what a shell reports for a process ended by SIGTERM
 WORKER_GRACE = 10  # seconds that a reader process goes on after SIGTERM
 
@@ -143,10 +142,10 @@ def broken_step(
         path = output / f"bad_batch_step_{step + 1}_rank_{rank_and_world_size()[0]}.json"
         loader.batch_sampler.set_position(epoch, done * plan.batches_per_step)
         indices = [int(i) for batch in itertools.islice(loader.batch_sampler, plan.batches_per_step) for i in batch]
-        key_of = getattr(loader.dataset, "record_key", lambda index: index)
+        keys = [loader.dataset.record_key(index) for index in indices]
         report = {
             "step": step + 1, "epoch": epoch, "lr": lr, "loss_scale": scale, "loss": str(error.loss),
-            "not_finite": error.names, "indices": indices, "keys": [key_of(index) for index in indices],
+            "not_finite": error.names, "indices": indices, "keys": keys,
         }  # fmt: skip
         write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
         with atomic_path(path.with_suffix(".pt")) as temporary:
@@ -192,26 +191,6 @@ def grouped(batches: Iterable[Batch], size: int) -> Iterator[tuple[Batch, ...]]:
 def step_generator(*numbers: int) -> torch.Generator:
     """A CPU generator that the same numbers (seed, step, rank) put into the same state everywhere."""
     return torch.Generator().manual_seed(seed_from(*numbers))
-
-
-@contextlib.contextmanager
-def process_group() -> Iterator[torch.device]:
-    """The device of this rank; under torchrun with several ranks also a process group (gloo, and nccl on CUDA)."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        yield device
-        return
-    # torchrun keeps its store when it restarts a group, and in it the addresses of ranks that are no more.
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"attempt {os.environ.get(RESTARTS, 0)} of {world_size}", store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size)
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
 
 
 def begin(output: Path, resume: bool) -> bool:

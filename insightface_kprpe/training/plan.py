@@ -9,7 +9,7 @@ import torch
 from easydict import EasyDict as edict
 
 from ..backbones import get_model
-from ..backbones.self_aligned import weights_follow
+from ..backbones.vit_with_dfa import weights_follow
 from ..data.face_dataset import open_faces
 from ..partial_fc import shard_range
 from .memory import forward_flops, network_needs

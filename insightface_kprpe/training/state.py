@@ -10,7 +10,9 @@ import torch.nn as nn
 from easydict import EasyDict as edict
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-from ..partial_fc import rank_and_world_size
+from ..backbones import Backbone
+from ..distributed import rank_and_world_size
+from ..partial_fc import PartialFC
 from .lr_scheduler import build_scheduler
 
 
@@ -42,8 +44,7 @@ class TrainingState(NamedTuple):
 
     Attributes:
         model: the network, not wrapped; its weights alone are ``model.pt``.
-        loss: may have weights too, as PartialFC has. Its ``sharded()``, where it has one, names the tensors whose rows
-            are spread over the ranks: ``{name: (first row of this rank, rows of all ranks)}``.
+        loss: may have weights too, as PartialFC has.
         optimizer: over both.
         scheduler: of the learning rate, by optimizer step.
         scaler: scales the loss in fp16 training; disabled otherwise.
@@ -65,7 +66,7 @@ class TrainingState(NamedTuple):
 
     def sharded(self) -> dict[str, tuple[int, int]]:
         """Parameters whose rows are spread over the ranks: first row of this one, rows in all."""
-        shards = self.loss.sharded() if hasattr(self.loss, "sharded") else {}
+        shards = self.loss.sharded() if isinstance(self.loss, PartialFC) else {}
         return {f"loss.{name}": rows for name, rows in shards.items()}
 
     def optimized(self) -> list[str]:
@@ -140,7 +141,8 @@ def build_state(config: edict, net: nn.Module, loss: nn.Module, plan: Plan, devi
         [epoch * plan.steps_per_epoch for epoch in config.decay_epochs],
     )
     scaler_class = ShardedGradScaler if rank_and_world_size()[1] > 1 else torch.amp.GradScaler
-    return TrainingState(net, loss, optimizer, scheduler, scaler_class(device.type, enabled=config.precision == "fp16"))
+    scaler = scaler_class(device.type, enabled=config.precision == "fp16")
+    return TrainingState(net, loss, optimizer, scheduler, scaler)
 
 
 def build_optimizer(config: edict, net: nn.Module, loss: nn.Module) -> torch.optim.Optimizer:
@@ -149,8 +151,7 @@ def build_optimizer(config: edict, net: nn.Module, loss: nn.Module) -> torch.opt
     Weight decay leaves biases, norms and what the network names alone. Position tables are a group of their own, whose
     learning rate is ``position_lr_scale`` times that of the others, through the whole schedule.
     """
-    spared = net.no_weight_decay() if hasattr(net, "no_weight_decay") else set()
-    tables = net.position_tables() if hasattr(net, "position_tables") else set()
+    spared, tables = (net.no_weight_decay(), net.position_tables()) if isinstance(net, Backbone) else (set(), set())
     named = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
     plain = {name for name, parameter in named.items() if parameter.ndim <= 1} | spared
     groups = [

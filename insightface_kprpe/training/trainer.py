@@ -15,16 +15,17 @@ from ..data.augmentation import Augmentation, build_augmentation
 from ..data.face_dataset import FaceDataset, open_faces
 from ..data.feed import BadImages, DeviceFeed, RawBatch, ReadableFaces
 from ..data.sampler import EpochSampler
-from ..evaluation.verification import open_verification
+from ..data.verification_pairs import open_verification
+from ..distributed import process_group, rank_and_world_size
 from ..losses import AdaFace, CombinedMarginLoss
-from ..partial_fc import PartialFC, rank_and_world_size
+from ..partial_fc import PartialFC
 from .callbacks import Metrics, SpeedLog, Verification
 from .checkpoint import Checkpointer, put_aside
 from .command_line import run_command_line
 from .config import dump_config
 from .initialization import initialize
 from .keypoint_watch import KeypointWatch
-from .loop import begin, build_loader, process_group, run_steps, step_generator
+from .loop import begin, build_loader, run_steps, step_generator
 from .norm_watch import NormWatch
 from .optimization import AUTOCAST, distributed, optimize
 from .state import Plan, TrainingState, build_state
@@ -71,7 +72,7 @@ def train(config: edict) -> dict[str, float]:
             backbone.set_grad_checkpointing()
         if config.compile:
             backbone.compile()  # in place: names of weights stay what they are
-        if getattr(backbone, "position", None) == "kprpe" and not getattr(backbone, "finds_keypoints", False):
+        if backbone.needs_keypoints and not backbone.finds_keypoints:
             dataset.warn_without_landmarks()
         torch.manual_seed(config.seed + 1 + rank)  # class centers, dropped paths and masked patches differ by rank
         partial_fc = PartialFC(margin_loss(config), config.embedding_size, config.num_classes, config.sample_rate)
@@ -81,7 +82,7 @@ def train(config: edict) -> dict[str, float]:
         if config.init_from is not None and step == 0:
             initialize(backbone, partial_fc, config.init_from, config.init_min_match)
 
-        keypoint_watch = KeypointWatch(backbone) if getattr(backbone, "position", None) == "kprpe" else None
+        keypoint_watch = KeypointWatch(backbone) if backbone.position_tables() and backbone.needs_keypoints else None
         accuracies: dict[str, float] = {}
         log = validate = metrics = wandb = None
         if rank == 0:
@@ -113,7 +114,7 @@ def train(config: edict) -> dict[str, float]:
         def take_step(step: int, batches: Sequence[Batch]) -> float:
             seed = (config.seed, step, rank)
             batches = [prepare(batch, device, (*seed, part), augment) for part, batch in enumerate(batches)]
-            if getattr(backbone, "finds_keypoints", False):
+            if backbone.finds_keypoints:
                 batches = [(images, labels, None) for images, labels, _ in batches]
             if keypoint_watch:
                 keypoint_watch(batches[-1][0], batches[-1][2])

@@ -12,7 +12,7 @@ import torch
 
 from ..backbones import get_model, list_models
 from ..backbones.relative_position import NUM_BUCKETS, SHARINGS
-from .weights import ALIGNER_PREFIX
+from ..state_dict import ALIGNER_PREFIX
 
 LANDMARK_NETWORK = "LandmarkHead.0.conv1x1.weight"  # a tensor that every landmark network has
 # Tensors that only one kind of network has, for saying what a file is that holds none of ours.
@@ -36,7 +36,7 @@ class Architecture:
         num_heads: None where weights do not tell: without relative positions, or with tables shared by heads.
         num_keypoints: 0 without KPRPE.
         num_tables: how many tables of bucket biases KPRPE makes for all layers and heads together; 0 without it.
-        self_aligned: whether the weights of an aligner are among them.
+        with_dfa: whether the weights of an aligner are among them.
     """
 
     embed_dim: int
@@ -49,7 +49,7 @@ class Architecture:
     num_heads: int | None
     num_keypoints: int = 0
     num_tables: int = 0
-    self_aligned: bool = False
+    with_dfa: bool = False
 
     def describe(self) -> str:
         """One line for people."""
@@ -58,7 +58,7 @@ class Architecture:
         keypoints = f" ({self.num_keypoints} keypoints, {self.num_tables} tables)" if self.num_tables else ""
         return (
             f"{kind}{keypoints}: {self.depth} layers, width {self.embed_dim}{heads}, MLP {self.mlp_width}, patches of "
-            f"{self.patch_size}, embedding {self.num_features}{', with DFA' if self.self_aligned else ''}"
+            f"{self.patch_size}, embedding {self.num_features}{', with DFA' if self.with_dfa else ''}"
         )
 
     def size(self) -> tuple[int, ...]:
@@ -98,7 +98,7 @@ def read_architecture(state: Mapping[str, torch.Tensor]) -> Architecture:
         num_heads=heads,
         num_keypoints=keypoints,
         num_tables=tables,
-        self_aligned=any(key.startswith(ALIGNER_PREFIX) for key in state),
+        with_dfa=any(key.startswith(ALIGNER_PREFIX) for key in state),
     )
 
 
@@ -122,7 +122,7 @@ def named_network(architecture: Architecture) -> tuple[str, dict[str, Any]] | No
     if found is None:
         return None
     name, heads = found
-    suffix = {None: "", "irpe": "_irpe", "kprpe": "_kprpe_dfa" if architecture.self_aligned else "_kprpe"}
+    suffix = {None: "", "irpe": "_irpe", "kprpe": "_kprpe_dfa" if architecture.with_dfa else "_kprpe"}
     settings: dict[str, Any] = {}
     if architecture.position == "kprpe":
         sharing = _sharing(architecture.num_tables, architecture.depth, heads)
@@ -154,7 +154,7 @@ def check_network(name: str, settings: Mapping[str, Any], architecture: Architec
     except TypeError as error:
         raise ValueError(f"{where}: {name} does not take these settings: {plain} ({error})") from error
     # A self-aligned network may get its aligner's weights from elsewhere.
-    if dataclasses.replace(said, self_aligned=architecture.self_aligned) == architecture:
+    if dataclasses.replace(said, with_dfa=architecture.with_dfa) == architecture:
         return
     found = named_network(architecture)
     changes = "".join(f", {key}={value!r}" for key, value in found[1].items()) if found else ""

@@ -3,47 +3,108 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn as nn
 
-from ..blocks import fingerprint
+from ..backbones import Backbone
+from ..fingerprint import fingerprint
+from ..packs.layout import KEYPOINT_RECOGNITION, MANIFEST, RECOGNITION
+from ..packs.metadata import read_metadata
+from ..packs.providers import settle_providers
+from ..packs.routing import stock_route
+from ..weights.sources import load_published
 
+ModelPrecision = Literal["fp32", "bf16"]
 # (images (B, 3, 112, 112) float RGB in [-1, 1], keypoints (B, 5, 2) in [0, 1]) -> (B, D)
-Embedder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Precision = Literal["fp32", "bf16"]
+EmbedFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 PACKS = "~/.insightface/models"
-MANIFEST = "pack.json"  # of the packs that this package builds
 
 
-class TorchEmbedder:
-    """A network as an :data:`Embedder`: in eval mode, on its own device, without gradients.
+class Embedder(ABC):
+    """A model as protocols use it: images and keypoints in, embeddings out.
+
+    Attributes:
+        name: what reports call it.
+        device: where it wants the images.
+        precision: that it computes in.
+        needs_keypoints: embeddings depend on the keypoints passed.
+        finds_keypoints: it finds the keypoints itself.
+        locate: images -> its own keypoints (B, 5, 2) in [0, 1] and their scores (B,); None where it tells none.
+    """
+
+    name: str = "model"
+    device: torch.device = torch.device("cpu")
+    precision: str = "fp32"
+    needs_keypoints: bool = True
+    finds_keypoints: bool = False
+    locate: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None = None
+
+    @abstractmethod
+    def __call__(self, images: torch.Tensor, keypoints: torch.Tensor) -> torch.Tensor:
+        """Embed one batch.
+
+        Args:
+            images: (B, 3, 112, 112) float RGB in [-1, 1].
+            keypoints: (B, 5, 2) float in [0, 1] of the crops.
+
+        Returns:
+            (B, D) float, not normalised.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What it is, for reports."""
+
+    def fingerprint(self) -> str | None:
+        """Tells this model from others; None where nothing does, so that its embeddings cannot be kept."""
+        return None
+
+
+class FunctionEmbedder(Embedder):
+    """Any function of images and keypoints as an :class:`Embedder`."""
+
+    def __init__(self, function: EmbedFunction) -> None:
+        self.function = function
+        self.name = type(function).__name__
+
+    def __call__(self, images: torch.Tensor, keypoints: torch.Tensor) -> torch.Tensor:
+        """Embed one batch."""
+        return self.function(images, keypoints)
+
+    def describe(self) -> str:
+        """What it is, for reports."""
+        return self.name
+
+
+def as_embedder(embed: Embedder | EmbedFunction) -> Embedder:
+    """The model itself, or a function made into one."""
+    return embed if isinstance(embed, Embedder) else FunctionEmbedder(embed)
+
+
+class TorchEmbedder(Embedder):
+    """A network as an :class:`Embedder`: in eval mode, on its own device, without gradients.
 
     Args:
         net: a backbone ``(images, keypoints) -> embeddings``; one that finds the keypoints itself does so.
         name: what reports call it.
         precision: "bf16" computes in bfloat16 where that is safe.
 
-    Attributes:
-        needs_keypoints: whether embeddings depend on the keypoints passed.
-        finds_keypoints: whether it finds them itself.
-        locate: images -> its own keypoints and their scores; None where it finds none.
-
     Raises:
         ValueError: an unknown precision.
     """
 
-    def __init__(self, net: nn.Module, name: str = "network", precision: Precision = "fp32") -> None:
+    def __init__(self, net: Backbone, name: str = "network", precision: ModelPrecision = "fp32") -> None:
         _check_precision(precision)
         self.net, self.name, self.precision = net, name, precision
         self.device = next(net.parameters()).device
-        self.finds_keypoints = getattr(net, "finds_keypoints", False)
-        self.needs_keypoints = getattr(net, "position", None) == "kprpe" and not self.finds_keypoints
+        self.finds_keypoints = net.finds_keypoints
+        self.needs_keypoints = net.needs_keypoints and not self.finds_keypoints
         self.locate = net.dfa.locate if self.finds_keypoints else None
 
     @torch.inference_mode()
@@ -67,8 +128,8 @@ class TorchEmbedder:
         return f"torch {type(self.net).__name__}, RGB in [-1, 1], {self.precision} on {self.device.type}"
 
 
-class OnnxEmbedder:
-    """An ONNX file in onnxruntime as an :data:`Embedder`, fed as InsightFace's ``ArcFaceONNX`` would feed it.
+class OnnxEmbedder(Embedder):
+    """An ONNX file in onnxruntime as an :class:`Embedder`, fed as InsightFace's ``ArcFaceONNX`` would feed it.
 
     Args:
         path: a file of this package, with or without input for keypoints, or any one-input ArcFace model.
@@ -78,20 +139,14 @@ class OnnxEmbedder:
     Attributes:
         device: where an aligner had best be.
         mean, std: the file takes (pixel in [0, 255] - mean) / std, RGB.
-        needs_keypoints, finds_keypoints, locate: as of :class:`TorchEmbedder`; a file never tells what it finds.
+        locate: None, as a file never tells what it finds.
 
     Raises:
         ValueError: the file is no recognition model for 112 x 112 crops.
     """
 
-    precision = "fp32"
-    locate = None
-
     def __init__(self, path: str | Path, name: str | None = None, device: str | torch.device = "cpu") -> None:
         import onnxruntime
-
-        from ..deployment.onnx_export import read_metadata
-        from ..deployment.providers import settle_providers
 
         self.path, self.name = Path(path), name or Path(path).stem
         metadata = read_metadata(path)
@@ -146,8 +201,6 @@ def _input_convention(path: Path, metadata: dict[str, str]) -> tuple[float, floa
     """Mean and std that the file expects: what it says itself, else what InsightFace's loader makes of it."""
     if metadata:
         return float(metadata["mean"]), float(metadata["std"])
-    from ..model_zoo import stock_route
-
     route = stock_route(path)
     if route.task != "recognition" or route.outputs != 1:
         raise ValueError(f"{path} must be a recognition model with one output, InsightFace takes it for {route.kind}")
@@ -157,7 +210,7 @@ def _input_convention(path: Path, metadata: dict[str, str]) -> tuple[float, floa
 def open_model(
     path: str | Path,
     network: str | None = None,
-    precision: Precision = "fp32",
+    precision: ModelPrecision = "fp32",
     device: str | torch.device = "cpu",
     name: str | None = None,
 ) -> TorchEmbedder | OnnxEmbedder:
@@ -165,7 +218,7 @@ def open_model(
 
     Args:
         path: an ``.onnx`` file; a FaceAnalysis pack, by folder or by its name in ``~/.insightface/models``; or torch
-            weights as :func:`~insightface_kprpe.deployment.published.load_published` takes them: a training run, a
+            weights as :func:`~insightface_kprpe.weights.sources.load_published` takes them: a training run, a
             ``.pt`` or ``.safetensors`` file, a published model. Of a pack that this package built, the model with
             keypoints is taken where there is one.
         network: name of the backbone that the weights are of, where neither the files beside them nor their shapes say.
@@ -186,8 +239,6 @@ def open_model(
         if precision != "fp32" or network is not None:
             raise ValueError(f"{path} is ONNX, which fixes network and precision; leave both options out")
         return OnnxEmbedder(path, name, device)
-    from ..deployment.published import load_published
-
     net, about = load_published(path, network)
     if about.task != "recognition":
         raise ValueError(f"model must be a recognition network, {path} holds an {about.task}")
@@ -213,12 +264,9 @@ def _find(path: str | Path) -> Path:
 
 def _recognition_file(folder: Path) -> Path:
     """The recognition model of a pack, as FaceAnalysis finds it; of ours, the one with keypoints."""
-    from ..deployment.model_pack import RECOGNITION, TWIN
-    from ..model_zoo import stock_route
-
     if (folder / MANIFEST).is_file():
         files = json.loads((folder / MANIFEST).read_text())["files"]
-        return folder / (TWIN if TWIN in files else RECOGNITION)
+        return folder / (KEYPOINT_RECOGNITION if KEYPOINT_RECOGNITION in files else RECOGNITION)
     for path in sorted(folder.glob("*.onnx")):
         if stock_route(path).task == "recognition":
             return path

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .partial_fc import rank_and_world_size
+from ..distributed import rank_and_world_size
 
 
 def cut_into_blocks(count: int, size: int) -> list[range]:
@@ -55,25 +52,7 @@ def run_blocks(
             yield block, tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
-def barrier() -> None:
-    """Wait for all ranks, if there are several."""
-    if rank_and_world_size()[1] > 1:
-        dist.barrier()
-
-
 def _start_worker(worker: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # one thread a worker: they are many
-
-
-def fingerprint(*parts: str | bytes | np.ndarray | torch.Tensor) -> str:
-    """Twelve hexadecimal digits that tell inputs apart."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, torch.Tensor):
-            part = part.detach().cpu().reshape(-1).view(torch.uint8).numpy()  # also where NumPy has no such type
-        elif isinstance(part, str):
-            part = part.encode()
-        digest.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
-    return digest.hexdigest()[:12]

@@ -15,23 +15,23 @@ from easydict import EasyDict as edict
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from insightface_kprpe.data.landmark_augmentation import LandmarkAugmentation, to_float
-from insightface_kprpe.data.landmark_dataset import FaceSample, LandmarkDataset
-from insightface_kprpe.data.sampler import EpochSampler
-from insightface_kprpe.dfa.loss import DFALoss
-from insightface_kprpe.dfa.network import RetinaFaceNet
-from insightface_kprpe.dfa.weights import start_from
-from insightface_kprpe.evaluation.landmarks import evaluate_landmarks
-from insightface_kprpe.partial_fc import rank_and_world_size
-from insightface_kprpe.training.callbacks import Metrics, SpeedLog
-from insightface_kprpe.training.checkpoint import Checkpointer, put_aside
-from insightface_kprpe.training.command_line import run_command_line
-from insightface_kprpe.training.config import dump_config, merge_config
-from insightface_kprpe.training.loop import begin, build_loader, process_group, run_steps, step_generator
-from insightface_kprpe.training.optimization import AUTOCAST, distributed, optimize
-from insightface_kprpe.training.state import Plan, build_state
+from ..data.landmark_augmentation import LandmarkAugmentation, to_float
+from ..data.landmark_dataset import FaceSample, LandmarkDataset
+from ..data.sampler import EpochSampler
+from ..dfa.loss import DFALoss
+from ..dfa.network import RetinaFaceNet
+from ..dfa.weights import start_from
+from ..distributed import process_group, rank_and_world_size
+from ..evaluation.landmarks import evaluate_landmarks
+from .callbacks import Metrics, SpeedLog
+from .checkpoint import Checkpointer, put_aside
+from .command_line import run_command_line
+from .config import dump_config, merge_config
+from .loop import begin, build_loader, run_steps, step_generator
+from .optimization import AUTOCAST, distributed, optimize
+from .state import Plan, build_state
 
-logger = logging.getLogger("insightface_kprpe.dfa.training")  # under "python -m" __name__ is another
+logger = logging.getLogger("insightface_kprpe.training.landmark_trainer")  # under "python -m" __name__ is another
 
 T = TypeVar("T")
 
@@ -261,14 +261,14 @@ def _summary(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry of ``insightface-kprpe train-dfa`` and ``python -m insightface_kprpe.dfa.training``."""
+    """Entry of ``insightface-kprpe train-dfa`` and ``python -m insightface_kprpe.training.landmark_trainer``."""
     run_command_line(
         train_dfa,
         arguments,
         base="dfa_base",
         prog="insightface-kprpe train-dfa",
         description="Train the landmark network. One process: insightface-kprpe train-dfa CONFIG; "
-        "several: torchrun --nproc_per_node=4 -m insightface_kprpe.dfa.training CONFIG.",
+        "several: torchrun --nproc_per_node=4 -m insightface_kprpe.training.landmark_trainer CONFIG.",
         epilog="Every key is explained in recognition_configs/dfa_base.py. Example: insightface-kprpe train-dfa "
         "dfa_small data=faces/train val=faces/val init_from=retinaface_mobilenet0.25.pth resume=True",
     )

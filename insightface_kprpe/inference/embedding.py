@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..blocks import fingerprint, run_blocks
 from ..data.face_dataset import to_network_input
 from ..dfa.aligner import DFA
+from ..fingerprint import fingerprint
 from ..geometry import CANONICAL_KEYPOINTS, SCORE_THRESHOLD, mirror_keypoints
-from .embedding_store import FolderStore, MemoryStore
-from .models import Embedder, TorchEmbedder
-
-__all__ = ["EmbedOptions", "Embedder", "Embeddings", "TorchEmbedder", "embed_faces", "embed_images"]
+from .chunks import run_blocks
+from .models import Embedder, EmbedFunction, as_embedder
+from .stores import FolderStore, MemoryStore
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ class EmbedOptions:
 
 
 def embed_faces(
-    embed: Embedder,
+    embed: Embedder | EmbedFunction,
     images: Sequence[np.ndarray | None],
     keypoints: np.ndarray | None = None,
     options: EmbedOptions | None = None,
@@ -102,7 +101,7 @@ def embed_faces(
         ValueError: shapes do not fit, an image is missing and ``options.missing`` is "fail", or the cache holds
             embeddings of something else.
     """
-    options = options or EmbedOptions()
+    embed, options = as_embedder(embed), options or EmbedOptions()
     if options.missing not in ("fail", "skip"):
         raise ValueError(f"missing must be 'fail' or 'skip', got {options.missing!r}")
     if not len(images) or (keypoints is not None and np.shape(keypoints) != (len(images), 5, 2)):
@@ -131,7 +130,7 @@ def embed_faces(
 
 
 def embed_images(
-    embed: Embedder,
+    embed: Embedder | EmbedFunction,
     images: Sequence[np.ndarray],
     keypoints: np.ndarray,
     batch_size: int = 64,
@@ -180,7 +179,7 @@ class _Work:
             raise ValueError(
                 f"{self.name}: image {int(indices[first])}: {faults[first]}; or choose to skip such images"
             )
-        images = to_network_input(crops.to(getattr(self.embed, "device", "cpu")).permute(0, 3, 1, 2))
+        images = to_network_input(crops.to(self.embed.device).permute(0, 3, 1, 2))
         given = None if self.keypoints is None else np.asarray(self.keypoints[indices.numpy()], dtype=np.float32)
         used, reported, scores = self._keypoints(images, given)
         embeddings = self.embed(images, used)
@@ -198,13 +197,12 @@ class _Work:
     def _keypoints(self, images: torch.Tensor, given: np.ndarray | None) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         """Keypoints for the network, keypoints to report, and scores."""
         aligner = self.options.aligner
-        locate = getattr(self.embed, "locate", None) if aligner is None else aligner.locate
+        locate = self.embed.locate if aligner is None else aligner.locate
         if locate is not None:
             located, scores = locate(images)[:2]
             return _trusted(located, scores), located.float().cpu().numpy(), scores.float().cpu().numpy()
         used = np.tile(CANONICAL_KEYPOINTS, (len(images), 1, 1)) if given is None else given
-        hidden = getattr(self.embed, "finds_keypoints", False)
-        reported = np.full_like(used, np.nan) if hidden else used.copy()
+        reported = np.full_like(used, np.nan) if self.embed.finds_keypoints else used.copy()
         return torch.from_numpy(used).to(images.device), reported, np.full(len(images), np.nan, np.float32)
 
 
@@ -219,12 +217,13 @@ def _open_store(
 ) -> MemoryStore | FolderStore:
     if options.cache is None:
         return MemoryStore(count, options.share)
-    if not hasattr(embed, "fingerprint") or not source:
+    model = embed.fingerprint()
+    if model is None or not source:
         raise ValueError("to cache embeddings, embed must come from open_model, and source must tell the images apart")
     blank = torch.zeros(1, 3, SIZE, SIZE), torch.tensor(CANONICAL_KEYPOINTS)[None]
     aligner = options.aligner
     identity = {
-        "model": f"{embed.name} {embed.fingerprint()}",
+        "model": f"{embed.name} {model}",
         "precision": embed.precision,
         "images": f"{source} ({count})",
         "keypoints": "none" if keypoints is None else fingerprint(np.asarray(keypoints, np.float32)),

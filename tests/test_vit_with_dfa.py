@@ -10,16 +10,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 import insightface_kprpe as ik
 from insightface_kprpe.backbones.relative_position import canonical_keypoints
-from insightface_kprpe.backbones.self_aligned import SelfAlignedViT
+from insightface_kprpe.backbones.vit_with_dfa import ViTWithDFA
 from insightface_kprpe.deployment import model_pack
 from insightface_kprpe.deployment.detector_export import export_detector
-from insightface_kprpe.deployment.onnx_export import export_onnx, read_metadata
-from insightface_kprpe.deployment.weights import load_run, load_weights
+from insightface_kprpe.deployment.onnx_export import export_onnx
 from insightface_kprpe.dfa import DFA, RetinaFaceNet
-from insightface_kprpe.evaluation.embedding import TorchEmbedder
 from insightface_kprpe.geometry import SCORE_THRESHOLD
+from insightface_kprpe.inference.models import TorchEmbedder
+from insightface_kprpe.packs.metadata import read_metadata
+from insightface_kprpe.state_dict import load_weights
 from insightface_kprpe.training import trainer
 from insightface_kprpe.training.config import load_config
+from insightface_kprpe.weights.network import load_run
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "patch_size": 28}
 
@@ -36,7 +38,7 @@ class BrightFaces(DFA):
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    net = SelfAlignedViT(dfa_weights=DFA().state_dict(), num_features=16, **TINY)
+    net = ViTWithDFA(dfa_weights=DFA().state_dict(), num_features=16, **TINY)
     torch.nn.init.normal_(net.keypoint_linear.weight, std=0.5)
     net.dfa = BrightFaces(net.dfa.state_dict()).requires_grad_(False)
     return net.eval()
@@ -105,7 +107,7 @@ def test_autocast_does_not_move_the_keypoints(net, images):
 
 
 def test_weights_of_the_plain_network_leave_the_aligner_as_it_is(net):
-    other = SelfAlignedViT(dfa_weights=DFA().state_dict(), num_features=16, **TINY)
+    other = ViTWithDFA(dfa_weights=DFA().state_dict(), num_features=16, **TINY)
     aligner = {name: value.clone() for name, value in other.dfa.state_dict().items()}
     load_weights(other, {f"net.{k}": v for k, v in net.state_dict().items() if not k.startswith("dfa.")})
     assert torch.equal(other.pos_embed, net.pos_embed)
@@ -135,7 +137,7 @@ def test_random_weights_are_said_once(caplog):
 )
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        SelfAlignedViT(**TINY, **kwargs)
+        ViTWithDFA(**TINY, **kwargs)
 
 
 def test_an_aligner_that_its_weights_do_not_tell_is_refused(tmp_path):
@@ -144,14 +146,14 @@ def test_an_aligner_that_its_weights_do_not_tell_is_refused(tmp_path):
     config = {"body": "mobilenet0.25", "aggregator": False, "image_size": 160}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="dfa_weights must be those of a DFA with aggregator"):
-        SelfAlignedViT(dfa_weights=tmp_path, **TINY)
+        ViTWithDFA(dfa_weights=tmp_path, **TINY)
     with pytest.raises(FileNotFoundError, match="absent"):
-        SelfAlignedViT(dfa_weights=tmp_path / "absent.pt", **TINY)
+        ViTWithDFA(dfa_weights=tmp_path / "absent.pt", **TINY)
 
 
 def test_retinafaces_published_weights_serve_as_an_aligner(shared, images):
     file = shared / "data" / "models" / "retinaface_mobilenet0.25.pth"
-    net = SelfAlignedViT(dfa_weights=file, num_features=16, **TINY).eval()
+    net = ViTWithDFA(dfa_weights=file, num_features=16, **TINY).eval()
     assert net.dfa.aggregator is None and net(images).isfinite().all()
 
 
@@ -182,7 +184,7 @@ def test_training_run_is_self_contained(tmp_path):
     trainer.train(config)
     (tmp_path / "dfa.pt").unlink()
     net = load_run(tmp_path / "run")
-    assert isinstance(net, SelfAlignedViT) and net.dfa_threshold == 0.1
+    assert isinstance(net, ViTWithDFA) and net.dfa_threshold == 0.1
     assert all(torch.equal(value, aligner[name]) for name, value in net.dfa.state_dict().items())
     plain = ik.get_model("vit_n_kprpe", num_features=16, **TINY).state_dict()
     assert set(net.state_dict()) == set(plain) | {f"dfa.{name}" for name in aligner}
@@ -191,7 +193,7 @@ def test_training_run_is_self_contained(tmp_path):
 def ddp_step(rank, images):
     torch.manual_seed(rank)
     aligner = DFA().state_dict()
-    net = SelfAlignedViT(dfa_weights=aligner, num_features=16, **TINY)
+    net = ViTWithDFA(dfa_weights=aligner, num_features=16, **TINY)
     parallel = DistributedDataParallel(net)
     embeddings = parallel(images[rank::2])
     (embeddings * torch.arange(len(embeddings))[:, None]).sum().backward()
@@ -256,7 +258,7 @@ def test_the_aligner_goes_into_the_pack_too(net, tmp_path):
 
 
 def test_the_stock_loader_takes_the_file(exported):
-    from insightface_kprpe.model_zoo import stock_route
+    from insightface_kprpe.packs.routing import stock_route
 
     route = stock_route(exported.path)
     assert (route.task, route.input_mean, route.input_std, route.outputs) == ("recognition", 127.5, 127.5, 1)

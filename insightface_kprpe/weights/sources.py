@@ -6,7 +6,6 @@ YAML and JSON are read as data, weights as tensors.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field
@@ -16,12 +15,16 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ..dfa import DFA
+from ..dfa.weights import network_of
 from ..files import atomic_folder, atomic_path
+from ..fingerprint import file_sha256
+from ..packs.metadata import KEYPOINT_CONVENTION
+from ..state_dict import read_state_dict, strip_prefixes
 from .architecture import LANDMARK_NETWORK, check_network, named_network, read_architecture
 from .cvlface import config_of_yaml, read_model_yaml
 from .hub import fetch_snapshot, is_hub_source
-from .onnx_export import KEYPOINT_CONVENTION, needs_keypoints
-from .weights import load_network, read_state_dict, strip_prefixes
+from .network import load_network
 
 WEIGHTS = ("model.safetensors", "model.pt")
 HEADER = "insightface_kprpe"  # key of what convert() writes into a .safetensors file's metadata
@@ -163,15 +166,6 @@ def convert(net: nn.Module, description: Description, out: str | Path) -> Path:
     return out
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _locate(source: Path) -> tuple[Path, Path]:
     """The folder that describes the network, and the weights file."""
     source = source.expanduser()
@@ -247,8 +241,8 @@ def _build_recogniser(
         state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flip(1)
     net = load_network(state, config["network"], **settings)
     record = (config["network"], changes, settings["num_features"])
-    keypoints = KEYPOINT_CONVENTION if needs_keypoints(net) else "none: faces must be aligned to the template"
-    if getattr(net, "finds_keypoints", False):
+    keypoints = KEYPOINT_CONVENTION if net.needs_keypoints else "none: faces must be aligned to the template"
+    if net.finds_keypoints:
         keypoints = "found by the aligner inside"
     return net, {
         "task": "recognition",
@@ -263,9 +257,6 @@ def _build_aligner(
     state: dict[str, torch.Tensor], config: dict[str, Any], where: str
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The landmark network, and what to say of it."""
-    from ..dfa import DFA
-    from ..dfa.weights import network_of
-
     network = network_of(state)
     told = {key: config[key] for key in _ALIGNER_KEYS if key in config}
     really = {"body": network["body"], "aggregator": network.get("aggregator", True)}

@@ -23,20 +23,22 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from .backbones import get_model
-from .data.face_dataset import LANDMARK_FILE
-from .data.image_codec import encode_jpeg
-from .data.landmark_csv import write_landmark_csv
-from .data.record_tools import pack_drawn
-from .data.synthetic import SyntheticFaces, SyntheticScene, draw_scene, verification_pairs
-from .data.verification_bin import write_verification_bin
-from .deployment import model_pack
-from .deployment.weights import load_weights
-from .evaluation.embedding import TorchEmbedder, embed_images
-from .evaluation.tinyface import identification
-from .evaluation.verification import FIRST_UNSEEN_IDENTITY, open_verification, verify
-from .files import write_atomically
-from .quickstart_landmarks import DETECTOR_SIZE, PEOPLE, landmark_error, train_both
+from ..backbones import get_model
+from ..data.face_dataset import LANDMARK_FILE
+from ..data.image_codec import encode_jpeg
+from ..data.landmark_csv import write_landmark_csv
+from ..data.record_tools import pack_drawn
+from ..data.synthetic import SyntheticFaces, SyntheticScene, draw_scene, verification_pairs
+from ..data.verification_bin import write_verification_bin
+from ..data.verification_pairs import FIRST_UNSEEN_IDENTITY, open_verification
+from ..deployment import model_pack
+from ..evaluation.tinyface import identification
+from ..evaluation.verification import verify
+from ..files import write_atomically
+from ..inference.embedding import embed_images
+from ..inference.models import TorchEmbedder
+from ..state_dict import load_weights
+from .landmarks import DETECTOR_SIZE, PEOPLE, landmark_error, train_both
 
 IMAGES_PER_PERSON = 30
 UNSEEN_PEOPLE, PAIRS = 60, 600

@@ -2,80 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .blocks import barrier, cut_into_blocks, fingerprint, run_blocks
-from .contact_sheet import arrange, face_cell
-from .data.face_dataset import IMAGE_SUFFIXES, LANDMARK_FILE, list_people, read_image_file, to_network_input
-from .data.landmark_csv import write_landmark_csv
-from .data.recordio import RecordReader
-from .data.verification_bin import read_verification_bin
-from .dfa.aligner import DFA, canonical_keypoints, fit_to_square, square_to_crop
-from .files import atomic_path
-from .geometry import KEYPOINT_LIMIT
-from .partial_fc import rank_and_world_size
+from ..contact_sheet import arrange, face_cell
+from ..data.crops import Crops
+from ..data.face_dataset import to_network_input
+from ..data.landmark_csv import write_landmark_csv
+from ..dfa.aligner import DFA, canonical_keypoints, fit_to_square, square_to_crop
+from ..distributed import barrier, rank_and_world_size
+from ..files import atomic_path
+from ..fingerprint import fingerprint
+from ..geometry import KEYPOINT_LIMIT
+from .chunks import cut_into_blocks, run_blocks
 
 _CHUNK = 2048  # images whose results are saved together; what an interrupted run loses at most, on every rank
-
-
-class Crops(NamedTuple):
-    """A set of face crops.
-
-    Attributes:
-        count: how many.
-        read: index -> (H, W, 3) uint8 RGB.
-        landmark_file: where data sets and evaluators look for the landmarks.
-        paths: the image files, in order; None where images are no files.
-    """
-
-    count: int
-    read: Callable[[int], np.ndarray]
-    landmark_file: Path
-    paths: list[Path] | None = None
-
-
-def open_crops(source: str | Path) -> Crops:
-    """Open a set of crops in the order in which its landmark file numbers them.
-
-    Args:
-        source: a folder with ``train.rec``, a ``.rec`` file, a ``.bin`` verification set, a folder with one sub-folder
-            of images a person, or a folder of images.
-
-    Raises:
-        ValueError: it is none of these, or damaged.
-    """
-    source = Path(source)
-    if source.suffix == ".rec" or (source / "train.rec").is_file():
-        reader = RecordReader(source)
-        read = functools.partial(_read_record, reader, reader.image_keys)
-        return Crops(len(reader.image_keys), read, reader.path.parent / LANDMARK_FILE)
-    if source.suffix == ".bin" and source.is_file():
-        pairs = read_verification_bin(source)
-        return Crops(len(pairs.images), pairs.image, source.with_name(f"{source.stem}_{LANDMARK_FILE}"))
-    if not source.is_dir():
-        raise ValueError(f"source must be a .rec or .bin file, or a folder of images or with train.rec, got {source}")
-    paths = [path for files in list_people(source) for path in files]
-    paths = paths or sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise ValueError(f"source must be a folder of images or with train.rec, got {source} without any")
-    return Crops(len(paths), functools.partial(_read_path, paths), source / LANDMARK_FILE, paths)
-
-
-def _read_record(reader: RecordReader, keys: np.ndarray, index: int) -> np.ndarray:
-    return reader.read_image(int(keys[index]))[1]
-
-
-def _read_path(paths: list[Path], index: int) -> np.ndarray:
-    return read_image_file(paths[index])
 
 
 def predict_landmarks(

@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .data.face_dataset import to_network_input
-from .data.landmark_augmentation import LandmarkAugmentation
-from .data.landmark_dataset import UNKNOWN, FaceSample
-from .data.synthetic import SyntheticFaces, draw_scene
-from .deployment.detector_export import export_detector
-from .dfa import DFA
-from .dfa.loss import DFALoss
-from .dfa.network import RetinaFaceNet
-from .dfa.training import train_landmarks
-from .files import atomic_path
-from .geometry import CANONICAL_KEYPOINTS
+from ..data.face_dataset import to_network_input
+from ..data.landmark_augmentation import LandmarkAugmentation
+from ..data.landmark_dataset import UNKNOWN, FaceSample
+from ..data.synthetic import SyntheticFaces, draw_scene
+from ..deployment.detector_export import export_detector
+from ..dfa import DFA
+from ..dfa.loss import DFALoss
+from ..dfa.network import RetinaFaceNet
+from ..files import atomic_path
+from ..geometry import CANONICAL_KEYPOINTS
+from ..training.landmark_trainer import train_landmarks
 
 PEOPLE = 100
 # The detector is trained on small pictures of at most one face and then looks at larger ones of many.

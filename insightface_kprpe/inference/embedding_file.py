@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..blocks import fingerprint
+from ..data.crops import Crops, open_crops
 from ..data.landmark_csv import read_keypoints
+from ..distributed import rank_and_world_size
 from ..files import atomic_path
-from ..landmarks import Crops, open_crops
-from ..partial_fc import rank_and_world_size
-from .embedding import Embedder, Embeddings, EmbedOptions, embed_faces
+from ..fingerprint import fingerprint
+from .embedding import Embeddings, EmbedOptions, embed_faces
 from .images import fit_crop
+from .models import Embedder
 
 SUFFIXES = (".npz", ".parquet")
 _ROWS_AT_ONCE = 8192

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+from ..dfa import DFA
+from ..dfa.network import RetinaFaceNet
+from ..dfa.weights import load_dfa, network_of
 from ..geometry import SCORE_THRESHOLD
 from .relative_position import canonical_keypoints
 from .vision_transformer import VisionTransformer
@@ -26,7 +29,7 @@ def weights_follow() -> Iterator[None]:
         logger.disabled = False
 
 
-class SelfAlignedViT(VisionTransformer):
+class ViTWithDFA(VisionTransformer):
     """A KPRPE network with a frozen Differentiable Face Aligner inside.
 
     Its weights are those of the network without aligner, and DFA's under ``dfa.``: one file holds both. DFA never
@@ -52,11 +55,6 @@ class SelfAlignedViT(VisionTransformer):
         dfa_threshold: float = SCORE_THRESHOLD,
         **settings,
     ) -> None:
-        # DFA is built of what the backbones share, and so stands above them: it is imported when it is asked for.
-        from ..dfa import DFA
-        from ..dfa.network import RetinaFaceNet
-        from ..dfa.weights import load_dfa, network_of
-
         if settings.setdefault("position", "kprpe") != "kprpe":
             raise ValueError(f'position must be "kprpe" to make use of keypoints, got {settings["position"]!r}')
         if not 0 <= dfa_threshold <= 1:
@@ -83,26 +81,26 @@ class SelfAlignedViT(VisionTransformer):
         self._ddp_params_and_buffers_to_ignore = [f"dfa.{name}" for name, _ in frozen]
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> SelfAlignedViT:
+    def train(self, mode: bool = True) -> ViTWithDFA:
         """Training or eval mode of all but the aligner, which is always in eval mode."""
         super().train(mode)
         self.dfa.eval()
         return self
 
-    def forward(self, images: torch.Tensor, keypoints: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed face crops.
+    def forward_features(self, images: torch.Tensor, keypoints: torch.Tensor | None = None) -> torch.Tensor:
+        """All blocks and the last normalisation.
 
         Args:
             images: (B, 3, img_size, img_size) float RGB in [-1, 1].
             keypoints: (B, 5, 2) float, xy in [0, 1] of the crop; None: the aligner finds them.
 
         Returns:
-            (B, num_features) float32 embeddings, not normalised.
+            (B, N, D) float32 tokens.
 
         Raises:
             ValueError: the keypoints given are of a wrong shape, not finite or in pixels.
         """
-        return super().forward(images, self.find_keypoints(images) if keypoints is None else keypoints)
+        return super().forward_features(images, self.find_keypoints(images) if keypoints is None else keypoints)
 
     def find_keypoints(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 5, 2) keypoints in [0, 1] of the crops: the aligner's, or the canonical ones below the threshold."""

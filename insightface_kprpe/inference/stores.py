@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from ..blocks import barrier, cut_into_blocks
+from ..distributed import barrier, rank_and_world_size
 from ..files import sync_folder, write_atomically
-from ..partial_fc import rank_and_world_size
+from .chunks import cut_into_blocks
 
 BLOCK = 2048  # images whose embeddings are written together; what an interrupted run loses at most, on every rank
 INDEX, DONE = "index.json", "done"

@@ -1,0 +1,16 @@
+"""What ``doctor`` finds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+OK, WARNING, BROKEN = "ok", "warning", "broken"
+
+
+class Finding(NamedTuple):
+    """What was looked at, how it is ("ok", "warning" or "broken"), and the command that mends it."""
+
+    name: str
+    status: str
+    found: str
+    mend: str = ""

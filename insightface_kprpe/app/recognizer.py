@@ -1,0 +1,145 @@
+"""A KPRPE network as insightface's recognition model: every face's own landmarks become its keypoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from insightface.model_zoo.arcface_onnx import ArcFaceONNX
+
+from ..evaluation.fusion import landmark_weights
+from ..geometry import CANONICAL_KEYPOINTS, SCORE_THRESHOLD, align_face, estimate_alignment, transform_points
+from ..packs.metadata import read_metadata
+from .aligner import FaceAligner, cut_box
+from .batches import batches, check_crops, check_keypoints
+from .pictures import as_bgr
+
+_WARP_LIMIT = 32_000  # pixels; OpenCV cannot warp a picture with a side above 32,766
+
+
+class KeypointRecognizer(ArcFaceONNX):
+    """A two-input KPRPE model as InsightFace's recognition model: the face's landmarks become its keypoints.
+
+    Safe to call from several threads, and picklable (the session is opened again from its file).
+
+    Args:
+        model_file: ONNX file with inputs ``images`` and ``keypoints``.
+        session: an onnxruntime session of it.
+        aligner: refines the detector's landmarks first; None: they are taken as they are.
+        aligned: True: faces are turned onto the template. False: the network sees the square around the detector's
+            box as it is, and the landmarks in it (the paper's second way).
+    """
+
+    def __init__(self, model_file: str, session, aligner: FaceAligner | None = None, aligned: bool = True) -> None:
+        super().__init__(model_file, session)
+        # The parent guesses from the names of nodes whether the file normalises pixels itself; ours say it.
+        metadata = read_metadata(model_file)
+        self.input_mean = float(metadata.get("mean", self.input_mean))
+        self.input_std = float(metadata.get("std", self.input_std))
+        self.keypoint_name = self.session.get_inputs()[1].name
+        self.aligner, self.aligned = aligner, aligned
+
+    def prepare(self, ctx_id: int, **kwargs) -> None:
+        """Choose the device, as insightface does: the CPU where ``ctx_id`` is negative."""
+        super().prepare(ctx_id, **kwargs)
+        if self.aligner is not None:
+            self.aligner.prepare(ctx_id)
+
+    def get(self, img: np.ndarray, face) -> np.ndarray:
+        """Embed one detected face; see :meth:`embed_faces`.
+
+        Returns:
+            (D,) float32, also stored as ``face.embedding``.
+        """
+        self.embed_faces([(img, face)])
+        return face.embedding
+
+    def embed_faces(self, faces: Sequence[tuple[np.ndarray, Any]]) -> None:
+        """Embed detected faces, of one picture or of many, in few runs of the network.
+
+        Each face gets ``embedding``, (D,) float32, whose length ``embedding_norm`` tells, and ``quality``, float in
+        [0, 1]: how close its keypoints are to the template's, times the score of its detector or aligner (paper,
+        Eq. 17 and 18). With an aligner its landmarks are taken, ``dfa_kps``, where ``dfa_score`` is high enough.
+
+        Args:
+            faces: pairs of a picture, (H, W, 3) uint8 BGR or what :func:`~.pictures.as_bgr` takes, and insightface's
+                ``Face`` with ``kps`` (5, 2) in pixels of it; with an aligner or ``aligned=False`` also ``bbox``.
+
+        Raises:
+            ValueError: a face is None or has no landmarks, or a picture is empty or none.
+        """
+        faces = [(as_bgr(img), _checked_face(face)) for img, face in faces]
+        if any(not img.size for img, _ in faces):
+            raise ValueError("image must have pixels where a face is to be embedded, got an empty one")
+        if self.aligner is not None:
+            self.aligner.refine_all(faces)
+        crops, keypoints, scores = [], np.empty((len(faces), 5, 2), np.float32), np.empty(len(faces))
+        for row, (img, face) in enumerate(faces):
+            landmarks, scores[row] = self._landmarks(face)
+            crop, keypoints[row] = self._crop(img, face, landmarks)
+            crops.append(crop)
+        qualities = landmark_weights(keypoints.clip(-1, 2), scores)  # beyond, a face counts nothing anyway
+        for (_, face), embedding, quality in zip(faces, self.get_feat(crops, keypoints), qualities, strict=True):
+            face.embedding, face.quality = embedding, float(quality)
+
+    def get_feat(self, imgs: np.ndarray | Sequence[np.ndarray], keypoints: np.ndarray | None = None) -> np.ndarray:
+        """Embed crops.
+
+        Args:
+            imgs: one (112, 112, 3) uint8 BGR crop or a list of B.
+            keypoints: (B, 5, 2) in [0, 1] of the crops; None: the canonical template, for aligned crops.
+
+        Returns:
+            (B, D) float32.
+        """
+        imgs = [imgs] if isinstance(imgs, np.ndarray) and imgs.ndim == 3 else list(imgs)
+        if keypoints is None:
+            keypoints = np.repeat(CANONICAL_KEYPOINTS[None], len(imgs), axis=0)
+        keypoints = check_keypoints(keypoints, len(imgs))
+        rows = [self._run(imgs[part], keypoints[part]) for part in batches(len(imgs))]
+        return np.concatenate(rows) if rows else np.empty((0, self.output_shape[-1]), np.float32)
+
+    def embed_aligned(self, crops: Sequence[np.ndarray], keypoints: np.ndarray | None = None) -> np.ndarray:
+        """Embed crops without a detector; see :func:`~.face_analysis.embed_aligned`."""
+        return self.get_feat(check_crops(crops, self.input_size), keypoints)
+
+    def _run(self, imgs: list[np.ndarray], keypoints: np.ndarray) -> np.ndarray:
+        mean = (self.input_mean,) * 3
+        blob = cv2.dnn.blobFromImages(imgs, 1.0 / self.input_std, self.input_size, mean, swapRB=True)
+        return self.session.run(self.output_names, {self.input_name: blob, self.keypoint_name: keypoints})[0]
+
+    def _landmarks(self, face) -> tuple[np.ndarray, float]:
+        """Landmarks in pixels of the picture, and the score of who found them."""
+        if self.aligner is not None and (face.dfa_score >= SCORE_THRESHOLD or face.kps is None):
+            return face.dfa_kps, face.dfa_score
+        if face.kps is None:
+            raise ValueError("face.kps must be (5, 2) landmarks, got None; the pack's detector gives no landmarks")
+        return face.kps, 1.0 if face.det_score is None else float(face.det_score)
+
+    def _crop(self, img: np.ndarray, face, landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the network sees of a face, and the landmarks in [0, 1] of it."""
+        size = self.input_size[0]
+        if self.aligned:
+            return align_face(*_near(img, landmarks, size), size)
+        crop, matrix = cut_box(img, face.bbox, size)
+        return crop, (transform_points(landmarks, matrix) / size).astype(np.float32)
+
+
+def _checked_face(face):
+    if face is None:
+        raise ValueError("face must be insightface's Face, got None; skip pictures in which no face was found")
+    return face
+
+
+def _near(img: np.ndarray, landmarks: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a picture too large for OpenCV to warp, the part that the aligned crop shows, and the landmarks in it."""
+    if max(img.shape[:2]) <= _WARP_LIMIT:
+        return img, landmarks
+    matrix = np.vstack([estimate_alignment(landmarks, size), [0, 0, 1]])
+    corners = transform_points(size * np.array([[0, 0], [1, 0], [0, 1], [1, 1]]), np.linalg.inv(matrix)[:2])
+    left, top = np.maximum(corners.min(0).astype(int) - 2, 0)
+    right, bottom = np.maximum(corners.max(0).astype(int) + 3, (left + 1, top + 1))
+    part = img[top:bottom, left:right]
+    return (part if part.size else img[:1, :1]), landmarks - np.array([left, top])

@@ -1,0 +1,65 @@
+"""Sets of face crops, whatever they lie in, in the order in which their landmark file numbers them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .face_dataset import IMAGE_SUFFIXES, LANDMARK_FILE, list_people, read_image_file
+from .recordio import RecordReader
+from .verification_bin import read_verification_bin
+
+
+class Crops(NamedTuple):
+    """A set of face crops.
+
+    Attributes:
+        count: how many.
+        read: index -> (H, W, 3) uint8 RGB.
+        landmark_file: where data sets and evaluators look for the landmarks.
+        paths: the image files, in order; None where images are no files.
+    """
+
+    count: int
+    read: Callable[[int], np.ndarray]
+    landmark_file: Path
+    paths: list[Path] | None = None
+
+
+def open_crops(source: str | Path) -> Crops:
+    """Open a set of crops in the order in which its landmark file numbers them.
+
+    Args:
+        source: a folder with ``train.rec``, a ``.rec`` file, a ``.bin`` verification set, a folder with one sub-folder
+            of images a person, or a folder of images.
+
+    Raises:
+        ValueError: it is none of these, or damaged.
+    """
+    source = Path(source)
+    if source.suffix == ".rec" or (source / "train.rec").is_file():
+        reader = RecordReader(source)
+        read = functools.partial(_read_record, reader, reader.image_keys)
+        return Crops(len(reader.image_keys), read, reader.path.parent / LANDMARK_FILE)
+    if source.suffix == ".bin" and source.is_file():
+        pairs = read_verification_bin(source)
+        return Crops(len(pairs.images), pairs.image, source.with_name(f"{source.stem}_{LANDMARK_FILE}"))
+    if not source.is_dir():
+        raise ValueError(f"source must be a .rec or .bin file, or a folder of images or with train.rec, got {source}")
+    paths = [path for files in list_people(source) for path in files]
+    paths = paths or sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise ValueError(f"source must be a folder of images or with train.rec, got {source} without any")
+    return Crops(len(paths), functools.partial(_read_path, paths), source / LANDMARK_FILE, paths)
+
+
+def _read_record(reader: RecordReader, keys: np.ndarray, index: int) -> np.ndarray:
+    return reader.read_image(int(keys[index]))[1]
+
+
+def _read_path(paths: list[Path], index: int) -> np.ndarray:
+    return read_image_file(paths[index])

@@ -1,0 +1,86 @@
+"""A FaceAnalysis model pack as it lies on the disk: names of its files, its manifest, and where packs are.
+
+::
+
+    ROOT/models/NAME/
+      detection.onnx              SCRFD layout: 9 or 15 outputs, with landmarks; a DFA serves crops of one face
+      recognition.onnx            images -> embedding; what the stock loader uses
+      keypoints/recognition.onnx  images + keypoints -> embedding; used after insightface_kprpe.register()
+      keypoints/dfa.onnx          a DFA that refines the detector's landmarks, in the layout of a detector; likewise
+      pack.json                   what every file is, its SHA-256, origin and licence
+
+The stock loader does not look into ``keypoints/``, where a second detector would only be in its way.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "pack.json"
+DETECTION, RECOGNITION = "detection.onnx", "recognition.onnx"
+# What only this package uses lies in a sub-folder: the two-input form of the recognition model, under the same name,
+# and perhaps the aligner that refines keypoints.
+KEYPOINT_FOLDER, ALIGNER_FILE = "keypoints", "dfa.onnx"
+KEYPOINT_RECOGNITION, ALIGNER = f"{KEYPOINT_FOLDER}/{RECOGNITION}", f"{KEYPOINT_FOLDER}/{ALIGNER_FILE}"
+DETECTOR_OUTPUTS = (9, 15)  # SCRFD with landmarks, on 3 or 5 strides
+INSIGHTFACE_PACK = re.compile(r"(buffalo|antelope)\w*")  # names of packs that InsightFace publishes
+
+
+class PackError(ValueError):
+    """A file does not fit a pack; the message says which and why. Nothing was written."""
+
+
+def find_pack(name: str | Path, root: str | Path = "~/.insightface") -> Path:
+    """The folder of a pack.
+
+    Args:
+        name: of the pack in ``root/models``, or its folder.
+        root: InsightFace's root folder.
+
+    Raises:
+        FileNotFoundError: there is no such pack.
+    """
+    for folder in (Path(root).expanduser() / "models" / name, Path(name).expanduser()):
+        if folder.is_dir():
+            return folder
+    models = Path(root).expanduser() / "models"
+    there = sorted(path.name for path in models.glob("[!.]*") if path.is_dir()) if models.is_dir() else []
+    raise FileNotFoundError(
+        f"pack not found: {name} is neither a folder nor a name in {root}/models, which holds "
+        f"{', '.join(there) or 'none'}; --root names another root folder"
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What ``pack.json`` says.
+
+    Raises:
+        PackError: there is none, so the pack is someone else's, or it is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise PackError(f"{folder} was not built by this package: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(path.read_text())
+        if not all("sha256" in record for record in manifest["files"].values()):
+            raise ValueError("a file has no sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PackError(f"{path} is damaged ({error!r}); build the pack again") from error
+    return manifest
+
+
+def load_note(path: str | Path) -> str | None:
+    """One line about a pack's file for the log of whoever loads it; None if it is not of a pack of this package."""
+    path = Path(path)
+    for folder in path.parents[:2]:
+        if (folder / MANIFEST).is_file():
+            name = path.relative_to(folder).as_posix()
+            record = read_manifest(folder)["files"].get(name)
+            if record is None:
+                return None
+            precision, architecture = record.get("precision", "fp32"), record.get("architecture", "unknown")
+            return f"{folder.name}/{name}: {architecture}, {precision}; {record['source']}; licence {record['licence']}"
+    return None

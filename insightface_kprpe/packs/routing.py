@@ -1,0 +1,35 @@
+"""What the stock ``insightface.model_zoo`` makes of an ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from insightface.model_zoo import model_zoo as zoo_module
+
+stock_get_model = zoo_module.get_model
+
+
+class Route(NamedTuple):
+    """What the stock model zoo makes of an ONNX file."""
+
+    task: str | None  # "detection", "recognition", ...; None: the file is ignored
+    kind: str  # name of insightface's class
+    input_mean: float
+    input_std: float
+    outputs: int
+
+
+def stock_model(path: str | Path):
+    """What the stock ``insightface.model_zoo`` makes of an ONNX file, on the CPU; None if it ignores it."""
+    return stock_get_model(str(path), providers=["CPUExecutionProvider"])
+
+
+def stock_route(path: str | Path) -> Route:
+    """Load a file through the stock ``insightface.model_zoo`` and say what it was taken for."""
+    model = stock_model(path)
+    if model is None:
+        return Route(None, "nothing", 0.0, 0.0, 0)
+    return Route(
+        model.taskname, type(model).__name__, model.input_mean, model.input_std, len(model.session.get_outputs())
+    )

@@ -1,0 +1,1 @@
+"""The whole path once, on drawn faces."""

@@ -1,0 +1,1 @@
+"""Weights in: where they come from, what they are of, and the network that fits them."""
