@@ -14,6 +14,7 @@ from insightface.app.common import Face
 
 import insightface_kprpe as ik
 from insightface_kprpe.app.aligner import FaceAligner
+from insightface_kprpe.app.recognizer import KeypointRecognizer
 from insightface_kprpe.evaluation.fusion import landmark_weights
 from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112, CANONICAL_KEYPOINTS, align_face
 from insightface_kprpe.packs import providers
@@ -163,7 +164,7 @@ def test_other_models_keep_their_classes_and_answers(tmp_path):
 def test_a_packs_name_is_found_by_the_stock_loader(tmp_path):
     tiny.write_pack(tmp_path)
     model = insightface.model_zoo.get_model("tiny", root=str(tmp_path), **tiny.CPU)
-    assert isinstance(model, recognizer.KeypointRecognizer)
+    assert isinstance(model, KeypointRecognizer)
     assert insightface.model_zoo.get_model("absent", root=str(tmp_path), **tiny.CPU) is None
 
 
@@ -172,11 +173,11 @@ def test_manifest_packs(tmp_path):
     folder = tiny.write_pack(tmp_path, aligner=True, manifest=True)
     app = open_app(tmp_path)
     recognizer = app.models["recognition"]
-    assert app.model_package is not None and isinstance(recognizer, recognizer.KeypointRecognizer)
+    assert app.model_package is not None and isinstance(recognizer, KeypointRecognizer)
     assert isinstance(recognizer.aligner, FaceAligner)
     assert len(app.get(PICTURE)) == 3
     by_task = insightface.model_zoo.get_model(str(folder), model_task="recognition", **tiny.CPU)
-    assert isinstance(by_task, recognizer.KeypointRecognizer)
+    assert isinstance(by_task, KeypointRecognizer)
     ik.unregister()
     assert type(open_app(tmp_path).models["recognition"]).__name__ == "ArcFaceONNX"
 
