@@ -193,6 +193,7 @@ def test_arcface_patches_see_the_top_left_108_pixels(faces):
         (lambda k: k.reshape(3, 10), r"reshape\(-1, 5, 2\)"),
         (lambda k: k[:, :4], r"got \(3, 4, 2\)"),
         (lambda k: k * 112, "probably pixels"),
+        (lambda k: k * 0 + 4.1, "probably pixels"),
         (lambda k: (k * 112).long(), "int64"),
         (lambda k: k / 0, "not finite"),
     ],
@@ -231,19 +232,51 @@ def test_every_registered_model_can_be_built(name):
     assert ik.get_model("vit_n", num_features=8).feature[2].weight.device.type == "cpu"  # nothing cached on meta
 
 
-def test_sizes_are_those_published():
-    def millions(name):
-        with torch.device("meta"):
-            net = ik.get_model(name, mask_ratio=0.0)
-        return sum(parameter.numel() for parameter in net.parameters()) / 1e6
+# Patch, width, blocks, heads, ratio of MLPs, stochastic depth, share of hidden patches: arcface_torch's and CVLface's.
+PUBLISHED = {
+    "vit_t": (9, 256, 12, 8, 4, 0.1, 0.1),
+    "vit_t_dp005_mask0": (9, 256, 12, 8, 4, 0.05, 0),
+    "vit_s": (9, 512, 12, 8, 4, 0.1, 0.1),
+    "vit_s_dp005_mask_0": (9, 512, 12, 8, 4, 0.05, 0),
+    "vit_b": (9, 512, 24, 8, 4, 0.1, 0.1),
+    "vit_b_dp005_mask_005": (9, 512, 24, 8, 4, 0.05, 0.05),
+    "vit_l": (9, 768, 24, 8, 4, 0.05, 0.05),
+    "vit_l_dp005_mask_005": (9, 768, 24, 8, 4, 0.05, 0.05),
+    "cvlface_vit_s": (8, 512, 12, 8, 5, 0, 0),
+    "cvlface_vit_b": (8, 512, 24, 16, 3, 0, 0),
+}
 
-    assert millions("cvlface_vit_b_kprpe") == pytest.approx(114.9, abs=1)
-    assert millions("vit_l") > 2 * millions("vit_b")
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_are_those_published(name):
+    with torch.device("meta"):
+        net = ik.get_model(name)
+    last, width = net.blocks[-1], net.pos_embed.shape[-1]
+    found = (
+        net.patch_embed.patch_size[0],
+        width,
+        len(net.blocks),
+        last.attn.num_heads,
+        last.mlp.fc1.out_features / width,
+        getattr(last.drop_path1, "drop_prob", 0),
+        net.mask_ratio,
+    )
+    assert found == PUBLISHED[name]
+
+
+def test_the_published_kprpe_network_has_as_many_weights():
+    with torch.device("meta"):
+        net = ik.get_model("cvlface_vit_b_kprpe")
+    assert sum(parameter.numel() for parameter in net.parameters()) / 1e6 == pytest.approx(114.9, abs=0.3)
 
 
 def test_timm_builds_the_same_networks(faces):
+    torch.manual_seed(0)
     net = timm.create_model("insightface_vit_n_kprpe", num_features=16, depth=1)
-    assert isinstance(net, ik.VisionTransformer) and net(*faces).shape == (3, 16)
+    torch.manual_seed(0)
+    ours = ik.get_model("vit_n_kprpe", num_features=16, depth=1)
+    assert net.state_dict().keys() == ours.state_dict().keys()
+    torch.testing.assert_close(net.eval()(*faces), ours.eval()(*faces), atol=0, rtol=0)
     with pytest.raises(ValueError, match="no bundled weights"):
         timm.create_model("insightface_vit_n_kprpe", pretrained=True)
 
@@ -257,5 +290,10 @@ def test_unknown_name_suggests_a_near_one():
         ik.register_backbone("vit_n", ik.VisionTransformer)
 
 
-def test_no_weight_decay_names_exist():
-    assert {"pos_embed", "blocks.0.attn.rpe_q.lookup_table_weight"} <= tiny("irpe").no_weight_decay()
+@pytest.mark.parametrize("position", [None, "irpe", "kprpe"])
+def test_position_tables_and_tokens_do_not_decay(position):
+    net = tiny(position, mask_ratio=0.5)
+    names = {name for name, _ in net.named_parameters()}
+    tables = {name for name in names if "lookup_table_weight" in name or name == "keypoint_linear.weight"}
+    assert len(tables) == {None: 0, "irpe": 6, "kprpe": 1}[position]
+    assert net.no_weight_decay() & names == tables | {"pos_embed", "mask_token"}

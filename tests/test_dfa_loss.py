@@ -1,11 +1,9 @@
-import math
-
 import pytest
 import torch
+from reference.dfa_loss import loss_parts
 
 from insightface_kprpe.dfa import DFALoss, RetinaFaceNet
 from insightface_kprpe.dfa.anchors import make_anchors
-from insightface_kprpe.dfa.loss import COORDINATE_UNIT
 from insightface_kprpe.dfa.network import NetworkOutput
 
 ANCHORS = make_anchors(160).double()
@@ -33,66 +31,15 @@ def draw(count=6, seed=0):
     return output, keypoints, bbox
 
 
-def smooth_l1(difference):
-    difference = abs(difference)
-    return 0.5 * difference**2 if difference < 1 else difference - 0.5
-
-
-def iou(box, anchor):
-    x, y, w, h = anchor
-    wide = min(box[2], x + w / 2) - max(box[0], x - w / 2)
-    high = min(box[3], y + h / 2) - max(box[1], y - h / 2)
-    shared = max(wide, 0) * max(high, 0)
-    return shared / ((box[2] - box[0]) * (box[3] - box[1]) + w * h - shared)
-
-
-def by_hand(output, keypoints, bbox, threshold, ratio):
-    """The loss written as its definition, image by image and anchor by anchor."""
-    sums = dict.fromkeys(("box", "score", "landmark", "face_box", "face_score", "face_landmark"), 0.0)
-    matches = labelled_matches = faces = labelled_faces = 0
-    for i in range(len(bbox)):
-        face, labelled = bbox[i, 0].item() != -1, keypoints[i, 0, 0].item() != -1
-        box, points = bbox[i].tolist(), keypoints[i].flatten().tolist()
-        positive = set()
-        if face:
-            overlaps = [iou(box, anchor) for anchor in ANCHORS.tolist()]
-            positive = {j for j, value in enumerate(overlaps) if value >= threshold} | {overlaps.index(max(overlaps))}
-        for j in positive:
-            x, y, w, h = ANCHORS[j].tolist()
-            target = [
-                ((box[0] + box[2]) / 2 - x) / (0.1 * w), ((box[1] + box[3]) / 2 - y) / (0.1 * h),
-                math.log((box[2] - box[0]) / w) / 0.2, math.log((box[3] - box[1]) / h) / 0.2,
-            ]  # fmt: skip
-            sums["box"] += sum(smooth_l1(p - t) for p, t in zip(output[0][i, j].tolist(), target, strict=True))
-            if labelled:
-                target = [(v - (y if k % 2 else x)) / (0.1 * (h if k % 2 else w)) for k, v in enumerate(points)]
-                sums["landmark"] += sum(smooth_l1(p - t) for p, t in zip(output[2][i, j].tolist(), target, strict=True))
-        background = []
-        for j in range(len(ANCHORS)):
-            zero, one = output[1][i, j].tolist()
-            both = math.log(math.exp(zero) + math.exp(one))
-            if j in positive:
-                sums["score"] += both - one
-            else:
-                background.append(both - zero)
-        sums["score"] += sum(sorted(background)[-ratio * max(len(positive), 1) :])
-        sums["face_score"] += smooth_l1(output.score[i].item() - face)
-        if face:
-            sums["face_box"] += sum(smooth_l1(v) for v in ((output.bbox[i] - bbox[i]) / COORDINATE_UNIT).tolist())
-        if labelled:
-            error = (output.keypoints[i] - keypoints[i]).flatten() / COORDINATE_UNIT
-            sums["face_landmark"] += sum(smooth_l1(v) for v in error.tolist())
-        matches, labelled_matches = matches + len(positive), labelled_matches + len(positive) * labelled
-        faces, labelled_faces = faces + face, labelled_faces + labelled
-    counts = [matches, matches, labelled_matches, faces, len(bbox), labelled_faces]
-    return {name: total / max(count, 1) for (name, total), count in zip(sums.items(), counts, strict=True)}
-
-
-@pytest.mark.parametrize("threshold", [0.35, 0.95])
-def test_values_are_those_of_the_definition(threshold):
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [({}, {}), ({"overlap_threshold": 0.95, "negatives_per_positive": 3}, {"threshold": 0.95, "ratio": 3})],
+)
+def test_values_are_those_of_the_definition(arguments, settings):
     output, keypoints, bbox = draw()
-    parts = DFALoss(overlap_threshold=threshold)(output, ANCHORS, keypoints, bbox)
-    expected = by_hand(output, keypoints, bbox, threshold, 7)
+    parts = DFALoss(**arguments)(output, ANCHORS, keypoints, bbox)
+    arrays = {name: value.numpy() for name, value in output._asdict().items()}
+    expected = loss_parts(arrays, ANCHORS.numpy(), keypoints.numpy(), bbox.numpy(), **settings)
     for name, value in expected.items():
         assert getattr(parts, name).item() == pytest.approx(value, rel=1e-9), name
     assert parts.total.item() == pytest.approx(sum(expected.values()) + expected["box"])

@@ -145,7 +145,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, net, many):
 KILLED = """
 import os, sys
 import numpy as np, torch
-from insightface_kprpe.evaluation import embedding_store
+from insightface_kprpe.inference import stores as embedding_store
 from insightface_kprpe.inference.embedding import EmbedOptions, embed_faces
 from insightface_kprpe.inference.models import open_model
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from reference import fusion as plain
+from reference.metrics import unit
 
 from insightface_kprpe.evaluation.fusion import (
     FUSION_METHODS,
@@ -15,10 +17,6 @@ from insightface_kprpe.evaluation.fusion import (
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS
 
 
-def unit(rows):
-    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
-
-
 def test_landmark_weights_by_hand():
     keypoints = np.repeat(CANONICAL_KEYPOINTS[None], 4, axis=0).astype(np.float64)
     keypoints[1] += [0.03, 0.04]  # every point 0.05 away
@@ -27,6 +25,17 @@ def test_landmark_weights_by_hand():
     score = np.array([1.0, 0.8, 0.5, 1.0])
     np.testing.assert_allclose(landmark_weights(keypoints, score), [1.0, 0.75 * 0.8, 0.5 * 0.5, 0.0], atol=1e-6)
     np.testing.assert_allclose(landmark_weights(keypoints, score, h=0.1)[:3], [1.0, 0.5 * 0.8, 0.0], atol=1e-6)
+
+
+def test_landmark_weights_equal_plain_form():
+    rng = np.random.default_rng(0)
+    keypoints = CANONICAL_KEYPOINTS + rng.uniform(0.01, 0.3, (50, 1, 1)) * rng.normal(size=(50, 5, 2))
+    score = rng.random(50)
+    for h in (0.2, 0.35):
+        expected = [plain.landmark_weight(points, one, h) for points, one in zip(keypoints, score, strict=True)]
+        np.testing.assert_allclose(landmark_weights(keypoints, score, h), expected, atol=1e-6)
+        assert 5 < np.count_nonzero(expected) < 50
+    np.testing.assert_array_equal(landmark_weights(keypoints, score), landmark_weights(keypoints, score, 0.2))
 
 
 @pytest.mark.parametrize(
@@ -68,16 +77,11 @@ def test_pooling_equals_plain_form_in_any_order():
     embeddings = rng.normal(size=(60, 8)).astype(np.float32)
     templates, medias = rng.integers(5, 12, 60), rng.integers(0, 4, 60)  # media numbers repeat between templates
     weights = rng.random(60)
-    known = np.unique(templates)
-    for given, rows in ((None, embeddings), (weights, unit(embeddings) * weights[:, None])):
-        expected = []
-        for template in known:
-            mine = templates == template
-            means = [rows[mine & (medias == media)].mean(0) for media in np.unique(medias[mine])]
-            expected.append(unit(np.sum(means, axis=0)))
+    for given, rows in ((None, np.float64(embeddings)), (weights, unit(np.float64(embeddings)) * weights[:, None])):
+        expected = plain.pool(rows, templates, medias)
         pooled, numbers = pool_templates(embeddings, templates, medias, given)
-        np.testing.assert_array_equal(numbers, known)
-        np.testing.assert_allclose(pooled, expected, atol=1e-6)
+        assert numbers.tolist() == list(expected)
+        np.testing.assert_allclose(pooled, list(expected.values()), atol=1e-6)
         order = rng.permutation(60)
         shuffled, _ = pool_templates(
             embeddings[order], templates[order], medias[order], given if given is None else given[order]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from reference import metrics as plain
 
 from insightface_kprpe.evaluation.metrics import (
     Matches,
@@ -26,39 +27,15 @@ def draw_pairs(rng, count, noise=0.8, dim=16):
     return a, b, is_same
 
 
-def plain_kfold(a, b, is_same, folds):
-    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
-    distance = ((a - b) ** 2).sum(1)
-    accuracies, thresholds = [], []
-    for test in np.array_split(np.arange(len(a)), folds):
-        train = np.setdiff1d(np.arange(len(a)), test)
-        tried = [((distance[train] < t) == is_same[train]).mean() for t in np.arange(0, 4, 0.01)]
-        thresholds.append(np.arange(0, 4, 0.01)[int(np.argmax(tried))])
-        accuracies.append(100 * ((distance[test] < thresholds[-1]) == is_same[test]).mean())
-    return np.mean(accuracies), np.std(accuracies), np.mean(thresholds)
-
-
-def plain_corners(scores, labels):
-    """(fpr, tpr, threshold) of the points that scikit-learn's roc_curve keeps, one threshold at a time."""
-    distinct = np.unique(scores)[::-1]
-    false = np.array([(scores[~labels] >= t).sum() for t in distinct])
-    true = np.array([(scores[labels] >= t).sum() for t in distinct])
-    keep = np.ones(len(distinct), dtype=bool)
-    for i in range(1, len(distinct) - 1):
-        keep[i] = false[i + 1] - 2 * false[i] + false[i - 1] != 0 or true[i + 1] - 2 * true[i] + true[i - 1] != 0
-    rows = [(0.0, 0.0, np.inf)]
-    rows += [
-        (f / false[-1], 100 * t / true[-1], s) for f, t, s, k in zip(false, true, distinct, keep, strict=True) if k
-    ]
-    return rows
-
-
 @pytest.mark.parametrize(("count", "folds"), [(10, 10), (37, 10), (603, 10), (50, 3)])
 def test_kfold_equals_plain_form(count, folds):
     a, b, is_same = draw_pairs(np.random.default_rng(count), count)
     result = kfold_accuracy(a, b, is_same, folds)
-    np.testing.assert_allclose(result[:3], plain_kfold(a, b, is_same, folds), atol=1e-9)
-    assert result.fold_accuracies.shape == result.fold_thresholds.shape == (folds,)
+    accuracies, thresholds = plain.kfold_accuracy(a, b, is_same, folds)
+    np.testing.assert_allclose(result.fold_accuracies, 100 * accuracies)
+    np.testing.assert_allclose(result.fold_thresholds, thresholds)
+    summary = 100 * accuracies.mean(), 100 * accuracies.std(), thresholds.mean()
+    np.testing.assert_allclose(result[:3], summary, atol=1e-9)
     assert result.cosine_threshold == pytest.approx(1 - result.threshold / 2)
 
 
@@ -66,13 +43,19 @@ def test_kfold_distances_on_thresholds():
     rng = np.random.default_rng(0)
     a, b = np.eye(4)[rng.integers(0, 2, (2, 60))]  # distances are 0 or 2, each of them a threshold
     is_same = rng.random(60) < 0.5
-    np.testing.assert_allclose(kfold_accuracy(a, b, is_same)[:3], plain_kfold(a, b, is_same, 10), atol=1e-9)
+    result = kfold_accuracy(a, b, is_same)
+    accuracies, thresholds = plain.kfold_accuracy(a, b, is_same, 10)
+    np.testing.assert_allclose(result.fold_accuracies, 100 * accuracies)
+    np.testing.assert_allclose(result.fold_thresholds, thresholds)
 
 
 def test_kfold_zero_embedding_is_equally_unlike_everything():
     a, b, is_same = draw_pairs(np.random.default_rng(0), 60)
-    result = kfold_accuracy(np.zeros_like(a), b, is_same)  # every distance is 1: all are called the same or none
-    assert 0 < result.accuracy < 100 and np.isfinite(result.threshold)
+    result = kfold_accuracy(np.zeros_like(a), b, is_same, 2)  # every distance is 1: all are called the same or none
+    assert set(result.fold_thresholds.round(2)) <= {0.0, 1.01}
+    called = result.fold_thresholds > 1
+    right = [100 * (half == call).mean() for half, call in zip(np.split(is_same, 2), called, strict=True)]
+    np.testing.assert_allclose(result.fold_accuracies, right)
 
 
 def test_perfect_and_blind_models():
@@ -110,19 +93,22 @@ def test_tpr_at_fpr_equals_plain_form(steps, share, dtype):
     labels = rng.random(400) < share
     scores = (rng.normal(size=400) + labels).astype(dtype)
     scores = scores if steps is None else np.round(scores * steps) / steps  # ties
-    corners = plain_corners(scores, labels)
+    corners = plain.roc_corners(scores, labels)
     curve = roc(scores, labels)
     np.testing.assert_allclose(curve.false_positives[curve.is_corner] / (~labels).sum(), [row[0] for row in corners])
+    np.testing.assert_allclose(curve.true_positives[curve.is_corner] / labels.sum(), [row[1] for row in corners])
     np.testing.assert_array_equal(curve.thresholds[curve.is_corner], [row[2] for row in corners])
     for target in (0.0, 1e-4, 0.013, 0.1, 0.5, 1.0):
         nearest = min(reversed(corners), key=lambda row: abs(row[0] - target))
-        point = tpr_at_fpr(scores, labels, [target], rule="insightface")[0]
-        np.testing.assert_allclose(point, (target, *nearest), rtol=1e-12)
-        strict = tpr_at_fpr(scores, labels, [target])[0]
-        assert strict.fpr == (scores[~labels] >= strict.threshold).mean() <= target
-        assert strict.tpr == pytest.approx(100 * (scores[labels] >= strict.threshold).mean())
-        looser = scores[scores < strict.threshold]
-        assert not len(looser) or (scores[~labels] >= looser.max()).mean() > target
+        for rule, expected in (("insightface", nearest), ("at_most", plain.tpr_at_fpr(scores, labels, target))):
+            point = tpr_at_fpr(scores, labels, [target], rule)[0]
+            assert point.target == target
+            np.testing.assert_allclose((point.fpr, point.tpr / 100, point.threshold), expected, rtol=1e-12)
+
+
+def test_the_default_rule_never_exceeds_the_target():
+    scores, labels = np.array([0.9, 0.8, 0.7, 0.6]), np.array([1, 0, 1, 0])
+    assert [tpr_at_fpr(scores, labels, [0.4], *rule)[0].fpr for rule in ((), ("insightface",))] == [0.0, 0.5]
 
 
 @pytest.mark.parametrize("rule", ["at_most", "insightface"])
@@ -185,6 +171,27 @@ def test_open_set_by_hand():
     assert all_alarms.threshold == 0.3 and all_alarms.tpr == pytest.approx(200 / 3)
     assert tpir_at_fpir(matches, (1.0,), rank=2)[0].tpr == pytest.approx(100)
     assert rank_k(matches, (1, 2)) == {1: pytest.approx(200 / 3), 2: 100}
+
+
+def test_identification_equals_plain_form():
+    rng = np.random.default_rng(0)
+    for ties in (None, 10):
+        scores = rng.normal(size=(80, 30))
+        is_mate = rng.random((80, 30)) < 0.04  # some probes have several mates, many have none
+        scores += 1.5 * is_mate
+        scores = scores if ties is None else np.round(scores * ties) / ties
+        expected = [plain.match(*rows) for rows in zip(scores, is_mate, strict=True)]
+        mate, other, ranks = (np.array(column) for column in zip(*expected, strict=True))
+        matches = match_scores(scores, is_mate)
+        for found, column in zip(matches, (mate, other, ranks), strict=True):
+            np.testing.assert_array_equal(found, column)
+        assert rank_k(matches, (1, 3, 10)) == {k: pytest.approx(100 * plain.rank_k(ranks, k)) for k in (1, 3, 10)}
+        for fpir in (0.0, 0.01, 0.1, 0.5, 1.0):
+            for rank in (1, 5):
+                point = tpir_at_fpir(matches, [fpir], rank)[0]
+                reached, tpir, threshold = plain.tpir_at_fpir(mate, other, ranks, fpir, rank)
+                assert (point.fpr, point.tpr / 100) == pytest.approx((reached, tpir), rel=1e-12)
+                assert threshold is None or point.threshold == threshold
 
 
 def test_open_set_and_rank_bad_input():

@@ -140,6 +140,23 @@ def test_parts_of_one_batch_equal_the_batch(margin):
     torch.testing.assert_close(partial_fc(embeddings, torch.arange(12) * 4).detach(), whole[0])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_what_one_batch_has_set_is_gone_after_it(training):
+    torch.manual_seed(0)
+    partial_fc = PartialFC(AdaFace(), SIZE, 50, sample_rate=0.4).train(training)
+    embeddings, labels = torch.randn(4, SIZE), torch.arange(4)
+
+    def sampled():
+        partial_fc.zero_grad()
+        partial_fc(embeddings, labels).backward()
+        return partial_fc.class_centers.grad.abs().sum(1).nonzero().flatten().tolist()
+
+    with partial_fc.one_batch(labels, lambda: embeddings.norm(dim=1)):
+        assert sampled() == sampled()
+    assert sampled() != sampled()
+    assert partial_fc.margin_loss.training is training
+
+
 def test_logits_stay_in_float32_under_autocast():
     images, labels, _, _ = data()
     partial_fc = PartialFC(CosFace(), SIZE, CLASSES)
