@@ -1,4 +1,4 @@
-"""Make the data sets of the study of KPRPE from folders of pictures, and drawn ones: RecordIO and ``.bin``, with landmarks.
+"""Make the data sets of the study of KPRPE, from folders of pictures and drawn: RecordIO and ``.bin``, with landmarks.
 
     python benchmarks/study_data.py --fiw fiw --lfw lfw --detector scrfd_500m_kps.onnx --out study_data --processes 2
 
@@ -16,8 +16,8 @@ drawn_{loose,aligned}/   drawn faces of 500 people, 16 of each
 drawn_val_{loose,aligned}.bin     3,000 drawn pairs of 500 other people
 =======================  ===============================================================================================
 
-Beside each lie ``*ldmk_5points.csv``, a contact sheet ``*.png`` to look at, and for real pairs ``*_people.npy``, who is
-on the images. What is there is not made again; detection goes on where it was stopped.
+Beside each lie ``*ldmk_5points.csv``, a contact sheet ``*.png`` to look at, and for each ``.bin`` ``*_people.npy``: who
+is on its images. What is there is not made again; detection goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from insightface_kprpe.data.face_dataset import list_people, read_image_file
 from insightface_kprpe.data.image_codec import encode_jpeg
 from insightface_kprpe.data.landmark_csv import write_landmark_csv
 from insightface_kprpe.data.record_tools import pack_drawn
-from insightface_kprpe.data.synthetic import SyntheticFaces, verification_pairs
+from insightface_kprpe.data.synthetic import SyntheticFaces
 from insightface_kprpe.data.verification_bin import write_verification_bin
 from insightface_kprpe.evaluation.verification import FIRST_UNSEEN_IDENTITY
 from insightface_kprpe.files import atomic_path
@@ -54,14 +54,14 @@ PADDING = {"fiw": 112, "lfw": 60}  # black pixels on every side, without which t
 BOX_PADDING = 0.1  # of the box's longer side, on every side
 VALIDATION_FAMILIES = 10  # every tenth
 VALIDATION_PAIRS = 3000
-DRAWN = {"num_identities": 500, "images_per_identity": 16, "seed": 1}
+DRAWN = {"num_identities": 500, "seed": 1}
 _AT_ONCE = 200  # pictures that a process shows to the detector before it saves
 
 Crop = tuple[np.ndarray, np.ndarray]  # (112, 112, 3) uint8 RGB, (5, 2) keypoints in [0, 1] of it
 
 
 class Faces(NamedTuple):
-    """Pictures and the face in each; where none was found, ``found`` is False and the rest is that of an average face."""
+    """Pictures and the face in each; where none was found, the rest is that of an average face."""
 
     paths: list[Path]
     boxes: np.ndarray  # (N, 4) xyxy in pixels
@@ -149,13 +149,12 @@ def loose(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray, seed: in
     return warp_smoothly(image, matrix, SIZE), (transform_points(landmarks_px, matrix) / SIZE).astype(np.float32)
 
 
-def write_pairs(path: Path, crops: Sequence[Crop], is_same: Sequence[bool], people: np.ndarray | None = None) -> None:
-    """A verification set with its landmarks, its people where they are known, and a contact sheet."""
+def write_pairs(path: Path, crops: Sequence[Crop], is_same: Sequence[bool], people: np.ndarray) -> None:
+    """A verification set with its landmarks, its people and a contact sheet."""
     keypoints = np.stack([points for _, points in crops])
     write_landmark_csv(path.with_name(f"{path.stem}_ldmk_5points.csv"), keypoints)
-    if people is not None:
-        with atomic_path(path.with_name(f"{path.stem}_people.npy")) as temporary, open(temporary, "wb") as file:
-            np.save(file, people)
+    with atomic_path(path.with_name(f"{path.stem}_people.npy")) as temporary, open(temporary, "wb") as file:
+        np.save(file, people)
     cells = [face_cell(image, points) for image, points in crops[:64]]
     write_sheet(path.with_suffix(".png"), arrange(cells, 8))
     write_verification_bin(path, [encode_jpeg(image, 95) for image, _ in crops], is_same)
@@ -220,7 +219,8 @@ def make_lfw(folder: Path, out: Path, detector: Path, processes: int) -> None:
         return
     images, is_same = read_lfw_pairs(folder / "pairs.txt")
     paths = sorted(set(images))
-    faces = find_faces([folder / "images" / path for path in paths], PADDING["lfw"], detector, out / "detected" / "lfw", processes)  # fmt: skip
+    files = [folder / "images" / path for path in paths]
+    faces = find_faces(files, PADDING["lfw"], detector, out / "detected" / "lfw", processes)
     rows = [paths.index(path) for path in images]
     names = sorted({path.split("/")[0] for path in images})
     people = np.array([names.index(path.split("/")[0]) for path in images])
@@ -244,22 +244,22 @@ def make_drawn(out: Path) -> None:
     """Drawn faces, loose and aligned."""
     for name in ("loose", "aligned"):
         if not (out / f"drawn_{name}" / "train.rec").is_file():
-            faces = SyntheticFaces(**DRAWN, aligned=name == "aligned")
+            faces = SyntheticFaces(**DRAWN, images_per_identity=16, aligned=name == "aligned")
             pack_drawn(out / f"drawn_{name}", (faces[index] for index in range(len(faces))))
         path = out / f"drawn_val_{name}.bin"
         if not path.is_file():
-            pairs = {"num_identities": DRAWN["num_identities"], "pairs": VALIDATION_PAIRS, "seed": DRAWN["seed"]}
-            images, is_same, keypoints = verification_pairs(
-                **pairs, first_identity=FIRST_UNSEEN_IDENTITY, aligned=name == "aligned"
-            )
-            write_pairs(path, list(zip(images, keypoints, strict=True)), is_same)
+            others = {**DRAWN, "images_per_identity": 6, "first_identity": FIRST_UNSEEN_IDENTITY}
+            faces = SyntheticFaces(**others, aligned=name == "aligned")
+            crops = [(image, keypoints) for image, _, keypoints in map(faces.__getitem__, range(len(faces)))]
+            pairs, is_same = draw_pairs(np.arange(len(faces)), faces.labels, faces.labels, VALIDATION_PAIRS)
+            write_pairs(path, [crops[row] for row in pairs], is_same, faces.labels[pairs])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fiw", type=Path, help="Families in the Wild: a folder F0001_MID1/ a person; left out: none")
-    parser.add_argument("--lfw", type=Path, help="Labeled Faces in the Wild: images/NAME/ and pairs.txt; left out: none")
+    parser.add_argument("--fiw", type=Path, help="Families in the Wild, F0001_MID1/ a person; left out: none")
+    parser.add_argument("--lfw", type=Path, help="Labeled Faces in the Wild, images/ and pairs.txt; left out: none")
     parser.add_argument("--detector", type=Path, help="SCRFD with landmarks as ONNX, for these two")
     parser.add_argument("--out", type=Path, default=Path("study_data"))
     parser.add_argument("--processes", type=int, default=2)
