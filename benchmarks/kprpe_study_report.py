@@ -163,7 +163,8 @@ def draw_curves(results: Sequence[Result], names: Sequence[str], path: Path, tit
         axis.set_xlabel(label)
         axis.set_ylabel("verification accuracy, %")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     for axis in axes:
         axis.axis("off")
     figure.suptitle(title)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from insightface_kprpe.data.verification_bin import read_verification_bin
 from insightface_kprpe.evaluation.embedding import Embedder, embed_images
 from insightface_kprpe.evaluation.metrics import kfold_accuracy, unit_rows
 from insightface_kprpe.evaluation.verification import open_verification
-from insightface_kprpe.geometry import CANONICAL_KEYPOINTS
+from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, align_face
 
+SIZE = 112
 # How a test is made harder. Every crop is moved by the same amount in a direction of its own.
 MOVES = {
     "rotation": (15.0, 30.0, 45.0),  # degrees, either way
@@ -77,8 +78,8 @@ def measure(
 
     Beside the cosines, ``SET/is_same`` and ``SET/people`` are the pairs of each set.
 
-    The first set is also tested with wrong keypoints, where the network uses them; the second is shrunk; the aligned
-    one is moved.
+    The first set is also tested with wrong keypoints, where the network uses them, and with its crops turned onto the
+    template by right and wrong keypoints; the second is shrunk; the aligned one is moved.
     """
     accuracy, scores = {}, {}
 
@@ -93,6 +94,11 @@ def measure(
     if uses_keypoints:
         for name, keypoints in wrong_keypoints(tests[0].keypoints).items():
             test(f"{tests[0].name}, {name}", replace(tests[0], keypoints=keypoints))
+    for name, keypoints in {
+        "aligned first": tests[0].keypoints,
+        **noisy(tests[0].keypoints, "aligned first, "),
+    }.items():
+        test(f"{tests[0].name}, {name}", align(replace(tests[0], keypoints=keypoints)))
     for side in RESOLUTIONS:
         test(f"{tests[1].name}, {side} px", replace(tests[1], images=shrink(tests[1].images, side)))
     aligned = next(tested for tested in tests if tested.name in ("lfw_aligned", "drawn_val_aligned"))
@@ -102,22 +108,32 @@ def measure(
     return accuracy, scores
 
 
-def wrong_keypoints(keypoints: np.ndarray) -> Mapping[str, np.ndarray]:
+def wrong_keypoints(keypoints: np.ndarray) -> dict[str, np.ndarray]:
     """By name: keypoints that are off, by little or altogether."""
-    rng = np.random.default_rng(2)
-    error = rng.normal(size=keypoints.shape).astype(np.float32)
-    wrong = {f"keypoint noise {size:g}": keypoints + size * error for size in NOISE}
+    wrong = noisy(keypoints)
     wrong |= {f"keypoint drift {alpha:g}": keypoints * (1 + np.float32(alpha)) for alpha in DRIFT}
     wrong["the template's keypoints"] = np.tile(CANONICAL_KEYPOINTS, (len(keypoints), 1, 1))
-    wrong["another face's keypoints"] = keypoints[rng.permutation(len(keypoints))]
+    wrong["another face's keypoints"] = keypoints[np.random.default_rng(3).permutation(len(keypoints))]
     return wrong
+
+
+def noisy(keypoints: np.ndarray, prefix: str = "") -> dict[str, np.ndarray]:
+    """By name: keypoints with noise of several strengths, in the same directions."""
+    error = np.random.default_rng(2).normal(size=keypoints.shape).astype(np.float32)
+    return {f"{prefix}keypoint noise {size:g}": keypoints + size * error for size in NOISE}
+
+
+def align(tested: SetOfPairs) -> SetOfPairs:
+    """Turn every crop onto the template by its keypoints."""
+    crops = [align_face(image, points * SIZE) for image, points in zip(tested.images, tested.keypoints, strict=True)]
+    images, keypoints = zip(*crops, strict=True)
+    return replace(tested, images=np.stack(images), keypoints=np.stack(keypoints))
 
 
 def shrink(images: np.ndarray, side: int) -> np.ndarray:
     """Crops that lost their resolution: shrunk to ``side`` pixels and enlarged to what they were."""
-    full = images.shape[1::-1] if images.ndim == 3 else images.shape[2:0:-1]
     small = (cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in images)
-    return np.stack([cv2.resize(image, full, interpolation=cv2.INTER_CUBIC) for image in small])
+    return np.stack([cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC) for image in small])
 
 
 def move(tested: SetOfPairs, kind: str, amount: float, seed: int = 1) -> SetOfPairs:
