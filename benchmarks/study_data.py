@@ -9,7 +9,7 @@ fiw_unaligned/           Families in the Wild to train on: its crops as they are
 fiw_aligned/             the same faces, turned onto InsightFace's template
 fiw_val_{unaligned,aligned}.bin   3,000 pairs of every tenth family, none of which is in the two sets above
 lfw_raw.bin              Labeled Faces in the Wild, the official pairs in their order: the pictures as they are
-lfw_box.bin              the square around the detector's box and 10 % on every side
+lfw_box.bin              the square around the detector's box, as high as it
 lfw_loose.bin            that square turned by up to 30 degrees, scaled by 0.8 to 1.25, shifted by up to 0.1, at random
 lfw_aligned.bin          turned onto the template
 drawn_{loose,aligned}/   drawn faces of 500 people, 16 of each
@@ -51,7 +51,6 @@ from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, align_face, transfor
 
 SIZE = 112
 PADDING = {"fiw": 112, "lfw": 60}  # black pixels on every side, without which tight crops hold no face for SCRFD
-BOX_PADDING = 0.1  # of the box's longer side, on every side
 VALIDATION_FAMILIES = 10  # every tenth
 VALIDATION_PAIRS = 3000
 DRAWN = {"num_identities": 500, "seed": 1}
@@ -134,7 +133,7 @@ def aligned(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray, seed: 
 
 def boxed(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray, seed: int) -> Crop:
     """The square around the box."""
-    crop, matrix = cut_box(image, box, SIZE, BOX_PADDING)
+    crop, matrix = cut_box(image, box, SIZE)
     return crop, (transform_points(landmarks_px, matrix) / SIZE).astype(np.float32)
 
 
@@ -142,7 +141,7 @@ def loose(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray, seed: in
     """The square around the box, turned, scaled and shifted at random, cut from the picture."""
     rng = np.random.default_rng(seed)
     angle, zoom = np.deg2rad(rng.uniform(-30, 30)), np.exp(rng.uniform(*np.log([0.8, 1.25])))
-    zoom *= SIZE / (max(box[2:] - box[:2]) * (1 + 2 * BOX_PADDING))
+    zoom *= SIZE / max(box[2:] - box[:2])
     linear = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     centre = SIZE * (0.5 + rng.uniform(-0.1, 0.1, 2))
     matrix = np.column_stack([linear, centre - linear @ ((box[:2] + box[2:]) / 2)])
