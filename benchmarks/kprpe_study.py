@@ -171,7 +171,7 @@ BASES = {
     "drawn": Run("base", "drawn", "ViT", 0, "drawn_aligned", {"num_epoch": 7, "augment": SLIGHTLY}),
     "real": Run("base", "real", "ViT", 0, "fiw_unaligned", {"num_epoch": 10, "augment": SLIGHTLY}),
 }
-REAL = {"num_epoch": 4, "augment": MOVED, "base": BASES["real"].folder}
+REAL = {"num_epoch": 3, "augment": MOVED, "base": BASES["real"].folder}
 DRAWN = {"num_epoch": 7, "augment": MOVED_MORE, "base": BASES["drawn"].folder}
 
 PARTS: dict[str, list[Run]] = {

@@ -78,8 +78,8 @@ def measure(
 
     Beside the cosines, ``SET/is_same`` and ``SET/people`` are the pairs of each set.
 
-    The first set is also tested with wrong keypoints, where the network uses them, and with its crops turned onto the
-    template by right and wrong keypoints; the second is shrunk; the aligned one is moved.
+    The first set is also tested with wrong keypoints, where the network uses them; for other networks, with its crops
+    turned onto the template by right and noisy ones. The second is shrunk, the aligned one moved.
     """
     accuracy, scores = {}, {}
 
@@ -91,14 +91,14 @@ def measure(
     for tested in tests:
         test(tested.name, tested)
         scores |= {f"{tested.name}/is_same": tested.is_same, f"{tested.name}/people": tested.people}
+    first = tests[0]
     if uses_keypoints:
-        for name, keypoints in wrong_keypoints(tests[0].keypoints).items():
-            test(f"{tests[0].name}, {name}", replace(tests[0], keypoints=keypoints))
-    for name, keypoints in {
-        "aligned first": tests[0].keypoints,
-        **noisy(tests[0].keypoints, "aligned first, "),
-    }.items():
-        test(f"{tests[0].name}, {name}", align(replace(tests[0], keypoints=keypoints)))
+        for name, keypoints in wrong_keypoints(first.keypoints).items():
+            test(f"{first.name}, {name}", replace(first, keypoints=keypoints))
+    else:
+        test(f"{first.name}, aligned first", align(first))
+        for name, keypoints in noisy(first.keypoints).items():
+            test(f"{first.name}, aligned first, {name}", align(replace(first, keypoints=keypoints)))
     for side in RESOLUTIONS:
         test(f"{tests[1].name}, {side} px", replace(tests[1], images=shrink(tests[1].images, side)))
     aligned = next(tested for tested in tests if tested.name in ("lfw_aligned", "drawn_val_aligned"))
@@ -117,10 +117,10 @@ def wrong_keypoints(keypoints: np.ndarray) -> dict[str, np.ndarray]:
     return wrong
 
 
-def noisy(keypoints: np.ndarray, prefix: str = "") -> dict[str, np.ndarray]:
+def noisy(keypoints: np.ndarray) -> dict[str, np.ndarray]:
     """By name: keypoints with noise of several strengths, in the same directions."""
     error = np.random.default_rng(2).normal(size=keypoints.shape).astype(np.float32)
-    return {f"{prefix}keypoint noise {size:g}": keypoints + size * error for size in NOISE}
+    return {f"keypoint noise {size:g}": keypoints + size * error for size in NOISE}
 
 
 def align(tested: SetOfPairs) -> SetOfPairs:
