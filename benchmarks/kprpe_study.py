@@ -1,37 +1,35 @@
-"""Does KPRPE help? Train small ViTs that differ in their position encoding alone, then turn, scale and shift the test.
+"""Does KPRPE help, and when? Train small ViTs that differ in their position encoding alone; test them on moved faces.
 
-python benchmarks/kprpe_study.py --rec faces/rec --val faces/val.bin faces/val_unaligned.bin --out work_dirs/kprpe_study
+    python benchmarks/study_data.py --fiw fiw --lfw lfw --detector scrfd_500m_kps.onnx --out study_data
+    python benchmarks/kprpe_study.py real --data study_data --faces faces --out study
+    python benchmarks/kprpe_study_report.py --out study
 
-Trains vit_n plain, with iRPE and with KPRPE (five keypoints; 4, 3 and 2) on ``--rec``, and the first three on drawn
-faces, each with ``--seeds`` seeds. Every network is verified on all sets, on moved crops of the first set, and, if it
-uses keypoints, with wrong ones. Each run is a folder of ``--out`` with its measurements in ``study.json``; starting
-again goes on where it stopped. After every run the tables and curves of all that ended are written anew: report.md,
-report.json, curves_*.png (extra "plots").
+The first argument is one of the parts of ``PARTS``, or several. Every run is a folder of ``--out``: its training, then
+``run.json`` with its accuracies and ``scores.npz`` with the cosine of every test pair. Started again, a part goes on
+where it stopped; two processes may share one. ``--faces`` (YouTube Faces) may be left out: it is only tested on.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import cv2
 import numpy as np
 import torch
-from kprpe_study_report import write_report
+from study_tests import SetOfPairs, measure
 
-from insightface_kprpe.data.augmentation import move_keypoints, warp_images
-from insightface_kprpe.data.face_dataset import to_network_input
-from insightface_kprpe.data.verification_pairs import VerificationPairs, open_verification
-from insightface_kprpe.evaluation.metrics import unit_rows
-from insightface_kprpe.evaluation.verification import verify
-from insightface_kprpe.files import write_atomically
-from insightface_kprpe.inference.embedding import embed_images
+from insightface_kprpe.files import atomic_path, write_atomically
 from insightface_kprpe.inference.models import TorchEmbedder
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.trainer import train
@@ -39,211 +37,166 @@ from insightface_kprpe.weights.network import load_run
 
 logger = logging.getLogger("insightface_kprpe.study")
 
-# What is compared: the name in tables, the backbone, its arguments.
-NETWORKS = (
-    ("ViT", "vit_n", {}),
-    ("ViT + iRPE", "vit_n_irpe", {}),
-    ("ViT + KPRPE", "vit_n_kprpe", {}),
-)
-FEWER_POINTS = tuple(
-    (f"ViT + KPRPE, {points} points", "vit_n_kprpe", {"num_keypoints": points}) for points in (4, 3, 2)
-)
-
-# How the test is made harder. Every crop is moved by the same amount in a direction of its own.
-MOVES = {
-    "rotation": (15.0, 30.0, 45.0, 60.0),  # degrees, either way
-    "scale": (1.2, 1.4, 1.7),  # times, larger or smaller
-    "shift": (0.1, 0.2, 0.3),  # of the side, any way
-}
-# Wrong keypoints, by the alpha of Eq. 12 (supplement, section 2.3), L + alpha L. It moves all points away from the
-# corner at the origin; "noise" moves each point as far, in a direction of its own.
-KEYPOINT_ERRORS = ("drift", "noise")
-ALPHAS = (0.025, 0.05, 0.075, 0.1)
+# The network: 49 patches, 0.4M parameters. What is compared are its positions.
+SMALL = {"patch_size": 16, "embed_dim": 64, "depth": 3, "num_heads": 4}
+NETWORKS = {"ViT": "vit_n", "iRPE": "vit_n_irpe", "KPRPE": "vit_n_kprpe"}
+# How crops are moved in training, each by its own amount; drawn loose ones are turned and scaled already.
+SLIGHTLY = {"rotation": 10.0, "scale": 0.1, "translation": 0.04}
+MOVED = {"rotation": 40.0, "scale": 0.3, "translation": 0.1}
+MOVED_MORE = {"rotation": 20.0, "scale": 0.2, "translation": 0.08}
+COMMON = {
+    "embedding_size": 128, "batch_size": 64, "lr": 0.002, "weight_decay": 0.05, "scheduler": "cosine",
+    "warmup_epoch": 0.5, "loss": "margin", "margin_list": (1.0, 0.0, 0.2), "precision": "fp32",
+    "num_workers": 0, "verbose": 10**9, "frequent": 50, "val_targets": (), "keep_checkpoints": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Run:
-    """One network trained once."""
+    """One network trained once.
 
-    data: str  # "real" or "drawn"
-    label: str
+    Attributes:
+        part: of the study.
+        name: of what is compared; runs that differ in their seed alone share it.
+        network: "ViT", "iRPE" or "KPRPE".
+        seed: of weights, order and augmentation.
+        rec: folder in ``--data`` to train on.
+        settings: of the config, beside ``COMMON``.
+        base: folder of the run whose weights this one starts from; None: random weights.
+    """
+
+    part: str
+    name: str
     network: str
-    kwargs: Mapping[str, Any]
     seed: int
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of the config
+    rec: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    base: str | None = None
 
     @property
     def folder(self) -> str:
-        """Name of its folder."""
-        points = self.kwargs.get("num_keypoints")
-        return f"{self.data}_{self.network}{f'_{points}points' if points else ''}_seed{self.seed}"
+        """Its folder in ``--out``."""
+        return f"{self.part}/{self.name.replace(' ', '_')}_seed{self.seed}"
 
 
-def plan_runs(options: argparse.Namespace) -> list[Run]:
-    """All runs, the main question first."""
-    real = {"rec": options.rec, "num_epoch": options.epochs}
-    drawn = {"rec": "synthetic", "num_classes": 60, "num_image": 1200, "num_epoch": options.epochs + 1}
+def run_parts(parts: Sequence[str], data: Path, faces: Path | None, out: Path) -> None:
+    """Train and measure what is missing of some parts."""
+    runs = [run for part in parts for run in PARTS[part]]
+    tests: dict[str, list[SetOfPairs]] = {}
+    for number, run in enumerate(runs, 1):
+        folder = out / run.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # another process is at it
+                continue
+            if (folder / "run.json").is_file():
+                continue
+            print(f"[{number}/{len(runs)}] {run.folder}", flush=True)
+            started = time.process_time()
+            train_run(run, data, out)
+            kind = run.rec.split("_")[0]
+            tests[kind] = tests.get(kind) or open_tests(kind, data, faces)
+            finish_run(run, folder, tests[kind], started)
+
+
+def train_run(run: Run, data: Path, out: Path) -> None:
+    """Train one network through the package's own loop."""
+    config = load_config("base")
+    config.update(COMMON)
+    config.update(
+        rec=str(data / run.rec), network=NETWORKS[run.network], seed=run.seed, output=str(out / run.folder),
+        network_kwargs={**SMALL, **run.settings.get("network_kwargs", {})}, resume=True,
+    )  # fmt: skip
+    config.update({key: value for key, value in run.settings.items() if key != "network_kwargs"})
+    if run.base:
+        config.update(init_from=str(out / run.base), init_min_match=0.5)
+    train(config)
+
+
+def finish_run(run: Run, folder: Path, tests: Sequence[SetOfPairs], started: float) -> None:
+    """Measure a trained network and write what the report needs."""
+    net = load_run(folder)
+    accuracy, scores = measure(TorchEmbedder(net), tests, uses_keypoints=run.network == "KPRPE")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = {key: value for row in rows for key, value in row.items()}
+    tables = [net.get_parameter(name).abs().mean().item() for name in sorted(net.position_tables())]
+    result = {
+        "part": run.part, "name": run.name, "network": run.network, "seed": run.seed, "rec": run.rec,
+        "settings": dict(run.settings), "base": run.base, "loss": last.get("loss"), "steps": last.get("step"),
+        "keypoints": {key: value for key, value in last.items() if key.startswith("keypoints/")},
+        "tables": float(np.mean(tables)) if tables else None,
+        "cpu_seconds": round(time.process_time() - started, 1), "accuracy": accuracy,
+    }  # fmt: skip
+    with atomic_path(folder / "scores.npz") as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **scores)
+    write_atomically(folder / "run.json", (json.dumps(result, indent=2) + "\n").encode())
+    print(f"{run.folder}: loss {result['loss']:.2f}, {result['cpu_seconds']:.0f} s, {accuracy}", flush=True)
+
+
+def open_tests(kind: str, data: Path, faces: Path | None) -> list[SetOfPairs]:
+    """What networks trained on one kind of faces are tested on."""
+    if kind == "drawn":
+        return [SetOfPairs.open(data / f"drawn_val_{name}.bin") for name in ("loose", "aligned")]
+    paths = [data / f"{name}.bin" for name in ("lfw_loose", "lfw_box", "lfw_aligned", "lfw_raw")]
+    paths += [data / f"fiw_val_{name}.bin" for name in ("unaligned", "aligned")]
+    if faces is not None:
+        paths += [faces / "ytf_val_unaligned.bin", faces / "ytf_val.bin"]
+    return [SetOfPairs.open(path) for path in paths]
+
+
+def compare(part: str, rec: str, seeds: int, variants: Mapping[str, tuple[str, dict]], **common: Any) -> list[Run]:
+    """Runs of some networks, seed by seed, so that a part that is stopped has whole seeds."""
+    base = common.pop("base", None)
     return [
-        Run(data, *network, seed, settings)
-        for data, settings, networks, seeds in (
-            ("real", real, NETWORKS, options.seeds),
-            ("drawn", drawn, NETWORKS, options.seeds),
-            ("real", real, FEWER_POINTS, options.ablation_seeds),
-        )
+        Run(part, name, network, seed, rec, {**common, **settings}, base)
         for seed in range(seeds)
-        for network in networks
+        for name, (network, settings) in variants.items()
     ]
 
 
-def train_run(run: Run, folder: Path) -> float:
-    """Train by the shipped small config; returns the last loss that was logged."""
-    config = load_config("small_vit_n_kprpe")
-    config.update(run.settings)
-    config.update(
-        network=run.network, network_kwargs={**config.network_kwargs, **run.kwargs}, seed=run.seed, output=str(folder),
-        warmup_epoch=1.0, num_workers=0, verbose=10**9, frequent=30, resume=True, val_targets=(),
-    )  # fmt: skip
-    train(config)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return next(row["loss"] for row in reversed(rows) if "loss" in row)
+def scaled(network: str, *scales: float) -> dict[str, tuple[str, dict]]:
+    """A network by the scale of its tables' learning rate."""
+    return {f"{network} x{scale:g}": (network, {"position_lr_scale": float(scale)}) for scale in scales}
 
 
-def measure(net: torch.nn.Module, sets: Sequence[VerificationPairs], pairs: int) -> dict[str, dict[str, float]]:
-    """Verification accuracy in percent by kind of test and its strength; ``pairs`` of the first set are moved."""
-    embed = TorchEmbedder(net)
-
-    def accuracy(tested: VerificationPairs) -> float:
-        return verify(embed, tested, flip=False).accuracy
-
-    results: dict[str, dict[str, float]] = {"sets": {tested.name: accuracy(tested) for tested in sets}}
-    some = choose_pairs(sets[0], pairs)
-    unmoved = accuracy(some)
-    for kind, amounts in MOVES.items():
-        none = "1" if kind == "scale" else "0"
-        results[kind] = {none: unmoved} | {f"{amount:g}": accuracy(move(some, kind, amount)) for amount in amounts}
-    if net.needs_keypoints:
-        for kind in KEYPOINT_ERRORS:
-            wrong = {f"{alpha:g}": accuracy(mislead(some, kind, alpha)) for alpha in ALPHAS}
-            results[kind] = {"0": unmoved} | wrong
-    return results
+def rates(*lrs: float) -> dict[str, tuple[str, dict]]:
+    """The plain ViT by its learning rate."""
+    return {f"ViT lr {lr:g}": ("ViT", {"lr": lr}) for lr in lrs}
 
 
-def keypoint_effect(net: torch.nn.Module, tested: VerificationPairs, pairs: int) -> dict[str, float]:
-    """How far wrong keypoints move the unit embedding, mean in percent of its length; nothing where none are used."""
-    if not net.needs_keypoints:
-        return {}
-    embed, some = TorchEmbedder(net), choose_pairs(tested, pairs)
-    nowhere = np.zeros_like(some.keypoints)
-    wrong = {f"noise {ALPHAS[-1]:g}": mislead(some, "noise", ALPHAS[-1]).keypoints, "all in the corner": nowhere}
-    right = unit_rows(embed_images(embed, some.images, some.keypoints, flip=False))
-    moved = {name: unit_rows(embed_images(embed, some.images, points, flip=False)) for name, points in wrong.items()}
-    return {name: float(100 * np.linalg.norm(other - right, axis=1).mean()) for name, other in moved.items()}
+# One plain ViT for each kind of faces, trained first; its weights are where the networks to compare start from.
+BASES = {
+    "drawn": Run("base", "drawn", "ViT", 0, "drawn_aligned", {"num_epoch": 7, "augment": SLIGHTLY}),
+    "real": Run("base", "real", "ViT", 0, "fiw_unaligned", {"num_epoch": 10, "augment": SLIGHTLY}),
+}
+REAL = {"num_epoch": 3, "augment": MOVED, "base": BASES["real"].folder}
+DRAWN = {"num_epoch": 7, "augment": MOVED_MORE, "base": BASES["drawn"].folder}
+
+PARTS: dict[str, list[Run]] = {
+    "base": list(BASES.values()),
+    # Each kind of network is tuned by three values, on the validation families alone.
+    "tuning": compare(
+        "real", "fiw_unaligned", 1, scaled("KPRPE", 30) | rates(0.002) | scaled("iRPE", 30, 10, 1) | rates(0.001, 0.004)
+        | scaled("KPRPE", 10, 100), **REAL,
+    ),
+    "real": compare("real", "fiw_unaligned", 3, rates(0.002) | scaled("KPRPE", 30) | scaled("iRPE", 10), **REAL),
+    "scale": compare("drawn", "drawn_loose", 2, rates(0.002) | scaled("KPRPE", 30, 1, 10, 100, 3), **DRAWN),
+}  # fmt: skip
 
 
-def choose_pairs(tested: VerificationPairs, count: int, seed: int = 0) -> VerificationPairs:
-    """At most ``count`` pairs of a set, drawn once and for all, decoded."""
-    total = len(tested.is_same)
-    chosen = np.sort(np.random.default_rng(seed).permutation(total)[:count])
-    rows = np.stack([2 * chosen, 2 * chosen + 1], 1).reshape(-1)
-    images = np.stack([tested.images[int(row)] for row in rows])
-    return VerificationPairs(f"{tested.name}, moved", images, tested.keypoints[rows], tested.is_same[chosen])
-
-
-def move(tested: VerificationPairs, kind: str, amount: float, seed: int = 1) -> VerificationPairs:
-    """Move every crop about its centre, its keypoints along with it, by one amount each in a random direction."""
-    matrix = move_matrix(len(tested.images), kind, amount, seed)
-    images = to_network_input(torch.from_numpy(np.asarray(tested.images)).permute(0, 3, 1, 2))
-    moved = warp_images(images, matrix).add(1).mul(127.5).round().clamp(0, 255).byte()
-    keypoints = move_keypoints(torch.tensor(tested.keypoints, dtype=torch.float32), matrix)
-    return VerificationPairs(tested.name, moved.permute(0, 2, 3, 1).numpy(), keypoints.numpy(), tested.is_same)
-
-
-def move_matrix(count: int, kind: str, amount: float, seed: int) -> torch.Tensor:
-    """(count, 2, 3) matrices from [0, 1] of the old crops to [0, 1] of the new ones."""
-    generator = torch.Generator().manual_seed(seed)
-    sign = torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1
-    direction = torch.rand(count, generator=generator) * 2 * torch.pi
-    angle = sign * np.deg2rad(amount) if kind == "rotation" else torch.zeros(count)
-    zoom = amount**sign if kind == "scale" else torch.ones(count)
-    length = amount if kind == "shift" else 0.0
-    cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    linear = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
-    offset = 0.5 - linear.sum(-1) * 0.5 + length * torch.stack([direction.cos(), direction.sin()], -1)
-    return torch.cat([linear, offset.unsqueeze(-1)], -1)
-
-
-def mislead(tested: VerificationPairs, kind: str, alpha: float, seed: int = 2) -> VerificationPairs:
-    """Put the keypoints elsewhere: Eq. 12 ("drift"), or as far in random directions ("noise")."""
-    error = alpha * np.asarray(tested.keypoints)
-    if kind == "noise":
-        angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, error.shape[:2])
-        error = np.linalg.norm(error, axis=-1, keepdims=True) * np.stack([np.cos(angle), np.sin(angle)], -1)
-    keypoints = (tested.keypoints + error).astype(np.float32)
-    return VerificationPairs(tested.name, tested.images, keypoints, tested.is_same)
-
-
-def finished(runs: Sequence[Run], out: Path) -> Iterator[dict[str, Any]]:
-    """The measurements of all runs that have ended.
-
-    Raises:
-        ValueError: a run in ``out`` was made with other settings.
-    """
-    for run in runs:
-        path = out / run.folder / "study.json"
-        if not path.is_file():
-            continue
-        result = json.loads(path.read_text())
-        if result["settings"] != dict(run.settings):
-            raise ValueError(
-                f"--out must hold runs of the same settings, got {result['settings']} in {path} instead of "
-                f"{dict(run.settings)}; use another folder"
-            )
-        yield result
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train and measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rec", required=True, help="folder with train.rec and ldmk_5points.csv to train on")
-    parser.add_argument("--val", required=True, nargs="+", help=".bin sets; crops of the first, aligned one are moved")
-    parser.add_argument("--out", type=Path, default=Path("work_dirs/kprpe_study"), help="folder for runs and tables")
-    parser.add_argument("--epochs", type=int, default=5, help="on --rec; drawn faces get one more")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each network")
-    parser.add_argument("--ablation-seeds", type=int, default=3, help="runs of each network with fewer keypoints")
-    parser.add_argument("--pairs", type=int, default=300, help="pairs of each set that are moved")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    return parser.parse_args(arguments)
-
-
-def main() -> None:
-    """Train and measure what is missing, then write the tables."""
-    options = parse_arguments()
-    torch.set_num_threads(options.threads)
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--data", type=Path, default=Path("study_data"), help="what study_data.py made")
+    parser.add_argument("--faces", type=Path, help="folder of ytf_val.bin and ytf_val_unaligned.bin")
+    parser.add_argument("--out", type=Path, default=Path("study"), help="folder for runs")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    runs = plan_runs(options)
-    done = list(finished(runs, options.out))
-    sets = {
-        "real": [open_verification(target) for target in options.val],
-        "drawn": [open_verification(target) for target in ("synthetic", "synthetic_unaligned")],
-    }
-    for number, run in enumerate(runs, 1):
-        folder = options.out / run.folder
-        if (folder / "study.json").is_file():
-            continue
-        print(f"[{number}/{len(runs)}] {run.folder}", flush=True)
-        started = time.process_time()
-        loss = train_run(run, folder)
-        net = load_run(folder)
-        results = measure(net, sets[run.data], options.pairs)
-        effect = keypoint_effect(net, sets[run.data][0], options.pairs)
-        seconds = round(time.process_time() - started, 1)
-        result = {"data": run.data, "network": run.label, "seed": run.seed, "settings": dict(run.settings)}
-        result |= {"loss": loss, "cpu_seconds": seconds, "accuracy": results, "keypoint_effect": effect}
-        write_atomically(folder / "study.json", (json.dumps(result, indent=2) + "\n").encode())
-        logger.info("%s: loss %.2f, accuracy %s, %.0f s", run.folder, loss, results["sets"], seconds)
-        done.append(result)
-        write_report(done, options.out)
-    print(write_report(done, options.out))
+    run_parts(options.parts, options.data, options.faces, options.out)
 
 
 if __name__ == "__main__":

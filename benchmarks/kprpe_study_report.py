@@ -1,27 +1,40 @@
-"""Tables and curves of kprpe_study.py, from the measurements of its runs."""
+"""Tables and curves of the study of KPRPE, from the runs that kprpe_study.py made.
+
+    python benchmarks/kprpe_study_report.py --out study
+
+prints a table for every part, in Markdown, and writes report.md, report.json and curves_*.png (extra "plots") beside
+the runs.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from insightface_kprpe.evaluation.metrics import kfold_accuracy, tpr_at_fpr
 from insightface_kprpe.files import atomic_path, write_atomically
 
-PLAIN, KPRPE = "ViT", "ViT + KPRPE"
-KINDS = ("sets", "rotation", "scale", "shift", "drift", "noise")
-AXES = {
-    "rotation": "rotation of the test crops, degrees",
-    "scale": "scale of the test crops, times",
-    "shift": "shift of the test crops, share of the side",
-    "drift": "error of the keypoints, alpha of Eq. 12",
-    "noise": "error of the keypoints, same lengths, random directions",
+# Of each part: the plain ViT, KPRPE and iRPE that are compared test by test.
+COMPARED = {
+    "real": ("ViT lr 0.002", "KPRPE x30", "iRPE x10"),
+    "drawn": ("ViT lr 0.002", "KPRPE x30", "iRPE x10"),
 }
-_STYLE = {PLAIN: ("#0072B2", "o-"), "ViT + iRPE": ("#009E73", "s--"), KPRPE: ("#D55E00", "D-")}
-
-Key = tuple[str, str]  # kind of test, its strength or set
+FPR = 0.01
+DRAWS = 1000  # of the bootstrap
+_COLOURS = {"ViT": "#0072B2", "iRPE": "#009E73", "KPRPE": "#D55E00"}
+_AXES = {
+    "rotation": "rotation of the crops, degrees",
+    "scale": "scale of the crops, times",
+    "shift": "shift of the crops, share of the side",
+    "px": "resolution of the crops, pixels",
+    "keypoint noise": "noise of the keypoints, share of the side",
+}
 
 
 class Spread(NamedTuple):
@@ -40,63 +53,82 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def summarise(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[Key, Spread]]]:
-    """Data -> network -> test -> accuracy over seeds, in percent."""
-    values: dict[str, dict[str, dict[Key, list[float]]]] = {}
-    for run in runs:
-        tests = values.setdefault(run["data"], {}).setdefault(run["network"], {})
-        for key, accuracy in _tests(run).items():
-            tests.setdefault(key, []).append(accuracy)
-    return {
-        data: {name: {key: spread(each) for key, each in tests.items()} for name, tests in networks.items()}
-        for data, networks in values.items()
-    }
+class Result:
+    """One run: what ``run.json`` and ``scores.npz`` say.
+
+    Attributes:
+        run: the content of ``run.json``.
+        scores: (P,) cosines by test.
+    """
+
+    def __init__(self, run: Mapping[str, Any], scores: Mapping[str, np.ndarray]) -> None:
+        self.run, self.scores = run, scores
+
+    @classmethod
+    def read(cls, folder: Path) -> Result:
+        """A run's folder."""
+        with np.load(folder / "scores.npz", allow_pickle=False) as file:
+            scores = dict(file)
+        return cls(json.loads((folder / "run.json").read_text()), scores)
+
+    def is_same(self, test: str) -> np.ndarray:
+        """(P,) bool: the answers of a test; its set's name comes before the comma."""
+        return self.scores[f"{test.split(',')[0]}/is_same"]
+
+    def people(self, test: str) -> np.ndarray:
+        """(P, 2) int: who is on the pairs."""
+        return self.scores[f"{test.split(',')[0]}/people"]
+
+    def right(self, test: str) -> np.ndarray:
+        """(P,) bool: pairs that are judged rightly, by the threshold that is best on the other folds."""
+        cosines, same, folds = self.scores[test].astype(float).clip(-1, 1), self.is_same(test), folds_of(test)
+        first = np.tile([1.0, 0.0], (len(cosines), 1))  # two dimensions are enough for vectors of these cosines
+        second = np.stack([cosines, np.sqrt(1 - cosines**2)], 1)
+        thresholds = kfold_accuracy(first, second, same, folds).fold_thresholds
+        sizes = [len(part) for part in np.array_split(same, folds)]
+        return (2 - 2 * cosines < np.repeat(thresholds, sizes)) == same
+
+    def tpr(self, test: str) -> float:
+        """TPR at an FPR of 1 %, percent."""
+        return tpr_at_fpr(self.scores[test], self.is_same(test), [FPR])[0].tpr
 
 
-def gains(runs: Iterable[Mapping[str, Any]], data: str, network: str = KPRPE, than: str = PLAIN) -> dict[Key, Spread]:
-    """By how many points one network is better than another, over the seeds that both have."""
-    runs = [run for run in runs if run["data"] == data]
-    first = {run["seed"]: _tests(run) for run in runs if run["network"] == network}
-    second = {run["seed"]: _tests(run) for run in runs if run["network"] == than}
-    pairs = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
-    keys = [key for key in pairs[0][0] if key in pairs[0][1]] if pairs else []
-    return {key: spread([a[key] - b[key] for a, b in pairs]) for key in keys}
+def folds_of(test: str) -> int:
+    """Five of LFW's ten official folds are there; other sets are cut in ten."""
+    return 5 if test.startswith("lfw") else 10
 
 
-def _tests(run: Mapping[str, Any]) -> dict[Key, float]:
-    return {(kind, name): value for kind, part in run["accuracy"].items() for name, value in part.items()}
+def read_results(out: Path) -> list[Result]:
+    """All runs that have ended."""
+    return [Result.read(path.parent) for path in sorted(out.glob("*/*/run.json"))]
 
 
-def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
-    """All tables."""
-    summary = summarise(runs)
-    parts = []
-    for data, networks in summary.items():
-        main = [name for name in networks if name in _STYLE]
-        rows = [key for key in networks[main[0]] if key[0] in KINDS[:4] and key not in (("scale", "1"), ("shift", "0"))]
-        gain = gains(runs, data)
-        header = ["accuracy, %", *main, "KPRPE - ViT"]
-        body = [[_test_name(key), *_cells(networks, main, key), _signed(gain.get(key))] for key in rows]
-        parts.append(
-            f"### {data.capitalize()} faces ({_seeds(networks[name] for name in main)})\n\n{table(header, body)}"
-        )
-        errors = [key for key in networks.get(KPRPE, {}) if key[0] in KINDS[4:]]
-        if errors:
-            alphas = list(dict.fromkeys(alpha for _, alpha in errors))
-            body = [
-                [alpha, *(str(networks[KPRPE].get((kind, alpha), "")) for kind in ("drift", "noise"))]
-                for alpha in alphas
-            ]
-            header = ["alpha", "L + alpha L (Eq. 12)", "same lengths, random directions"]
-            effect = _effect(run for run in runs if run["data"] == data and run["network"] == KPRPE)
-            parts.append(f"### {data.capitalize()} faces, wrong keypoints ({KPRPE})\n\n{table(header, body)}{effect}")
-        points = [name for name in networks if name.startswith(KPRPE)] + [name for name in networks if name == PLAIN]
-        if len(points) > 2:
-            columns = [key for key in rows if key[0] == "sets" or key[1] in ("30", "1.4", "0.2")]
-            body = [[_points(name), *(str(networks[name].get(key, "")) for key in columns)] for name in points]
-            title = f"### {data.capitalize()} faces, number of keypoints ({_seeds(networks[name] for name in points)})"
-            parts.append(f"{title}\n\n{table(['keypoints', *map(_test_name, columns)], body)}")
-    return "\n\n".join(parts) + "\n"
+def accuracies(results: Iterable[Result], name: str) -> dict[str, Spread]:
+    """By test: accuracy over the seeds of one network."""
+    runs = [result.run["accuracy"] for result in results if result.run["name"] == name]
+    return {test: spread([run[test] for run in runs]) for test in runs[0]}
+
+
+def gain(results: Sequence[Result], name: str, than: str, test: str) -> tuple[Spread, float, float] | None:
+    """By how many points one network is better than another on a test, over the seeds that both have.
+
+    Returns:
+        Mean and deviation over seeds, and the bounds that hold 95 % of the means when people are drawn anew
+        (bootstrap: a pair counts as often as both of its people are drawn). None where there is no common seed.
+    """
+    of = {key: {r.run["seed"]: r for r in results if r.run["name"] == key} for key in (name, than)}
+    seeds = sorted(of[name].keys() & of[than].keys())
+    if not seeds or test not in of[than][seeds[0]].scores:
+        return None
+    differences = np.stack([100.0 * of[name][s].right(test) - 100.0 * of[than][s].right(test) for s in seeds])
+    people = np.unique(of[name][seeds[0]].people(test), return_inverse=True)[1].reshape(-1, 2)
+    rng, count, means = np.random.default_rng(0), people.max() + 1, []
+    for _ in range(DRAWS):
+        times = np.bincount(rng.integers(count, size=count), minlength=count)
+        weights = np.where(people[:, 0] == people[:, 1], times[people[:, 0]], times[people].prod(1))
+        means.append((differences.mean(0) * weights).sum() / weights.sum())
+    low, high = np.percentile(means, [2.5, 97.5])
+    return spread(differences.mean(1).tolist()), float(low), float(high)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -105,89 +137,106 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _effect(runs: Iterable[Mapping[str, Any]]) -> str:
-    """How much embeddings depend on the keypoints at all, as a sentence."""
-    runs = [run["keypoint_effect"] for run in runs if run.get("keypoint_effect")]
-    if not runs:
-        return ""
-    means = [f"{statistics.fmean(run[name] for run in runs):.2f} % ({name})" for name in runs[0]]
-    return f"\n\nWrong keypoints move the unit embedding by {', '.join(means)} of its length."
+def comparison(results: Sequence[Result], names: Sequence[str], name: str, than: str) -> str:
+    """A table of all tests, and by how much one network is better than another."""
+    columns = {each: accuracies(results, each) for each in names}
+    rows = []
+    for test in dict.fromkeys(test for column in columns.values() for test in column):
+        found = gain(results, name, than, test)
+        last = "" if found is None else f"{'+' * (found[0].mean >= 0)}{found[0]} ({found[1]:+.1f} to {found[2]:+.1f})"
+        rows.append([test, *(str(columns[each].get(test, "")) for each in names), last])
+    return table(["accuracy, %", *names, f"{name} - {than} (95 % of people)"], rows)
 
 
-def _cells(networks: Mapping[str, Mapping[Key, Spread]], names: Sequence[str], key: Key) -> list[str]:
-    return [str(networks[name].get(key, "")) for name in names]
-
-
-def _signed(value: Spread | None) -> str:
-    return "" if value is None else ("+" if value.mean >= 0 else "") + str(value)
-
-
-def _test_name(key: Key) -> str:
-    kind, name = key
-    if key == ("rotation", "0"):
-        return "the pairs to move, unmoved"
-    return name if kind == "sets" else f"{kind} {name}"
-
-
-def _points(network: str) -> str:
-    return "none (ViT)" if network == PLAIN else network.split(", ")[1].split()[0] if ", " in network else "5"
-
-
-def _seeds(networks: Iterable[Mapping[Key, Spread]]) -> str:
-    counts = sorted({next(iter(tests.values())).count for tests in networks})
-    return f"{' to '.join(str(count) for count in (counts[0], counts[-1])[: len(counts)])} seed{'s' * (counts[-1] > 1)}"
-
-
-def draw_curves(summary: Mapping[str, Mapping[Key, Spread]], path: Path, title: str) -> None:
+def draw_curves(results: Sequence[Result], names: Sequence[str], path: Path, title: str) -> None:
     """One panel a kind of test, one curve a network, bars of one standard deviation, as PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6.4), layout="constrained")
-    axes = figure.subplots(2, 2, sharey=True)
-    for axis, kinds in zip(axes.flat, (("rotation",), ("scale",), ("shift",), ("drift", "noise")), strict=True):
-        for name, (colour, line) in _STYLE.items():
-            for kind in kinds:
-                points = [(float(k[1]), value) for k, value in summary.get(name, {}).items() if k[0] == kind]
-                if not points:
-                    continue
-                x, y = [p[0] for p in points], [p[1].mean for p in points]
-                label = f"{name}, {'Eq. 12' if kind == 'drift' else 'random directions'}" if len(kinds) > 1 else name
-                style = "v:" if kind == "noise" else line
-                axis.errorbar(x, y, [p[1].std or 0 for p in points], fmt=style, color=colour, label=label, capsize=3)
-        axis.axhline(50, color="0.7", linewidth=1)
-        axis.set_xlabel(AXES[kinds[0]] if len(kinds) == 1 else "error of the keypoints, alpha")
+    figure = Figure(figsize=(9, 8.4), layout="constrained")
+    axes = figure.subplots(3, 2, sharey=True).flat
+    for axis, (kind, label) in zip(axes, _AXES.items(), strict=False):
+        for name in names:
+            points = curve(accuracies(results, name), kind)
+            if points:
+                x, y, bars = zip(*((amount, value.mean, value.std or 0) for amount, value in points), strict=True)
+                axis.errorbar(x, y, bars, fmt="o-", color=_COLOURS[name.split()[0]], label=name, capsize=3)
+        axis.set_xlabel(label)
         axis.set_ylabel("verification accuracy, %")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
+    for axis in axes:
+        axis.axis("off")
     figure.suptitle(title)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80)
 
 
-def write_report(runs: Sequence[Mapping[str, Any]], out: Path) -> str:
-    """Write report.md, report.json and, where matplotlib is at hand, the curves; returns the tables."""
-    if not runs:
-        return "no run has ended\n"
-    text, summary = markdown(runs), summarise(runs)
-    write_atomically(out / "report.md", text.encode())
-    content = {
-        data: {
-            "accuracy": {name: _nested(tests) for name, tests in networks.items()},
-            "gain": _nested(gains(runs, data)),
+def curve(tests: Mapping[str, Spread], kind: str) -> list[tuple[float, Spread]]:
+    """(amount, accuracy) of the tests of one kind, with the unchanged set first where it was tested."""
+    points = []
+    for test, value in tests.items():
+        name, _, change = test.partition(", ")
+        if kind in change.split() or change.startswith(kind):
+            amount = float(next(part for part in change.split() if part[0].isdigit()))
+            points.append((amount, value))
+            start = (0.0 if kind != "scale" else 1.0) if kind != "px" else 112.0
+    return sorted([(start, tests[name_of(tests, kind)]), *points]) if points else []
+
+
+def name_of(tests: Mapping[str, Spread], kind: str) -> str:
+    """The set whose crops or keypoints a kind of test changes."""
+    return next(test for test in tests if kind in test).split(",")[0]
+
+
+def parts_of(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Runs by part of the study."""
+    parts: dict[str, list[Result]] = {}
+    for result in results:
+        parts.setdefault(result.run["part"], []).append(result)
+    return parts
+
+
+def overview(results: Sequence[Result], tests: Sequence[str]) -> str:
+    """A table of all networks of a part: some accuracies, the TPR of the first test, and whether keypoints are used."""
+    rows = []
+    for name in dict.fromkeys(result.run["name"] for result in results):
+        runs = [result for result in results if result.run["name"] == name]
+        found = accuracies(runs, name)
+        shift = [run.run["keypoints"].get("keypoints/template_shift") for run in runs]
+        rows.append([
+            name, str(len(runs)), *(str(found[test]) for test in tests),
+            str(spread([run.tpr(tests[0]) for run in runs])),
+            "" if None in shift else f"{100 * statistics.fmean(shift):.0f}",
+            "" if runs[0].run["tables"] is None else f"{statistics.fmean(run.run['tables'] for run in runs):.2f}",
+            f"{statistics.fmean(run.run['loss'] for run in runs):.2f}",
+        ])  # fmt: skip
+    header = ["network", "seeds", *tests, "TPR at FPR 1 %", "shift by the template, %", "mean abs of tables", "loss"]
+    return table(header, rows)
+
+
+def main() -> None:
+    """Write the tables and curves of all runs that have ended."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("study"), help="folder of the runs")
+    options = parser.parse_args()
+    text, summary = [], {}
+    for part, results in parts_of(read_results(options.out)).items():
+        sets = [test for test in results[0].run["accuracy"] if "," not in test]
+        text.append(f"## {part}\n\n{overview(results, sets)}")
+        summary[part] = {
+            name: {test: value._asdict() for test, value in accuracies(results, name).items()}
+            for name in dict.fromkeys(result.run["name"] for result in results)
         }
-        for data, networks in summary.items()
-    }
-    content["cpu_seconds"] = round(sum(run["cpu_seconds"] for run in runs), 1)
-    write_atomically(out / "report.json", (json.dumps(content, indent=2) + "\n").encode())
-    for data, networks in summary.items():
-        title = f"{data} faces: mean and deviation, {_seeds(networks[name] for name in networks if name in _STYLE)}"
-        draw_curves(networks, out / f"curves_{data}.png", title)
-    return text
+        best = [name for name in summary[part] if name in COMPARED.get(part, ())]
+        if len(best) > 1:
+            text.append(comparison(results, best, best[1], best[0]))
+            draw_curves(results, best, options.out / f"curves_{part}.png", f"{part}: mean and deviation over seeds")
+    report = "\n\n".join(text) + "\n"
+    write_atomically(options.out / "report.md", report.encode())
+    write_atomically(options.out / "report.json", (json.dumps(summary, indent=2) + "\n").encode())
+    print(report)
 
 
-def _nested(tests: Mapping[Key, Spread]) -> dict[str, dict[str, Any]]:
-    result: dict[str, dict[str, Any]] = {}
-    for (kind, name), value in tests.items():
-        result.setdefault(kind, {})[name] = value._asdict()
-    return result
+if __name__ == "__main__":
+    main()

@@ -1,57 +1,67 @@
-"""How the study of benchmarks/kprpe_study.py moves its test and adds up its runs."""
+"""How the study of benchmarks/kprpe_study.py changes its tests and adds up its runs."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
-from insightface_kprpe.backbones.interface import Backbone
-from insightface_kprpe.data.verification_pairs import VerificationPairs
+from insightface_kprpe.data.image_codec import encode_jpeg
+from insightface_kprpe.data.landmark_csv import write_landmark_csv
+from insightface_kprpe.data.verification_bin import write_verification_bin
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS
 
-
-@pytest.fixture
-def study(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    for name in ("kprpe_study", "kprpe_study_report"):
-        sys.modules.pop(name, None)
-    import kprpe_study
-
-    return kprpe_study
+MODULES = ("study_data", "study_tests", "kprpe_study", "kprpe_study_report")
 
 
-@pytest.fixture
-def report(study):
-    import kprpe_study_report
-
-    return kprpe_study_report
+@pytest.fixture(scope="module")
+def study():
+    """The scripts of the study as modules."""
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        yield {name: __import__(name) for name in MODULES}
+    finally:
+        sys.path.remove(folder)
+        for name in MODULES:
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture
-def dots():
+def dots(study):
     """Two pairs of crops with a white dot on each keypoint."""
     images = np.zeros((4, 112, 112, 3), np.uint8)
     keypoints = np.tile(np.round(CANONICAL_KEYPOINTS * 112 - 0.5) + 0.5, (4, 1, 1)) / 112
     for image in images:
         for x, y in keypoints[0] * 112 - 0.5:
             image[int(y) - 1 : int(y) + 2, int(x) - 1 : int(x) + 2] = 255
-    return VerificationPairs("dots", images, keypoints.astype(np.float32), np.array([True, False]))
+    pairs = np.arange(4).reshape(2, 2)
+    return study["study_tests"].SetOfPairs(
+        "dots", images, keypoints.astype(np.float32), pairs, np.array([True, False]), pairs
+    )
 
 
-@pytest.mark.parametrize(("kind", "amount"), [("rotation", 30.0), ("scale", 1.2), ("shift", 0.1)])
-def test_dots_stay_under_the_keypoints_of_moved_crops(study, dots, kind, amount):
-    moved = study.move(dots, kind, amount)
-    for image, keypoints in zip(moved.images, moved.keypoints, strict=True):
+def distances(tested):
+    """How far the dots are from the keypoints, in pixels."""
+    for image, keypoints in zip(tested.images, tested.keypoints, strict=True):
         for x, y in keypoints * 112 - 0.5:
             column, row = round(float(x)), round(float(y))
             patch = image[row - 4 : row + 5, column - 4 : column + 5].astype(float).mean(-1)
             ys, xs = np.mgrid[-4:5, -4:5]
-            found = column + (patch * xs).sum() / patch.sum(), row + (patch * ys).sum() / patch.sum()
-            assert np.hypot(found[0] - x, found[1] - y) < 0.3
+            yield np.hypot(
+                column + (patch * xs).sum() / patch.sum() - x, row + (patch * ys).sum() / patch.sum() - y
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "amount"), [("rotation", 30.0), ("scale", 1.2), ("shift", 0.1)])
+def test_dots_stay_under_the_keypoints_of_moved_crops(study, dots, kind, amount):
+    moved = study["study_tests"].move(dots, kind, amount)
+    assert max(distances(moved)) < 0.3
     difference = moved.keypoints - dots.keypoints
     assert np.abs(difference).max() > 0.03
     if kind == "shift":
@@ -59,105 +69,146 @@ def test_dots_stay_under_the_keypoints_of_moved_crops(study, dots, kind, amount)
 
 
 def test_matrices_turn_and_scale_by_the_amount_either_way(study):
-    turned = study.move_matrix(200, "rotation", 30.0, seed=0)
+    move_matrix = study["study_tests"].move_matrix
+    turned = move_matrix(200, "rotation", 30.0, seed=0)
     angles = torch.atan2(turned[:, 1, 0], turned[:, 0, 0]).rad2deg()
     assert sorted({round(angle) for angle in angles.tolist()}) == [-30, 30]
-    scaled = study.move_matrix(200, "scale", 1.5, seed=0)
+    scaled = move_matrix(200, "scale", 1.5, seed=0)
     assert sorted({round(value, 3) for value in scaled[:, 0, 0].tolist()}) == [0.667, 1.5]
-    assert torch.equal(turned, study.move_matrix(200, "rotation", 30.0, seed=0))
 
 
-def test_keypoint_errors_are_as_long_as_equation_12_says(study, dots):
-    drift, noise = (study.mislead(dots, kind, 0.1).keypoints - dots.keypoints for kind in ("drift", "noise"))
-    assert drift == pytest.approx(0.1 * dots.keypoints, abs=1e-6)
-    lengths = np.linalg.norm(dots.keypoints, axis=-1)
-    assert np.linalg.norm(noise, axis=-1) == pytest.approx(0.1 * lengths, abs=1e-5)
-    assert np.abs(noise - drift).max() > 0.05
+def test_moved_crops_are_aligned_again_by_their_keypoints(study, dots):
+    again = study["study_tests"].align(study["study_tests"].move(dots, "rotation", 30.0))
+    assert again.keypoints == pytest.approx(np.tile(CANONICAL_KEYPOINTS, (4, 1, 1)), abs=0.01)
+    assert max(distances(again)) < 0.5
 
 
-def test_effect_of_keypoints_is_the_distance_of_unit_embeddings(study, dots):
-    class Net(Backbone):
-        img_size, num_features, needs_keypoints = 112, 10, True
-
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(1))
-
-        def forward(self, images, keypoints):
-            return torch.stack([torch.ones(len(images)), 5.0 * (keypoints.abs().sum((1, 2)) == 0)], 1)
-
-    effect = study.keypoint_effect(Net(), dots, 2)
-    assert effect["noise 0.1"] == 0.0
-    turned = np.array([1, 5]) / 26**0.5 - np.array([1, 0])
-    assert effect["all in the corner"] == pytest.approx(100 * np.linalg.norm(turned), rel=1e-5)
-    assert study.keypoint_effect(torch.nn.Linear(1, 1), dots, 2) == {}
+def test_wrong_keypoints(study, dots):
+    wrong = study["study_tests"].wrong_keypoints(dots.keypoints + np.arange(4, dtype=np.float32)[:, None, None])
+    right = dots.keypoints + np.arange(4)[:, None, None]
+    assert wrong["keypoint drift 0.1"] == pytest.approx(1.1 * right, rel=1e-5)
+    assert (wrong["keypoint noise 0.1"] - right).std() == pytest.approx(0.1, rel=0.4)
+    assert sorted(wrong["another face's keypoints"][:, 0, 0]) == pytest.approx(sorted(right[:, 0, 0]), rel=1e-5)
+    assert (wrong["the template's keypoints"] == CANONICAL_KEYPOINTS).all()
 
 
-def test_chosen_pairs_are_whole_pairs(study):
-    images = np.arange(40).reshape(40, 1, 1, 1).repeat(3, -1).astype(np.uint8)
-    tested = VerificationPairs("x", images, np.zeros((40, 5, 2), np.float32), np.arange(20) % 2 == 0)
-    chosen = study.choose_pairs(tested, 6)
-    numbers = chosen.images[:, 0, 0, 0].reshape(-1, 2)
-    assert (numbers[:, 1] == numbers[:, 0] + 1).all() and (numbers[:, 0] % 2 == 0).all()
-    assert (chosen.is_same == (numbers[:, 0] // 2 % 2 == 0)).all()
+def test_shrunk_crops_lose_detail(study):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3)).astype(np.uint8)
+    shrunk = study["study_tests"].shrink(noise, 16)
+    assert shrunk.shape == noise.shape and shrunk.std() < 0.3 * noise.std()
+    flat = np.full((1, 112, 112, 3), 77, np.uint8)
+    assert (study["study_tests"].shrink(flat, 16) == 77).all()
 
 
-def result(network, seed, aligned, turned, data="real"):
-    accuracy = {"sets": {"val": aligned}, "rotation": {"0": aligned, "30": turned}}
-    if network.startswith("ViT + KPRPE"):
-        accuracy["drift"] = accuracy["noise"] = {"0": aligned, "0.1": turned}
-    effect = {"noise 0.1": float(seed), "all in the corner": 8.0} if "KPRPE" in network else {}
-    result = {"data": data, "network": network, "seed": seed, "accuracy": accuracy, "keypoint_effect": effect}
-    return {**result, "cpu_seconds": 1.0}
+@pytest.fixture
+def pairs_file(tmp_path):
+    """Twenty pairs of three crops, the last as like the first as can be."""
+    crops = np.random.default_rng(1).integers(0, 256, (3, 112, 112, 3)).astype(np.uint8)
+    rows = np.array([[0, 0], [0, 1], [2, 2], [1, 2]] * 5)
+    files = [encode_jpeg(crops[row]) for row in rows.reshape(-1)]
+    write_verification_bin(tmp_path / "drawn_val_aligned.bin", files, rows[:, 0] == rows[:, 1])
+    write_landmark_csv(tmp_path / "drawn_val_aligned_ldmk_5points.csv", np.tile(CANONICAL_KEYPOINTS, (40, 1, 1)))
+    return tmp_path / "drawn_val_aligned.bin", rows
 
 
-RUNS = [
-    result("ViT", 0, 70.0, 60.0), result("ViT", 1, 72.0, 50.0), result("ViT", 2, 99.0, 99.0),
-    result("ViT + iRPE", 0, 71.0, 61.0),
-    result("ViT + KPRPE", 0, 71.0, 65.0), result("ViT + KPRPE", 1, 72.0, 59.0),
-    result("ViT + KPRPE, 2 points", 0, 70.0, 62.0),
-]  # fmt: skip
+def test_each_crop_is_embedded_once_and_every_pair_scored(study, pairs_file):
+    path, rows = pairs_file
+    tested = study["study_tests"].SetOfPairs.open(path)
+    assert len(tested.images) == 3 and (tested.pairs == rows).all()
+    assert (tested.people == np.repeat(np.arange(20), 2).reshape(-1, 2)).all()
+
+    def embed(images, keypoints):
+        return images[:, :, ::16, ::16].flatten(1)
+
+    accuracy, scores = study["study_tests"].measure(embed, [tested, tested], uses_keypoints=True)
+    assert accuracy["drawn_val_aligned"] == 100.0
+    assert scores["drawn_val_aligned"][tested.is_same] == pytest.approx(1.0)
+    changes = {"rotation 30", "16 px", "keypoint noise 0.1", "the template's keypoints"}
+    assert {f"drawn_val_aligned, {change}" for change in changes} <= accuracy.keys()
+    assert (scores["drawn_val_aligned/is_same"] == tested.is_same).all()
+    plain = study["study_tests"].measure(embed, [tested, tested], uses_keypoints=False)[0]
+    assert "drawn_val_aligned, aligned first, keypoint noise 0.1" in plain.keys() - accuracy.keys()
 
 
-def test_mean_and_deviation_over_seeds(report):
-    summary = report.summarise(RUNS)["real"]
-    assert summary["ViT + KPRPE"]["rotation", "30"] == pytest.approx((62.0, 18**0.5, 2))
-    assert str(summary["ViT + KPRPE"]["rotation", "30"]) == "62.0 +- 4.2"
-    assert summary["ViT + iRPE"]["sets", "val"] == (71.0, None, 1)
-    assert str(summary["ViT + iRPE"]["sets", "val"]) == "71.0"
+def test_pairs_of_different_people_are_of_different_families(study):
+    person = np.repeat(np.arange(6), 3)
+    family = person // 2
+    pairs, is_same = study["study_data"].draw_pairs(np.arange(18), person, family, 40)
+    first, second = pairs.reshape(-1, 2).T
+    assert (person[first] == person[second]).tolist() == is_same.tolist() and is_same.sum() == 20
+    assert (family[first[~is_same]] != family[second[~is_same]]).all()
+    assert (first != second).all()
 
 
-def test_gains_compare_the_same_seeds(report):
-    gain = report.gains(RUNS, "real")  # ViT's third seed has no partner
-    assert gain["rotation", "30"] == pytest.approx((7.0, 8**0.5, 2))
-    assert gain["sets", "val"].mean == 0.5
-    assert report.gains(RUNS, "drawn") == {}
+def test_official_pairs_of_lfw(study, tmp_path):
+    (tmp_path / "pairs.txt").write_text("1\t1\nAnn_B\t1\t4\nAnn_B\t2\tCy_D\t13\n")
+    images, is_same = study["study_data"].read_lfw_pairs(tmp_path / "pairs.txt")
+    assert images == [
+        "Ann_B/Ann_B_0001.jpg", "Ann_B/Ann_B_0004.jpg", "Ann_B/Ann_B_0002.jpg", "Cy_D/Cy_D_0013.jpg"
+    ]  # fmt: skip
+    assert is_same == [True, False]
 
 
-def test_tables(report):
-    text = report.markdown(RUNS)
-    assert "| rotation 30 | 69.7 +- 25.9 | 61.0 | 62.0 +- 4.2 | +7.0 +- 2.8 |" in text
-    assert "### Real faces (1 to 3 seeds)" in text
-    assert "| 0.1 | 62.0 +- 4.2 | 62.0 +- 4.2 |" in text
-    assert "move the unit embedding by 0.50 % (noise 0.1), 8.00 % (all in the corner) of its length." in text
-    assert "| 2 | 70.0 | 62.0 |" in text and "| none (ViT) |" in text
+@pytest.mark.parametrize("cut", ["as_it_is", "boxed", "loose", "aligned"])
+def test_keypoints_move_with_the_cut(study, cut):
+    picture = np.zeros((170, 170, 3), np.uint8)
+    landmarks_px = (CANONICAL_KEYPOINTS * 80 + 45).round().astype(np.float32)
+    for x, y in landmarks_px:
+        cv2.circle(picture, (int(x), int(y)), 3, (255, 255, 255), -1)
+    box = np.array([50.0, 40.0, 120.0, 130.0])
+    crop, keypoints = getattr(study["study_data"], cut)(picture, box, landmarks_px, 5)
+    assert crop.shape == (112, 112, 3)
+    for x, y in keypoints * 112 - 0.5:
+        assert crop[round(float(y)), round(float(x))].min() > 150
 
 
-def test_report_files(report, tmp_path):
+def result(study, name, seed, right, part="real"):
+    """A run that judges the first ``right`` of 20 pairs rightly, of ten people."""
+    is_same = np.arange(20) % 2 == 0
+    judged = np.where(np.arange(20) < right, is_same, ~is_same)
+    people = np.stack([np.arange(20) // 2, np.where(is_same, np.arange(20) // 2, (np.arange(20) // 2 + 1) % 10)], 1)
+    run = {"part": part, "name": name, "seed": seed, "keypoints": {}, "tables": None, "loss": 1.0,
+           "accuracy": {"val": 5.0 * right, "val, rotation 30": 60.0}}  # fmt: skip
+    scores = {"val": np.where(judged, 0.9, -0.9), "val/is_same": is_same, "val/people": people}
+    return study["kprpe_study_report"].Result(run, {**scores, "val, rotation 30": scores["val"]})
+
+
+def test_mean_and_deviation_over_seeds(study):
+    report = study["kprpe_study_report"]
+    runs = [result(study, "ViT", 0, 14), result(study, "ViT", 1, 16)]
+    assert report.accuracies(runs, "ViT")["val"] == pytest.approx((75.0, 50**0.5, 2))
+    assert str(report.spread([70.0])) == "70.0" and str(report.spread([70.0, 72.0])) == "71.0 +- 1.4"
+
+
+def test_gains_compare_the_same_seeds_and_draw_people(study):
+    report = study["kprpe_study_report"]
+    runs = [result(study, "ViT", 0, 10), result(study, "ViT", 2, 20), result(study, "KPRPE x30", 0, 20)]
+    found, low, high = report.gain(runs, "KPRPE x30", "ViT", "val")
+    assert found.count == 1 and found.mean > 20
+    assert low < found.mean < high and low < high
+    same, low, high = report.gain([*runs, result(study, "KPRPE x30", 2, 20)], "KPRPE x30", "KPRPE x30", "val")
+    assert (same.mean, low, high) == (0, 0, 0)
+
+
+def test_report_files(study, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    report.write_report(RUNS, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.json", "curves_real.png"}
-    assert (tmp_path / "curves_real.png").stat().st_size < 150_000
-    assert report.write_report([], tmp_path) == "no run has ended\n"
+    report = study["kprpe_study_report"]
+    for name in ("ViT lr 0.002", "KPRPE x30"):
+        for seed in (0, 1):
+            one = result(study, name, seed, 14 + seed)
+            folder = tmp_path / "real" / f"{name}{seed}"
+            folder.mkdir(parents=True)
+            (folder / "run.json").write_text(json.dumps(one.run))
+            np.savez(folder / "scores.npz", **one.scores)
+    monkeypatch.setattr(sys, "argv", ["report", "--out", str(tmp_path)])
+    report.main()
+    text = capsys.readouterr().out
+    assert "72.5 +- 3.5" in text and "+0.0 +- 0.0 (+0.0 to +0.0)" in text
+    assert {"report.md", "report.json", "curves_real.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_finished_runs_of_other_settings_are_refused(study, tmp_path):
-    arguments = ["--rec", "a", "--val", "b.bin", "--out", str(tmp_path), "--seeds", "1"]
-    options = study.parse_arguments(arguments)
-    runs = study.plan_runs(options)
-    assert len({run.folder for run in runs}) == len(runs) == 3 + 3 + 9
-    (tmp_path / runs[0].folder).mkdir()
-    (tmp_path / runs[0].folder / "study.json").write_text('{"settings": {"rec": "a", "num_epoch": 5}}')
-    assert len(list(study.finished(runs, tmp_path))) == 1
-    with pytest.raises(ValueError, match="use another folder"):
-        list(study.finished(study.plan_runs(study.parse_arguments([*arguments, "--epochs", "6"])), tmp_path))
+def test_runs_of_all_parts_have_folders_of_their_own(study):
+    parts = study["kprpe_study"].PARTS
+    runs = {run for part in parts.values() for run in map(repr, part)}
+    folders = {run.folder for part in parts.values() for run in part}
+    assert len(folders) == len(runs)
