@@ -294,6 +294,7 @@ def test_unknown_name_suggests_a_near_one():
 def test_position_tables_and_tokens_do_not_decay(position):
     net = tiny(position, mask_ratio=0.5)
     names = {name for name, _ in net.named_parameters()}
-    tables = {name for name in names if "lookup_table_weight" in name or name == "keypoint_linear.weight"}
-    assert len(tables) == {None: 0, "irpe": 6, "kprpe": 1}[position]
+    tables = {name for name in names if "lookup_table_weight" in name or name.startswith("keypoint_linear.")}
+    assert len(tables) == {None: 0, "irpe": 6, "kprpe": 2}[position]
+    assert net.position_tables() == tables
     assert net.no_weight_decay() & names == tables | {"pos_embed", "mask_token"}
