@@ -36,6 +36,29 @@ def test_every_verb_explains_itself(verb):
     assert result.exit_code == 0 and "Usage" in result.output
 
 
+HEAVY = ("torch", "timm", "torchvision", "onnxruntime", "cv2", "insightface", "matplotlib")
+ASK_FOR_HELP = """
+import sys
+from insightface_kprpe import cli
+sys.argv = ["insightface-kprpe", *sys.argv[1:]]
+try:
+    cli.app()
+except SystemExit as stop:
+    assert not stop.code
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [("import sys, insightface_kprpe", []), (ASK_FOR_HELP, ["--help"]), (ASK_FOR_HELP, ["evaluate", "bin", "--help"])],
+)
+def test_import_and_help_load_nothing_heavy(code, arguments):
+    code += f"\nprint([name for name in {HEAVY} if name in sys.modules])"
+    command = [sys.executable, "-c", code, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
 def test_models_lists_names():
     assert "vit_b_kprpe" in call("models").output.split()
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..geometry import SCORE_THRESHOLD
 from .app import app
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ def landmarks(
     from ..data.landmark_csv import read_landmark_csv
     from ..dfa import load_dfa
     from ..distributed import process_group, rank_and_world_size
+    from ..geometry import SCORE_THRESHOLD
     from ..inference.predicted_landmarks import contact_sheet, predict_landmarks
 
     with process_group() as device:
