@@ -39,6 +39,10 @@ _ARCFACE_TORCH = {
 }
 
 
+class UnknownArgument(TypeError, ValueError):
+    """An argument that a network does not take; the message has the nearest name."""
+
+
 def register_backbone(name: str, build: Callable[..., Backbone]) -> None:
     """Make ``build(**kwargs)`` available as ``get_model(name)`` and ``timm.create_model("insightface_" + name)``.
 
@@ -105,7 +109,7 @@ def _vit(settings: dict, kind: type[VisionTransformer] = VisionTransformer) -> C
         for key in kwargs.keys() - known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(known - {'settings'}))}"
-            raise TypeError(f"{kind.__name__} has no argument {key!r}; {hint}")
+            raise UnknownArgument(f"{kind.__name__} has no argument {key!r}; {hint}")
         return kind(**{**settings, **kwargs})
 
     return build

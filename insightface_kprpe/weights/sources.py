@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ..backbones import Backbone
 from ..dfa import DFA
 from ..dfa.weights import network_of
 from ..files import atomic_folder, atomic_path
@@ -222,6 +223,8 @@ def _build_recogniser(
     try:
         architecture = read_architecture(state)
     except ValueError as error:
+        if "network" in config:  # of another kind, whose weights only its own class can read
+            return _build_by_name(state, config)
         raise ValueError(f"{where}: {error}") from error
     if "aggregator" in config:
         raise ValueError(f"{where} is said to be an aligner, but it is a {architecture.describe()}")
@@ -241,16 +244,33 @@ def _build_recogniser(
         state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flip(1)
     net = load_network(state, config["network"], **settings)
     record = (config["network"], changes, settings["num_features"])
-    keypoints = KEYPOINT_CONVENTION if net.needs_keypoints else "none: faces must be aligned to the template"
-    if net.finds_keypoints:
-        keypoints = "found by the aligner inside"
     return net, {
         "task": "recognition",
         "architecture": architecture.describe(),
         "config": dict(zip(_NETWORK_KEYS, record, strict=True)),
         "colour_order": "RGB in [-1, 1]" + (" (the first layer was turned from BGR)" if turned else ""),
-        "keypoint_convention": keypoints,
+        "keypoint_convention": _keypoint_convention(net),
     }
+
+
+def _build_by_name(state: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[Backbone, dict[str, Any]]:
+    """A network that is no ViT of this package, as its registered name builds it, and what to say of it."""
+    changes = config.get("network_kwargs", {})
+    settings = changes | ({"num_features": config["embedding_size"]} if "embedding_size" in config else {})
+    net = load_network(state, config["network"], **settings)
+    return net, {
+        "task": "recognition",
+        "architecture": f"{type(net).__name__}, embedding {net.num_features}",
+        "config": dict(zip(_NETWORK_KEYS, (config["network"], changes, net.num_features), strict=True)),
+        "colour_order": "RGB in [-1, 1]",
+        "keypoint_convention": _keypoint_convention(net),
+    }
+
+
+def _keypoint_convention(net: Backbone) -> str:
+    if net.finds_keypoints:
+        return "found by the network itself"
+    return KEYPOINT_CONVENTION if net.needs_keypoints else "none: faces must be aligned to the template"
 
 
 def _build_aligner(
