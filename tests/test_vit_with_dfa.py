@@ -9,7 +9,7 @@ from distributed import run_on_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 import insightface_kprpe as ik
-from insightface_kprpe.backbones.relative_position import canonical_keypoints
+from insightface_kprpe.backbones.relative_position import template_keypoints
 from insightface_kprpe.backbones.vit_with_dfa import ViTWithDFA
 from insightface_kprpe.deployment import model_pack
 from insightface_kprpe.deployment.detector_export import export_detector
@@ -59,16 +59,16 @@ def test_every_kprpe_network_has_a_self_aligned_form():
 def test_keypoints_are_the_aligners_or_below_the_threshold_the_template(net, images):
     found, score, _ = net.dfa.locate(images)
     assert score.tolist() == [1, 0, 1, 0]
-    expected = torch.where((score == 1)[:, None, None], found, canonical_keypoints(4))
+    expected = torch.where((score == 1)[:, None, None], found, template_keypoints(4))
     torch.testing.assert_close(net.find_keypoints(images), expected)
     torch.testing.assert_close(net(images), net(images, expected))
-    assert not torch.allclose(net(images)[0], net(images, canonical_keypoints(4))[0])
+    assert not torch.allclose(net(images)[0], net(images, template_keypoints(4))[0])
 
 
 def test_explicit_keypoints_give_what_the_plain_network_gives(net, images):
     plain = ik.VisionTransformer(position="kprpe", num_features=16, **TINY).eval()
     plain.load_state_dict({key: value for key, value in net.state_dict().items() if not key.startswith("dfa.")})
-    keypoints = canonical_keypoints(4) + 0.1
+    keypoints = template_keypoints(4) + 0.1
     torch.testing.assert_close(net(images, keypoints), plain(images, keypoints))
     with pytest.raises(ValueError, match="probably pixels"):
         net(images, keypoints * 112)
@@ -158,7 +158,7 @@ def test_retinafaces_published_weights_serve_as_an_aligner(shared, images):
 
 
 def test_evaluators_leave_the_keypoints_to_the_network(net, images):
-    torch.testing.assert_close(TorchEmbedder(net)(images, canonical_keypoints(4) * 0), net(images).detach())
+    torch.testing.assert_close(TorchEmbedder(net)(images, template_keypoints(4) * 0), net(images).detach())
 
 
 def test_training_run_is_self_contained(tmp_path):
@@ -234,7 +234,7 @@ def test_two_inputs_take_keypoints_from_outside(net, images, tmp_path):
     report = export_onnx(net, tmp_path / "two.onnx")
     assert report.inputs == ("images", "keypoints") and report.metadata["keypoint_source"] == "input"
     session = onnxruntime.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
-    keypoints = canonical_keypoints(4) + 0.1
+    keypoints = template_keypoints(4) + 0.1
     got = session.run(None, {"images": images.numpy(), "keypoints": keypoints.numpy()})[0]
     np.testing.assert_allclose(got, net(images, keypoints).detach(), atol=1e-4)
 

@@ -206,6 +206,6 @@ def check_keypoints(keypoints: torch.Tensor | None, batch: int, num_keypoints: i
             raise ValueError(f"{wanted}, got values up to {largest:.1f}, probably pixels; divide by the crop's side")
 
 
-def canonical_keypoints(batch: int, device: torch.device | None = None) -> torch.Tensor:
+def template_keypoints(batch: int, device: torch.device | None = None) -> torch.Tensor:
     """The keypoints of a perfectly aligned crop, repeated: (B, 5, 2) float32."""
     return torch.tensor(CANONICAL_KEYPOINTS, device=device).expand(batch, -1, -1)

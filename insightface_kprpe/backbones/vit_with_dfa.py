@@ -13,7 +13,7 @@ from ..dfa import DFA
 from ..dfa.network import RetinaFaceNet
 from ..dfa.weights import load_dfa, network_of
 from ..geometry import SCORE_THRESHOLD
-from .relative_position import canonical_keypoints
+from .relative_position import template_keypoints
 from .vision_transformer import VisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class ViTWithDFA(VisionTransformer):
                     "network with other anchors, of which a file with both networks' weights could not tell"
                 )
         self.dfa.requires_grad_(False)
-        self.register_buffer("template", canonical_keypoints(1).clone(), persistent=False)
+        self.register_buffer("template", template_keypoints(1).clone(), persistent=False)
         # What never changes need not be sent to the other ranks before every step either.
         frozen = [*self.dfa.named_parameters(), *self.dfa.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = [f"dfa.{name}" for name, _ in frozen]

@@ -15,7 +15,7 @@ import onnxruntime
 import torch
 import torch.nn as nn
 
-from ..backbones.relative_position import canonical_keypoints
+from ..backbones.relative_position import template_keypoints
 from ..data.synthetic import SyntheticFaces
 from ..files import atomic_path
 from ..packs.metadata import KEYPOINT_CONVENTION, set_metadata
@@ -56,7 +56,7 @@ class ImageOnly(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.register_buffer("keypoints", canonical_keypoints(1).clone(), persistent=False)
+        self.register_buffer("keypoints", template_keypoints(1).clone(), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, 112, 112) float RGB in [-1, 1] -> (B, D)."""
@@ -165,7 +165,7 @@ def _example(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     drawn = SyntheticFaces(batch, 1, size=size)
     images = torch.from_numpy(np.stack([drawn[i][0] for i in range(batch)])).permute(0, 3, 1, 2).float() / 127.5 - 1
     noise = torch.randn(batch, 5, 2, generator=generator) * 0.05
-    return images, canonical_keypoints(batch) + noise
+    return images, template_keypoints(batch) + noise
 
 
 def _check(module: nn.Module, path: Path, inputs: tuple[str, ...], size: int) -> float:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..backbones.attention_terms import attention_terms, eval_mode
-from ..backbones.relative_position import canonical_keypoints
+from ..backbones.relative_position import template_keypoints
 from ..backbones.vision_transformer import VisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def keypoint_use(net: VisionTransformer, images: torch.Tensor, keypoints: torch.
         terms = [(term - term.mean(-1, keepdim=True)).abs().mean() for term in (bias, similarity)]
         shares.append((terms[0] / (terms[0] + terms[1]).clamp_min(1e-12)).item())
     with torch.no_grad(), eval_mode(net):
-        template = canonical_keypoints(len(images), images.device)
+        template = template_keypoints(len(images), images.device)
         seen, other = (F.normalize(net.forward(images, points)) for points in (keypoints, template))
     shift = (seen - other).norm(dim=1).mean().item()
     return {"keypoints/attention_share": sum(shares) / len(shares), "keypoints/template_shift": shift}
