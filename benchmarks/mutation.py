@@ -31,7 +31,7 @@ from insightface_kprpe.files import write_atomically
 TABLE = Path(__file__).with_name("mutation_faults.txt")
 CHECKOUT = TABLE.parents[1]
 PARTS = ("insightface_kprpe", "recognition_configs", "tests", "setup.cfg", "pyproject.toml", "ruff.toml")
-TIME_LIMIT = 300  # seconds; a fault that makes ranks wait for each other for ever is caught, too
+TIME_LIMIT = 900  # seconds; a fault that makes ranks wait for each other for ever is caught, too
 
 
 class StaleFault(ValueError):

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from insightface_kprpe.dfa import RETINAFACE, RetinaFaceNet, describe, start_from_retinaface
-from insightface_kprpe.dfa.anchors import make_anchors
+from insightface_kprpe.dfa.anchors import decode_points, make_anchors
 
 
 def tensors(arrays):
@@ -94,10 +94,19 @@ def test_anchors_follow_the_network_and_stay_out_of_its_weights(net, bgr):
         torch.testing.assert_close(double(bgr.double()).keypoints.float(), net(bgr).keypoints, atol=1e-5, rtol=0)
 
 
-def test_autocast_keeps_coordinates_precise(net, bgr):
+@pytest.mark.parametrize("aggregator", [True, False])
+def test_autocast_keeps_coordinates_precise(aggregator):
+    """Whatever the 16-bit heads say, it is decoded and averaged in 32 bits."""
+    net = RetinaFaceNet(aggregator=aggregator).eval()
+    if aggregator:  # all anchors weigh the same
+        torch.nn.init.zeros_(net.aggregator[3].weight)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        output = net(bgr)
+        output = net(torch.rand(2, 3, 160, 160) * 2 - 1)
     assert output.keypoints.dtype == output.score.dtype == torch.float32
+    points = decode_points(output.landmark_regression, net.anchors).unflatten(-1, (5, 2))
+    best = (output.class_logits[..., 1] - output.class_logits[..., 0]).argmax(1)
+    expected = points.mean(1) if aggregator else points[torch.arange(2), best]
+    torch.testing.assert_close(output.keypoints, expected, atol=1e-5, rtol=0)
 
 
 def test_public_retinaface_weights_load_strictly_and_find_faces(shared):

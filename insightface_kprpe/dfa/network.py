@@ -230,7 +230,8 @@ class RetinaFaceNet(nn.Module):
             best = (class_logits[..., 1] - class_logits[..., 0]).argmax(1)
             face = values.gather(1, best[:, None, None].expand(-1, 1, VALUES_PER_ANCHOR)).squeeze(1)
         else:
-            weights = self.aggregator(values).softmax(1)  # (B, A, 1)
+            # (B, A, 1); in 16 bits, a thousand weights would not add up to 1.
+            weights = self.aggregator(values).to(values.dtype).softmax(1)
             face = (weights * values).sum(1)  # not a matmul: autocast would round the coordinates
         return face[:, 6:].unflatten(1, (5, 2)), face[:, :4], face[:, 4:6].softmax(1)[:, 1]
 
