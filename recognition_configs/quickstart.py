@@ -1,6 +1,6 @@
 """A small KPRPE ViT on drawn faces: the whole path in minutes, on a laptop.
 
-Command: torchrun --nproc_per_node=2 train_v2.py recognition_configs/quickstart.py
+Command: python train_v2.py recognition_configs/quickstart.py
 Needs:   2 CPU cores; no data (faces are drawn), no GPU.
 Result:  see the README; the faces are synthetic, the accuracy says nothing about real ones.
 """
@@ -14,9 +14,10 @@ config.num_image = 3000
 config.val_targets = ("synthetic",)
 config.augment = {"rotation": 10.0, "scale": 0.1, "translation": 0.04, "probability": 0.5}
 config.network = "vit_n_kprpe"
+config.network_kwargs = {"depth": 4}
 config.embedding_size = 128
 config.loss = "adaface"
-config.batch_size = 32
+config.batch_size = 64
 config.lr = 0.001
 config.position_lr_scale = 30.0
 config.scheduler = "cosine"

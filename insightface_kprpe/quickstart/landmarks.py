@@ -69,7 +69,9 @@ class DrawnScenes(Dataset):
         return FaceSample(torch.from_numpy(image), torch.from_numpy(keypoints), torch.from_numpy(box))
 
 
-def train_both(detector: Path, dfa: Path, licence: str, scenes: int = 3600, crops: int = 1200) -> tuple[float, float]:
+def train_both(
+    detector: Path, dfa: Path, licence: str, scenes: int = 3600, crops: int = 1200, seed: int = 0
+) -> tuple[float, float]:
     """Train the detector and DFA at the same time and write their files.
 
     Args:
@@ -78,34 +80,40 @@ def train_both(detector: Path, dfa: Path, licence: str, scenes: int = 3600, crop
         licence: stored in the detector's file.
         scenes: pictures to train the detector on.
         crops: pictures to train DFA on.
+        seed: of weights, order and augmentation.
 
     Returns:
         The losses of the last steps.
     """
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_train_detector, detector, licence, scenes), pool.submit(_train_dfa, dfa, crops)]
+        futures = [
+            pool.submit(_train_detector, detector, licence, scenes, seed),
+            pool.submit(_train_dfa, dfa, crops, seed),
+        ]
         return futures[0].result(), futures[1].result()
 
 
-def _train_detector(path: Path, licence: str, count: int) -> float:
+def _train_detector(path: Path, licence: str, count: int, seed: int) -> float:
     """RetinaFace-MobileNet0.25, exported with the input size that it will be used at."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     net = RetinaFaceNet(aggregator=False, image_size=SCENE_SIZE, anchor_sizes=DETECTOR_ANCHORS)
     scenes = DrawnScenes(count, SCENE_SIZE, face_size=(30, 84), faceless=12)
-    loss = _train(net, scenes, "  detector", loss=DFALoss(face_weight=0.0), epochs=4, lr=0.008, warmup_epochs=1.0)
+    loss = _train(
+        net, scenes, "  detector", loss=DFALoss(face_weight=0.0), epochs=4, lr=0.008, warmup_epochs=1.0, seed=seed
+    )
     larger = RetinaFaceNet(aggregator=False, image_size=DETECTOR_SIZE, anchor_sizes=DETECTOR_ANCHORS)
     larger.load_state_dict(net.state_dict())
     export_detector(larger, path, licence)
     return loss
 
 
-def _train_dfa(path: Path, count: int) -> float:
-    torch.manual_seed(0)
+def _train_dfa(path: Path, count: int, seed: int) -> float:
+    torch.manual_seed(seed)
     net = RetinaFaceNet()
     crops = DrawnScenes(count, net.image_size, face_size=(90, 140))
     # Grown and shifted, so that the face also fills the crop as it does once it is aligned.
     augmentation = LandmarkAugmentation(scale=(0.9, 1.4), shift=0.08, rotation=20.0)
-    loss = _train(net, crops, "  DFA", augmentation=augmentation, epochs=5, lr=0.004, warmup_epochs=0.5)
+    loss = _train(net, crops, "  DFA", augmentation=augmentation, epochs=5, lr=0.004, warmup_epochs=0.5, seed=seed)
     with atomic_path(path) as temporary:
         torch.save(net.state_dict(), temporary)
     return loss

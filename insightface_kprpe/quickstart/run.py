@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +21,13 @@ import cv2
 import numpy as np
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from ..backbones import get_model
 from ..data.face_dataset import LANDMARK_FILE
 from ..data.image_codec import encode_jpeg
 from ..data.landmark_csv import write_landmark_csv
 from ..data.record_tools import pack_drawn
-from ..data.synthetic import SyntheticFaces, SyntheticScene, draw_scene, verification_pairs
+from ..data.synthetic import SyntheticFaces, SyntheticScene, draw_face, draw_scene, verification_pairs
 from ..data.verification_bin import write_verification_bin
 from ..data.verification_pairs import FIRST_UNSEEN_IDENTITY, open_verification
 from ..deployment import model_pack
@@ -37,39 +36,44 @@ from ..evaluation.verification import verify
 from ..files import write_atomically
 from ..inference.embedding import embed_images
 from ..inference.models import TorchEmbedder
+from ..progress import Progress
 from ..state_dict import load_weights
+from ..training.callbacks import METRICS
 from .landmarks import DETECTOR_SIZE, PEOPLE, landmark_error, train_both
 
-IMAGES_PER_PERSON = 30
+ALIGNED_PER_PERSON = LOOSE_PER_PERSON = 15
 UNSEEN_PEOPLE, PAIRS = 60, 600
 PHOTOS = 5
+NETWORK, PLAIN = "vit_n_kprpe", "vit_n"  # alike but for the keypoints, which the second does not see
+FIRST_SEED = 2048
 PACK = "kprpe"
 LICENCE = "MIT (trained on drawn faces)"
 
 
-def run_quickstart(output: Path) -> dict[str, float]:
+def run_quickstart(output: Path, seed: int = 0) -> dict[str, float]:
     """Run all steps and print what they give.
 
     Args:
         output: folder for everything; an earlier quickstart there is written over.
+        seed: of the networks' weights and training; the people are always the same.
 
     Returns:
-        Accuracies and rank-1 in percent, seconds taken, and how many people in the photos were named rightly.
+        Accuracies and rank-1 in percent, seconds taken, and what became of the faces in the photos.
     """
     started = time.perf_counter()
     output = Path(output)
-    data, run = output / "data", output / "run"
+    data, run, plain_run = output / "data", output / "run", output / "run_without_keypoints"
     with _step(1, "drawing faces"):
         draw_data(data)
     detector, dfa = output / "detector.onnx", output / "dfa.pt"
     with _step(2, "training a face detector and a DFA on drawn pictures, side by side"):
-        losses = train_both(detector, dfa, LICENCE)
+        losses = train_both(detector, dfa, LICENCE, seed=seed)
         print("  losses {:.2f} and {:.2f} at the end".format(*losses))
-    with _step(3, "training vit_n_kprpe (torchrun train_v2.py recognition_configs/quickstart.py)"):
-        train_recognition(data, run)
+    with _step(3, f"training {NETWORK} and, beside it, {PLAIN} (train_v2.py recognition_configs/quickstart.py)"):
+        train_recognition(data, {NETWORK: run, PLAIN: plain_run}, seed)
     with _step(4, "verifying people who were not trained on"):
         net = with_aligner(run, dfa)
-        results = evaluate(data, run, net)
+        results = evaluate(data, run, plain_run, net)
     with _step(5, "exporting ONNX and building the model pack, DFA inside"):
         root = output / "insightface"
         origin = {"source": "quickstart", "architecture": "vit_n_kprpe_dfa"}
@@ -99,12 +103,15 @@ def _step(number: int, title: str) -> Iterator[None]:
 
 
 def draw_data(folder: Path) -> None:
-    """Draw a training set as RecordIO and two verification sets as ``.bin``, all with their landmarks."""
+    """Draw a training set as RecordIO and two verification sets as ``.bin``, all with their landmarks.
+
+    Half of the faces to train on are aligned, half are loose crops: only where keypoints vary is there something to
+    learn from them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    faces = SyntheticFaces(PEOPLE, IMAGES_PER_PERSON)
+    pictures = [(person, i) for person in range(PEOPLE) for i in range(ALIGNED_PER_PERSON + LOOSE_PER_PERSON)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        drawn = pool.map(faces.__getitem__, range(len(faces)), chunksize=50)
-        drawn = list(tqdm(drawn, "  training set", len(faces), disable=None))
+        drawn = list(Progress(pool.map(_draw, pictures, chunksize=50), "  training set", len(pictures)))
         aligned = pool.submit(verification_pairs, UNSEEN_PEOPLE, PAIRS, first_identity=FIRST_UNSEEN_IDENTITY)
         loose = pool.submit(
             verification_pairs, UNSEEN_PEOPLE, PAIRS, first_identity=FIRST_UNSEEN_IDENTITY, aligned=False
@@ -114,17 +121,41 @@ def draw_data(folder: Path) -> None:
             images, is_same, keypoints = future.result()
             write_verification_bin(folder / f"{name}.bin", [encode_jpeg(image) for image in images], is_same)
             write_landmark_csv(folder / f"{name}_{LANDMARK_FILE}", keypoints)
-    print(f"  {len(faces)} images of {PEOPLE} people to train on, 2 x {PAIRS} pairs of {UNSEEN_PEOPLE} other people")
+    print(f"  {len(drawn)} images of {PEOPLE} people to train on, 2 x {PAIRS} pairs of {UNSEEN_PEOPLE} other people")
 
 
-def train_recognition(data: Path, run: Path) -> None:
-    """Train with torchrun, as a user would: from a checkout its ``train_v2.py``, else the installed module."""
-    script = Path(__file__).resolve().parents[1] / "train_v2.py"
+def _draw(picture: tuple[int, int]) -> tuple[np.ndarray, int, np.ndarray]:
+    """The image, label and keypoints of a person's picture; the first ones are aligned."""
+    person, instance = picture
+    image, keypoints = draw_face(person, instance, aligned=instance < ALIGNED_PER_PERSON)
+    return image, person, keypoints
+
+
+def train_recognition(data: Path, runs: Mapping[str, Path], seed: int) -> None:
+    """Train networks side by side, as a user would: from a checkout its ``train_v2.py``, else the installed module.
+
+    Args:
+        data: folder with ``train.rec`` and the validation sets.
+        runs: network -> folder for its run. What the first one logs is shown, all of it is in ``training.log``.
+        seed: added to the config's.
+    """
+    script = Path(__file__).resolve().parents[2] / "train_v2.py"
     target = [str(script)] if script.is_file() else ["-m", "insightface_kprpe.training.trainer"]
-    processes = max(1, min(2, os.cpu_count() or 1))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *target]
-    command += ["quickstart", f"rec={data}", "val_targets=('aligned','unaligned')", f"output={run}"]
-    subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+    threads = max(1, (os.cpu_count() or 1) // len(runs))
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    started: list[subprocess.Popen] = []
+    try:
+        for network, run in runs.items():
+            command = [sys.executable, *target, "quickstart", f"network={network}", f"rec={data}", f"output={run}"]
+            command += ["val_targets=('aligned','unaligned')", f"seed={FIRST_SEED + seed}"]
+            shown = None if not started else subprocess.DEVNULL
+            started.append(subprocess.Popen(command, stdout=shown, env=environment))
+        for process in started:
+            if process.wait():
+                raise subprocess.CalledProcessError(process.returncode, process.args)
+    finally:
+        for process in started:
+            process.kill()
 
 
 def with_aligner(run: Path, dfa: Path) -> nn.Module:
@@ -134,10 +165,14 @@ def with_aligner(run: Path, dfa: Path) -> nn.Module:
     return load_weights(net, run / "model.pt").eval()
 
 
-def evaluate(data: Path, run: Path, net: nn.Module) -> dict[str, float]:
-    """Verification with true landmarks and aligned by DFA, rank-1 with DFA's, and how far those are from the truth."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    results = {key: value for key, value in lines[-1].items() if key.startswith("accuracy/")}
+def evaluate(data: Path, run: Path, plain_run: Path, net: nn.Module) -> dict[str, float]:
+    """Verification with and without keypoints, aligned by DFA, and rank-1; and how far DFA's landmarks are off."""
+    kprpe, plain = last_accuracies(run), last_accuracies(plain_run)
+    print(f"  {'verification accuracy':36} {NETWORK:>12} {PLAIN:>12}")
+    for name in kprpe:
+        print(f"  {name + ' pairs':36} {kprpe[name]:10.2f} % {plain[name]:10.2f} %")
+    results = {f"accuracy/{name}": value for name, value in kprpe.items()}
+    results |= {f"accuracy/{name}, {PLAIN}": value for name, value in plain.items()}
 
     def align_and_embed(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         face = net.dfa(images)
@@ -151,17 +186,24 @@ def evaluate(data: Path, run: Path, net: nn.Module) -> dict[str, float]:
     embeddings = embed_images(TorchEmbedder(net), images, np.stack(keypoints), label="  embedding")
     labels = np.array(labels)
     gallery = np.arange(len(labels)) % 6 == 0
-    results |= identification(
-        embeddings[~gallery], embeddings[gallery], labels[~gallery], labels[gallery], ranks=(1, 5)
-    )
-    for name, value in results.items():
-        print(f"  {name:36} {value:6.2f} %")
+    more = {"unaligned pairs, aligned by DFA": results["accuracy/unaligned, aligned by DFA"]}
+    ranks = identification(embeddings[~gallery], embeddings[gallery], labels[~gallery], labels[gallery], ranks=(1, 5))
+    results |= ranks
+    for name, value in {**more, **ranks}.items():
+        print(f"  {name:36} {value:10.2f} %")
     print(f"  (chance: 50 % for accuracy, {100 / UNSEEN_PEOPLE:.1f} % for rank-1)")
     error, template = landmark_error(net.dfa, FIRST_UNSEEN_IDENTITY, UNSEEN_PEOPLE)
     print(
         f"  DFA's landmarks on loose crops are {100 * error:.1f} % of the side off, the template {100 * template:.1f} %"
     )
     return results | {"landmark_error": error, "landmark_error_of_template": template}
+
+
+def last_accuracies(run: Path) -> dict[str, float]:
+    """What a training run measured last on each validation set, percent."""
+    rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    found = {key: value for row in rows for key, value in row.items()}
+    return {key.removeprefix("accuracy/"): value for key, value in found.items() if key.startswith("accuracy/")}
 
 
 def recognise(root: Path, output: Path) -> dict[str, int]:
@@ -174,16 +216,18 @@ def recognise(root: Path, output: Path) -> dict[str, int]:
     people = [FIRST_UNSEEN_IDENTITY + i for i in range(6)]
     gallery = np.stack([_portrait_embedding(app, person) for person in people])
     counts = np.sum([_recognise_photo(app, gallery, people, photo, output) for photo in range(1, PHOTOS + 1)], 0)
-    drawn, found, right = map(int, counts)
-    print(f"  in {PHOTOS} photos of them {found} faces found, {drawn} drawn, {right} named rightly")
-    return {"faces_drawn": drawn, "faces_found": found, "faces_named_rightly": right}
+    drawn, found, nobody, right = map(int, counts)
+    print(
+        f"  in {PHOTOS} photos of them {drawn} faces drawn, {found} found, {right} named rightly; {nobody} found in vain"
+    )
+    return {"faces_drawn": drawn, "faces_found": found, "faces_where_nobody_is": nobody, "faces_named_rightly": right}
 
 
-def _recognise_photo(app, gallery: np.ndarray, people: list[int], number: int, output: Path) -> tuple[int, int, int]:
+def _recognise_photo(app, gallery: np.ndarray, people: list[int], number: int, output: Path) -> tuple[int, ...]:
     """Name the faces of one photo; the first photo is also printed and written.
 
     Returns:
-        How many faces are drawn, found, and named rightly.
+        How many faces are drawn, how many found, how many of these are nobody's, and how many are named rightly.
     """
     scene = draw_scene(people, (480, 640), face_size=(90, 150), instance=number)
     photo = np.ascontiguousarray(scene.image[..., ::-1])
@@ -204,7 +248,7 @@ def _recognise_photo(app, gallery: np.ndarray, people: list[int], number: int, o
             print(f"  {face_number:4}   {row}   {names[named]:5}   {is_name}{wrong}")
             _annotate(photo, face, f"{names[named]} {similarity[named]:.2f}")
         cv2.imwrite(str(output / "annotated.jpg"), photo)
-    return len(scene.boxes), len(faces), right
+    return len(scene.boxes), len(faces), truths.count(None), right
 
 
 def _portrait_embedding(app, person: int) -> np.ndarray:

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from easydict import EasyDict as edict
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..data.landmark_augmentation import LandmarkAugmentation, to_float
 from ..data.landmark_dataset import FaceSample, LandmarkDataset
@@ -23,6 +22,7 @@ from ..dfa.network import RetinaFaceNet
 from ..dfa.weights import start_from
 from ..distributed import process_group, rank_and_world_size
 from ..evaluation.landmarks import evaluate_landmarks
+from ..progress import Progress
 from .callbacks import Metrics, SpeedLog
 from .checkpoint import Checkpointer, put_aside
 from .command_line import run_command_line
@@ -136,7 +136,7 @@ def train_landmarks(
     config = merge_config({"train_landmarks": values}, base="dfa_base")
     device = net.anchors.device
     training = LandmarkTraining(net, dataset, loss or DFALoss(), augmentation, config, device)
-    with tqdm(total=training.plan.total_steps, desc=description, disable=None) as progress:
+    with Progress(total=training.plan.total_steps, desc=description) as progress:
         last = float("nan")
 
         def log(step: int, epoch: int, value: float, lr: float, scale: float | None) -> None:
