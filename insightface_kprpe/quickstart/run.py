@@ -215,11 +215,10 @@ def recognise(root: Path, output: Path) -> dict[str, int]:
     app.prepare(ctx_id=-1, det_thresh=0.7, det_size=(DETECTOR_SIZE, DETECTOR_SIZE))
     people = [FIRST_UNSEEN_IDENTITY + i for i in range(6)]
     gallery = np.stack([_portrait_embedding(app, person) for person in people])
-    counts = np.sum([_recognise_photo(app, gallery, people, photo, output) for photo in range(1, PHOTOS + 1)], 0)
+    photos = range(1, PHOTOS + 1)
+    counts = np.sum([_recognise_photo(app, gallery, people, number, output) for number in photos], 0)
     drawn, found, nobody, right = map(int, counts)
-    print(
-        f"  in {PHOTOS} photos of them {drawn} faces drawn, {found} found, {right} named rightly; {nobody} found in vain"
-    )
+    print(f"  {PHOTOS} photos of them, {drawn} faces: {found} found, {right} named rightly, {nobody} where nobody is")
     return {"faces_drawn": drawn, "faces_found": found, "faces_where_nobody_is": nobody, "faces_named_rightly": right}
 
 
