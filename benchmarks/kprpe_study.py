@@ -16,6 +16,7 @@ import fcntl
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,9 +29,11 @@ import cv2
 import numpy as np
 import torch
 from study_tests import SetOfPairs, measure
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from insightface_kprpe.files import atomic_path, write_atomically
 from insightface_kprpe.inference.models import TorchEmbedder
+from insightface_kprpe.training.checkpoint import latest_checkpoint
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.trainer import train
 from insightface_kprpe.weights.network import load_run
@@ -62,7 +65,7 @@ class Run:
         seed: of weights, order and augmentation.
         rec: folder in ``--data`` to train on.
         settings: of the config, beside ``COMMON``.
-        base: folder of the run whose weights this one starts from; None: random weights.
+        base: folder of the run whose weights and class centers this one starts from; None: random ones.
     """
 
     part: str
@@ -111,8 +114,23 @@ def train_run(run: Run, data: Path, out: Path) -> None:
     )  # fmt: skip
     config.update({key: value for key, value in run.settings.items() if key != "network_kwargs"})
     if run.base:
-        config.update(init_from=str(out / run.base), init_min_match=0.5)
+        config.update(init_from=str(weights_and_centers(out / run.base)), init_min_match=0.5)
     train(config)
+
+
+def weights_and_centers(folder: Path) -> Path:
+    """A folder to start from: the backbone of a run and its class centers, as arcface_torch's checkpoint has them."""
+    start = folder / "start" / "checkpoint_gpu_0.pt"
+    if not start.is_file():
+        with tempfile.TemporaryDirectory() as temporary:
+            dcp_to_torch_save(latest_checkpoint(folder), f"{temporary}/state.pt")
+            tensors = torch.load(f"{temporary}/state.pt", weights_only=True)
+        backbone = torch.load(folder / "model.pt", weights_only=True)
+        softmax = {"weight": tensors["loss.class_centers"]}
+        with atomic_path(start) as temporary:
+            states = {"state_dict_backbone": backbone, "state_dict_softmax_fc": softmax, "state_optimizer": {}}
+            torch.save({**states, "epoch": 0}, temporary)
+    return start.parent
 
 
 def finish_run(run: Run, folder: Path, tests: Sequence[SetOfPairs], started: float) -> None:
