@@ -49,7 +49,7 @@ MOVED = {"rotation": 40.0, "scale": 0.3, "translation": 0.1}
 MOVED_MORE = {"rotation": 20.0, "scale": 0.2, "translation": 0.08}
 COMMON = {
     "embedding_size": 128, "batch_size": 64, "lr": 0.002, "weight_decay": 0.05, "scheduler": "cosine",
-    "warmup_epoch": 0.5, "loss": "margin", "margin_list": (1.0, 0.0, 0.2), "precision": "fp32",
+    "warmup_epoch": 0.5, "loss": "margin", "margin_list": (1.0, 0.0, 0.1), "logit_scale": 16.0, "precision": "fp32",
     "num_workers": 0, "verbose": 10**9, "frequent": 50, "val_targets": (), "keep_checkpoints": 1,
 }  # fmt: skip
 
@@ -186,8 +186,8 @@ def rates(*lrs: float) -> dict[str, tuple[str, dict]]:
 
 # One plain ViT for each kind of faces, trained first; its weights are where the networks to compare start from.
 BASES = {
+    "real": Run("base", "real", "ViT", 0, "fiw_unaligned", {"num_epoch": 6, "augment": SLIGHTLY}),
     "drawn": Run("base", "drawn", "ViT", 0, "drawn_aligned", {"num_epoch": 7, "augment": SLIGHTLY}),
-    "real": Run("base", "real", "ViT", 0, "fiw_unaligned", {"num_epoch": 10, "augment": SLIGHTLY}),
 }
 REAL = {"num_epoch": 3, "augment": MOVED, "base": BASES["real"].folder}
 DRAWN = {"num_epoch": 7, "augment": MOVED_MORE, "base": BASES["drawn"].folder}
