@@ -184,6 +184,12 @@ def rates(*lrs: float) -> dict[str, tuple[str, dict]]:
     return {f"ViT lr {lr:g}": ("ViT", {"lr": lr}) for lr in lrs}
 
 
+def kprpe(**settings: Any) -> tuple[str, dict]:
+    """KPRPE at a scale of 30; arguments of the network go to ``network_kwargs``."""
+    inner = {key: settings.pop(key) for key in ("kprpe_sharing", "num_keypoints") if key in settings}
+    return "KPRPE", {"position_lr_scale": 30.0, "network_kwargs": inner, **settings}
+
+
 # One plain ViT for each kind of faces, trained first; its weights are where the networks to compare start from.
 BASES = {
     "real": Run("base", "real", "ViT", 0, "fiw_unaligned", {"num_epoch": 6, "augment": SLIGHTLY}),
@@ -194,13 +200,25 @@ DRAWN = {"num_epoch": 7, "augment": MOVED_MORE, "base": BASES["drawn"].folder}
 
 PARTS: dict[str, list[Run]] = {
     "base": list(BASES.values()),
-    # Each kind of network is tuned by three values, on the validation families alone.
+    # Each kind of network is tuned by three values, with one seed.
     "tuning": compare(
         "real", "fiw_unaligned", 1, scaled("KPRPE", 30) | rates(0.002) | scaled("iRPE", 30, 10, 1) | rates(0.001, 0.004)
         | scaled("KPRPE", 10, 100), **REAL,
     ),
     "real": compare("real", "fiw_unaligned", 3, rates(0.002) | scaled("KPRPE", 30) | scaled("iRPE", 10), **REAL),
+    # What is the best scale, and what else matters?
     "scale": compare("drawn", "drawn_loose", 2, rates(0.002) | scaled("KPRPE", 30, 1, 10, 100, 3), **DRAWN),
+    "variants": compare(
+        "drawn", "drawn_loose", 1, {"KPRPE x30, no warm-up": kprpe(warmup_epoch=0.0)}
+        | {f"KPRPE x30, {what} shared": kprpe(kprpe_sharing=what) for what in ("layers", "heads", "both")}
+        | scaled("iRPE", 10, 1, 30), **DRAWN,
+    ),
+    "long": compare("long", "drawn_loose", 1, rates(0.002) | scaled("KPRPE", 1, 30), **{**DRAWN, "num_epoch": 28}),
+    # Trained on aligned crops that are not moved.
+    "aligned": compare("aligned", "fiw_aligned", 1, rates(0.002) | scaled("KPRPE", 30), **{**REAL, "augment": {}}),
+    "points": compare(
+        "real", "fiw_unaligned", 1, {f"KPRPE x30, {k} points": kprpe(num_keypoints=k) for k in (2, 3, 4)}, **REAL
+    ),
 }  # fmt: skip
 
 
