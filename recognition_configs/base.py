@@ -34,6 +34,7 @@ config.gradient_checkpointing = False  # less memory, about a third more time
 # --- loss -----------------------------------------------------------------------------------------------------------
 config.loss = "margin"  # "margin": ArcFace or CosFace, by margin_list | "adaface"
 config.margin_list = (1.0, 0.5, 0.0)  # (1, m2, 0): ArcFace with angle m2 in radians | (1, 0, m3): CosFace
+config.logit_scale = 64.0  # s of every margin; some thousand people want less (24): with 64 they teach nothing at first
 config.interclass_filtering_threshold = 0.0  # cosine above which another class is taken for label noise; 0: off
 config.adaface_m = 0.4  # margin
 config.adaface_h = 0.333  # how strongly the margin follows quality

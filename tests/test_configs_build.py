@@ -65,6 +65,15 @@ def test_losses_by_name(end, kind, margins):
     loss = margin_loss(config)
     assert isinstance(loss, kind) and tuple(config.margin_list[1:]) == margins
     assert isinstance(margin_loss(load_config("ms1mv2_vit_b_kprpe")), AdaFace)
+    assert loss.scale == 64
+
+
+@pytest.mark.parametrize("loss", ["adaface", "margin"])
+def test_logits_have_the_scale_of_the_config(loss):
+    config = load_config("base", [f"loss={loss}", "logit_scale=24"])
+    assert margin_loss(config).scale == 24
+    with pytest.raises(ConfigError, match="logit_scale must be positive, got 0"):
+        load_config("base", ["logit_scale=0"])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

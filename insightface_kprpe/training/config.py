@@ -31,7 +31,7 @@ _CHOICES = {
     "precision": (None, "fp32", "fp16", "bf16"),
 }
 _POSITIVE = ("batch_size", "gradient_acc", "num_epoch", "lr", "clip_grad", "frequent", "verbose", "keep_checkpoints")
-_POSITIVE += ("embedding_size", "image_size", "position_lr_scale")
+_POSITIVE += ("embedding_size", "image_size", "position_lr_scale", "logit_scale")
 
 
 class ConfigError(ValueError):

@@ -207,8 +207,8 @@ def norms_of(embed: Callable[[Batch], torch.Tensor], batches: Sequence[Batch], b
 def margin_loss(config: edict) -> nn.Module:
     """The margin that the config asks for."""
     if config.loss == "adaface":
-        return AdaFace(config.adaface_m, config.adaface_h, config.adaface_t_alpha)
-    return CombinedMarginLoss(64.0, *config.margin_list, config.interclass_filtering_threshold)
+        return AdaFace(config.adaface_m, config.adaface_h, config.adaface_t_alpha, config.logit_scale)
+    return CombinedMarginLoss(config.logit_scale, *config.margin_list, config.interclass_filtering_threshold)
 
 
 def check_labels(dataset: FaceDataset, config: edict) -> None:
