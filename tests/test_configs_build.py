@@ -9,7 +9,7 @@ from insightface_kprpe.losses import AdaFace, CombinedMarginLoss
 from insightface_kprpe.partial_fc import PartialFC
 from insightface_kprpe.training import recipes
 from insightface_kprpe.training.config import ConfigError, configs_folder, load_config
-from insightface_kprpe.training.state import Plan, build_state
+from insightface_kprpe.training.state import Schedule, build_state
 from insightface_kprpe.training.trainer import margin_loss
 
 FILES = [path for path in sorted(configs_folder().glob("[!_]*.py")) if not path.stem.startswith("dfa_")]
@@ -29,7 +29,7 @@ def test_every_config_builds(name):
         loss = PartialFC(margin_loss(config), config.embedding_size, config.num_classes or 10, config.sample_rate)
     options = tuple(sorted({**config.network_kwargs, "num_features": config.embedding_size}.items()))
     net = backbone(config.network, options)
-    state = build_state(config, net, loss, Plan(100, config.num_epoch), torch.device("cpu"))
+    state = build_state(config, net, loss, Schedule(100, config.num_epoch), torch.device("cpu"))
     assert isinstance(build_augmentation(config.augment), Augmentation)
     decay = {id(p): group["weight_decay"] for group in state.optimizer.param_groups for p in group["params"]}
     spared = {key for key, parameter in net.named_parameters() if decay[id(parameter)] == 0}

@@ -25,7 +25,8 @@ from insightface_kprpe.training.callbacks import StopSignal
 from insightface_kprpe.training.checkpoint import list_checkpoints
 from insightface_kprpe.training.config import ConfigError, configs_folder, load_config
 from insightface_kprpe.training.landmark_trainer import main, train_dfa, train_landmarks
-from insightface_kprpe.training.loop import EXIT_STOPPED, TrainingError
+from insightface_kprpe.training.loop import EXIT_STOPPED
+from insightface_kprpe.training.run_folder import TrainingError
 
 SIZE = 32  # pixels; 42 anchors
 TINY_RUN = [
@@ -93,12 +94,13 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(faces, tmp_path, monkeyp
         assert torch.equal(value, expected[key]), key
 
 
-def test_what_a_run_leaves(faces, tmp_path):
-    results = train_dfa(tiny_config(faces, tmp_path, f"val={faces / 'val'}", "num_epoch=1"))
+def test_what_a_run_leaves(faces, tmp_path, caplog):
+    with caplog.at_level("INFO", "insightface_kprpe"):
+        results = train_dfa(tiny_config(faces, tmp_path, f"val={faces / 'val'}", "num_epoch=1"))
     assert {path.name for path in tmp_path.iterdir()} == {
-        "best_model.pt", "checkpoints", "config.json", "metrics.jsonl", "model.pt", "training.log",
+        "best_model.pt", "checkpoints", "config.json", "metrics.jsonl", "model.pt",
     }  # fmt: skip
-    log = (tmp_path / "training.log").read_text()
+    log = caplog.text
     assert "with aggregator" in log and "35 faces" in log and "left" in log and "5 faces: NME" in log
     assert "aggregator.3.weight" in weights(tmp_path)  # the published names
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])

@@ -10,7 +10,7 @@ from insightface_kprpe.partial_fc import PartialFC
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.memory import LiveBytes, forward_flops
 from insightface_kprpe.training.plan import format_plan, plan_training
-from insightface_kprpe.training.state import Plan, build_state
+from insightface_kprpe.training.state import Schedule, build_state
 from insightface_kprpe.training.trainer import margin_loss, train_step
 
 SMALL = {"embedding_size": 64, "num_image": 1000, "optimizer": "adamw"}
@@ -31,7 +31,7 @@ def measured_peak(config) -> int:
         if config.gradient_checkpointing:
             net.set_grad_checkpointing()
         loss = PartialFC(margin_loss(config), config.embedding_size, config.num_classes, config.sample_rate)
-        state = build_state(config, net, loss, Plan(10, 1), torch.device("cpu"))
+        state = build_state(config, net, loss, Schedule(10, 1), torch.device("cpu"))
         images = torch.rand(config.batch_size, 3, 112, 112)
         batch = images, torch.arange(config.batch_size), torch.rand(16, 5, 2)
         for _ in range(2):  # moments are made by the first

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -16,14 +17,17 @@ from distributed import run_on_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 from insightface_kprpe.backbones import VisionTransformer
+from insightface_kprpe.data.face_dataset import open_faces
 from insightface_kprpe.losses import AdaFace
 from insightface_kprpe.partial_fc import PartialFC, shard_range
 from insightface_kprpe.training import loop, trainer
+from insightface_kprpe.training.build import check_labels
 from insightface_kprpe.training.callbacks import StopSignal
 from insightface_kprpe.training.checkpoint import list_checkpoints
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.optimization import NotFinite, distributed, optimize
-from insightface_kprpe.training.state import Plan, build_optimizer, build_state
+from insightface_kprpe.training.run_folder import TrainingError
+from insightface_kprpe.training.state import Schedule, build_optimizer, build_state
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"depth": 1, "embed_dim": 32, "num_heads": 2, "patch_size": 28, "drop_path_rate": 0.2, "mask_ratio": 0.2}
@@ -83,11 +87,10 @@ def test_output_folder(tmp_path):
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["accuracy/synthetic"] for row in metrics if "accuracy/synthetic" in row][-1] == accuracies["synthetic"]
     assert {path.name for path in tmp_path.iterdir()} == {
-        "best_model.pt", "checkpoints", "config.json", "metrics.jsonl", "model.pt", "training.log",
+        "best_model.pt", "checkpoints", "config.json", "metrics.jsonl", "model.pt",
     }  # fmt: skip
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best", "latest", "step_00000008"}
-    log = (tmp_path / "training.log").read_text()
-    assert "loss" in log and "left" in log and "accuracy" in log
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"best", "latest", "scores.json", "step_00000008"}
     state = weights(tmp_path)
     assert "keypoint_linear.weight" in state and not any(key.startswith("module.") for key in state)
 
@@ -99,7 +102,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 def test_a_diverging_loss_stops_with_what_one_needs_to_know(tmp_path):
     message = r"loss is nan at step (\d+) \(epoch 0, lr .*loss scale 1; not finite: .*model\..*\); its images are in "
-    with pytest.raises(loop.TrainingError, match=message) as stop:
+    with pytest.raises(TrainingError, match=message) as stop:
         trainer.train(tiny_config(tmp_path, "lr=1e30", "warmup_epoch=0", "gradient_acc=2"))
     assert not list_checkpoints(tmp_path)
     step = int(re.match(message, str(stop.value))[1])
@@ -107,7 +110,7 @@ def test_a_diverging_loss_stops_with_what_one_needs_to_know(tmp_path):
     assert report["step"] == step and report["lr"] > 1e29 and report["loss"] == "nan" and report["not_finite"]
     batches = torch.load(tmp_path / f"bad_batch_step_{step}_rank_0.pt", weights_only=True)
     assert len(batches) == 2 and len(report["keys"]) == 16
-    dataset = trainer.open_faces("synthetic", 8, 64, 2048)
+    dataset = open_faces("synthetic", 8, 64, 2048)
     images = [dataset[key][0] for key in report["keys"]]
     assert torch.equal(torch.stack(images), torch.cat([batch[0] for batch in batches]))
 
@@ -130,7 +133,7 @@ class Spoilt(nn.Module):
 def spoilt_state(calls, precision):
     torch.manual_seed(0)
     config = load_config("quickstart", [f"precision={precision}"])
-    return build_state(config, nn.Linear(2, 2), Spoilt(calls), Plan(1, 1), torch.device("cpu"))
+    return build_state(config, nn.Linear(2, 2), Spoilt(calls), Schedule(1, 1), torch.device("cpu"))
 
 
 def test_a_broken_gradient_does_not_reach_the_weights():
@@ -175,12 +178,27 @@ def test_mistakes_stop_before_the_first_step(tmp_path, overrides, message):
 
 def test_labels_are_checked_against_num_classes(tmp_path):
     config = tiny_config(tmp_path)
-    dataset = trainer.open_faces("synthetic", 8, 64, 0)
+    dataset = open_faces("synthetic", 8, 64, 0)
     dataset.labels = dataset.labels + 1
     with pytest.raises(
         ValueError, match="num_classes must be above every label, got 8 for labels 1 to 8.*set num_classes=9"
     ):
-        trainer.check_labels(dataset, config)
+        check_labels(dataset, config)
+
+
+def test_the_command_line_logs_and_the_library_leaves_logging_alone(tmp_path, caplog):
+    mine = logging.NullHandler()
+    log = logging.getLogger("insightface_kprpe")
+    log.addHandler(mine)
+    before = log.handlers[:], log.level, log.propagate, logging.getLogger().handlers[:]
+    config = tiny_config(tmp_path / "library", "num_epoch=1")
+    with caplog.at_level(logging.INFO, "insightface_kprpe"):
+        trainer.train(config)
+    assert "step 8/8" in caplog.text and not (tmp_path / "library" / "training.log").exists()
+    assert (log.handlers, log.level, log.propagate, logging.getLogger().handlers) == before
+    trainer.main(["quickstart", *TINY_RUN, "num_epoch=1", f"output={tmp_path / 'verb'}"])
+    text = (tmp_path / "verb" / "training.log").read_text()
+    assert "step 8/8" in text and "left" in text and "done: " in text
 
 
 def test_the_command_line_says_one_sentence(tmp_path, capsys):
@@ -204,7 +222,7 @@ def make_step(world_size=1, rank=0, sample_rate=1.0, **settings):
     first, count = shard_range(8, rank, world_size)
     partial_fc.class_centers.data.copy_(centers[first : first + count])
     config = load_config("quickstart", ["lr=0.1", "optimizer=sgd"])
-    state = build_state(config, backbone, partial_fc, Plan(1, 1), torch.device("cpu"))
+    state = build_state(config, backbone, partial_fc, Schedule(1, 1), torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     batch = (
         torch.randn(8, 3, 112, 112, generator=generator),

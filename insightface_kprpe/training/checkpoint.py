@@ -6,14 +6,17 @@
   share once, class centers and their moments as shards of one tensor; ``run.pt`` holds the rest. It is written under
   another name and renamed when every rank has finished, so a folder of that name is always whole;
 - ``latest``: the name of the checkpoint to resume from;
-- ``best``: the name of the one that scored best when it was validated.
+- ``best``: the name of the one that scored best when it was validated;
+- ``scores.json``: what validation said, by step.
 
 All ranks must see the same folder.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -28,21 +31,15 @@ import torch.distributed as dist
 from ..distributed import rank_and_world_size
 from ..files import atomic_path, sync_folder, write_atomically
 from . import arcface_torch_checkpoint
-from .callbacks import METRICS
 from .random_state import random_state, seed_everything, seed_from, set_random_state
-from .sharded_tensors import read_tensors, stage, write_tensors
-from .state import Plan, TrainingState
+from .run_folder import METRICS, NEW_RUN, writing
+from .sharded_tensors import read_tensors, stage, stored_bytes, write_tensors
+from .state import Schedule, TrainingState
 
 logger = logging.getLogger(__name__)
 
-NEW_RUN = ".new_run"  # in a run's folder from when a new run starts until it has put an older one aside
+SCORES = "scores.json"
 _FOLDER = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
-
-
-def barrier() -> None:
-    """Wait for all ranks, if there are several."""
-    if rank_and_world_size()[1] > 1:
-        dist.barrier()
 
 
 def list_checkpoints(output: str | Path) -> list[Path]:
@@ -96,57 +93,84 @@ class Checkpointer:
         asynchronous: write in the background while training goes on, from a copy in main memory; at most one at once.
 
     Attributes:
-        best_score: of all validations so far; None before the first.
+        scores: what validation said, by step; None where it gave no number. Of rank 0 alone.
     """
 
     def __init__(self, output: str | Path, keep: int = 2, every: int = 0, asynchronous: bool = False) -> None:
         self.output, self.root = Path(output), Path(output) / "checkpoints"
         self.keep, self.every, self.asynchronous = keep, every, asynchronous
-        self.best_score: float | None = None
+        self.scores: dict[int, float | None] = {}
         self.rank, self.world_size = rank_and_world_size()
         # The background's messages must not mix with those of training.
         self.group = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self._writing: _Background | None = None
 
-    def due(self, step: int, plan: Plan, score: float | None = None) -> bool:
-        """Whether to save after this step."""
+    def due(self, step: int, schedule: Schedule) -> bool:
+        """Whether to save after this step, whatever else asks for it."""
         often = self.every > 0 and step % self.every == 0
-        return often or step % plan.steps_per_epoch == 0 or step == plan.total_steps or self._is_best(score)
+        return often or step % schedule.steps_per_epoch == 0 or step == schedule.total_steps
 
-    def _is_best(self, score: float | None) -> bool:
-        return score is not None and (self.best_score is None or score > self.best_score)
-
-    def save(self, step: int, state: TrainingState, plan: Plan, score: float | None = None) -> None:
+    def save(self, step: int, state: TrainingState, schedule: Schedule) -> None:
         """Save after ``step`` optimizer steps; call it on every rank.
 
         Args:
             step: optimizer steps done.
             state: what to save; may change as soon as the call returns.
-            plan: how long the run is.
-            score: what validation said of this step, the higher the better, the same on every rank; None: nothing.
+            schedule: how long the run is.
+
+        Raises:
+            TrainingError: it could not be written, or the one before, in the background.
         """
         self.wait()
-        best = self._is_best(score)
-        if best:
-            self.best_score = score
         if self.rank == 0:
             self._clear()
         tensors = stage(state.tensors(), state.sharded(), self.group)
         values = {
             "step": step,
-            "steps_per_epoch": plan.steps_per_epoch,
-            "best_score": self.best_score,
+            "steps_per_epoch": schedule.steps_per_epoch,
             "random": self._of_all_ranks(random_state()),  # no rank gets past this before rank 0 has cleared up
             **state.values(),
         }
+        size = stored_bytes(state.tensors(), state.sharded())
 
         def write() -> None:
-            self._write(step, tensors, values, best)
+            last = latest_checkpoint(self.output)
+            hint = f"{last} is whole, resume=True goes on from it" if last else "there is no earlier one"
+            with writing(f"the checkpoint of step {step}", self.root, size, f"{hint}; make room, or set output"):
+                self._write(step, tensors, values)
 
         if self.asynchronous:
             self._writing = _Background(write)
         else:
             write()
+
+    def add_score(self, step: int, state: TrainingState, schedule: Schedule, score: float | None) -> None:
+        """Note what validation said of the checkpoint of this step, and keep it if it is the best; on rank 0.
+
+        Args:
+            step: optimizer steps done. What was not saved, as a network before its first step, is not noted.
+            state: as it was saved.
+            schedule: how long the run is.
+            score: the higher the better; None: it gave no number.
+
+        Raises:
+            TrainingError: the files could not be written.
+        """
+        self.wait()
+        folder = latest_checkpoint(self.output)
+        if folder is None or _number(folder)[0] != step:
+            return
+        others = [other for at, other in self.scores.items() if other is not None and at != step]
+        best = score is not None and math.isfinite(score) and all(score > other for other in others)
+        scores = {**self.scores, step: score}
+        with writing("the best checkpoint", self.output):
+            if best:
+                save_model(self.output / "best_model.pt", state.model.state_dict())
+                write_atomically(self.root / "best", f"{folder.name}\n".encode())
+            # Last: a run that is killed before it validates again, to the same end.
+            content = {"steps_per_epoch": schedule.steps_per_epoch, "scores": scores}
+            write_atomically(self.root / SCORES, (json.dumps(content) + "\n").encode())
+        self.scores = scores
 
     def wait(self) -> None:
         """Return when nothing is being written any more; raises what went wrong in the background."""
@@ -154,13 +178,13 @@ class Checkpointer:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def start(self, state: TrainingState, plan: Plan, resume: bool) -> int:
+    def start(self, state: TrainingState, schedule: Schedule, resume: bool) -> int:
         """Go back to the latest checkpoint, or begin anew; returns the optimizer steps done."""
         if self.rank == 0:
             self._clear()
-        return self.resume(state, plan) if resume else 0
+        return self.resume(state, schedule) if resume else 0
 
-    def resume(self, state: TrainingState, plan: Plan) -> int:
+    def resume(self, state: TrainingState, schedule: Schedule) -> int:
         """Go back to the latest checkpoint, or else to that of arcface_torch; returns the optimizer steps done.
 
         With as many ranks as wrote it, the run continues with the same bits; otherwise with the same weights, moments
@@ -172,7 +196,7 @@ class Checkpointer:
         """
         folder = latest_checkpoint(self.output)
         if folder is None and (files := arcface_torch_checkpoint.find(self.output)):
-            return arcface_torch_checkpoint.resume(files, state, plan)
+            return arcface_torch_checkpoint.resume(files, state, schedule)
         if folder is None:
             aside = sorted(path.name for path in self.output.glob("checkpoints.old*"))
             hint = f"; those of earlier runs are in its {', '.join(aside)}" if aside else ""
@@ -186,15 +210,16 @@ class Checkpointer:
             )
         tensors = read_tensors(folder, state.tensors(), state.sharded(), state.optimized(), self.group)
         state.restore(tensors, values)
-        step, self.best_score = values["step"], values["best_score"]
+        step = values["step"]
         logger.info("resumed from %s", folder)
-        if values["steps_per_epoch"] != plan.steps_per_epoch:
-            step = plan.step_after(step, values["steps_per_epoch"])
+        if values["steps_per_epoch"] != schedule.steps_per_epoch:
+            step = schedule.step_after(step, values["steps_per_epoch"])
             logger.warning(
                 "an epoch had %d steps, now %d: step %d continues as step %d",
-                values["steps_per_epoch"], plan.steps_per_epoch, values["step"], step,
+                values["steps_per_epoch"], schedule.steps_per_epoch, values["step"], step,
             )  # fmt: skip
         state.go_to(step)
+        self.scores = _read_scores(self.root / SCORES, schedule, step)
         if len(values["random"]) == self.world_size:
             set_random_state(values["random"][self.rank])
         else:
@@ -206,7 +231,7 @@ class Checkpointer:
         """Remove what a kill left half written."""
         for leftover in self.root.glob("pending_*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        for leftover in [*self.root.glob(".*.tmp"), *self.output.glob(".*model.pt.*.tmp")]:
+        for leftover in [*self.root.glob(".*.tmp"), *self.output.glob(".*.tmp")]:
             leftover.unlink(missing_ok=True)
 
     def _of_all_ranks(self, value: Any) -> list[Any]:
@@ -216,33 +241,33 @@ class Checkpointer:
         dist.all_gather_object(values, value, self.group)
         return values
 
-    def _write(self, step: int, tensors: dict[str, Any], values: dict[str, Any], best: bool) -> None:
+    def _write(self, step: int, tensors: dict[str, Any], values: dict[str, Any]) -> None:
         pending = self.root / f"pending_{step:08d}"
-        write_tensors(pending, tensors, self.group)
-        if self.rank == 0:
-            with open(pending / "run.pt", "wb") as file:
-                torch.save(values, file)
-                file.flush()
-                os.fsync(file.fileno())
-            sync_folder(pending)
-            # Before the checkpoint: a run that is killed here writes it again, but not one that has nothing left to do.
-            model = {key[len("model.") :]: value for key, value in tensors.items() if key.startswith("model.")}
-            save_model(self.output / "model.pt", model)
-            if best:
-                save_model(self.output / "best_model.pt", model)
-            self._publish(pending, step, best)
+        try:
+            write_tensors(pending, tensors, self.group)
+            if self.rank == 0:
+                with open(pending / "run.pt", "wb") as file:
+                    torch.save(values, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                sync_folder(pending)
+                # Before the checkpoint: a run that is killed here writes it again, but not one that is at its end.
+                model = {key[len("model.") :]: value for key, value in tensors.items() if key.startswith("model.")}
+                save_model(self.output / "model.pt", model)
+                self._publish(pending, step)
+        except BaseException:
+            shutil.rmtree(pending, ignore_errors=True)
+            raise
         if self.group is not None:
             dist.barrier(self.group)
 
-    def _publish(self, pending: Path, step: int, best: bool) -> None:
+    def _publish(self, pending: Path, step: int) -> None:
         folder, attempt = self.root / f"step_{step:08d}", 0
         while folder.exists():  # of an earlier attempt, and perhaps what `latest` names: leave it until later
             attempt += 1
             folder = self.root / f"step_{step:08d}.{attempt}"
         os.replace(pending, folder)
         sync_folder(self.root)
-        if best:  # before `latest`: a run killed between the two comes here again
-            write_atomically(self.root / "best", f"{folder.name}\n".encode())
         write_atomically(self.root / "latest", f"{folder.name}\n".encode())
         self._remove_old(folder)
 
@@ -275,7 +300,7 @@ class _Background:
     def result(self) -> None:
         self.thread.join()
         if self.error is not None:
-            raise RuntimeError(f"a checkpoint could not be written: {self.error}") from self.error
+            raise self.error
 
 
 def _number(folder: Path) -> tuple[int, int]:
@@ -288,6 +313,23 @@ def _pointed(root: Path, pointer: str) -> Path | None:
     path = root / pointer
     name = path.read_text().strip() if path.is_file() else ""
     return root / name if _FOLDER.fullmatch(name) and (root / name).is_dir() else None
+
+
+def _read_scores(path: Path, schedule: Schedule, last: int) -> dict[int, float | None]:
+    """What validation said up to a step, by the steps of this schedule."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        steps_per_epoch, scores = int(content["steps_per_epoch"]), {}
+        for key, score in content["scores"].items():
+            step = schedule.step_after(int(key), steps_per_epoch)
+            if step <= last:
+                scores[step] = None if score is None else float(score)
+        return scores
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        logger.warning("%s cannot be read (%s); the best checkpoint is found anew", path, error)
+        return {}
 
 
 def _read_values(folder: Path) -> dict[str, Any]:
