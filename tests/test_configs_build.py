@@ -8,9 +8,9 @@ from insightface_kprpe.data.augmentation import Augmentation, build_augmentation
 from insightface_kprpe.losses import AdaFace, CombinedMarginLoss
 from insightface_kprpe.partial_fc import PartialFC
 from insightface_kprpe.training import recipes
+from insightface_kprpe.training.build import margin_loss
 from insightface_kprpe.training.config import ConfigError, configs_folder, load_config
 from insightface_kprpe.training.state import Schedule, build_state
-from insightface_kprpe.training.trainer import margin_loss
 
 FILES = [path for path in sorted(configs_folder().glob("[!_]*.py")) if not path.stem.startswith("dfa_")]
 NAMES = sorted({*recipes.names(), *(path.stem for path in FILES)})

@@ -7,11 +7,12 @@ import torch
 
 from insightface_kprpe.backbones import get_model
 from insightface_kprpe.partial_fc import PartialFC
+from insightface_kprpe.training.build import margin_loss
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.memory import LiveBytes, forward_flops
 from insightface_kprpe.training.plan import format_plan, plan_training
 from insightface_kprpe.training.state import Schedule, build_state
-from insightface_kprpe.training.trainer import margin_loss, train_step
+from insightface_kprpe.training.trainer import train_step
 
 SMALL = {"embedding_size": 64, "num_image": 1000, "optimizer": "adamw"}
 

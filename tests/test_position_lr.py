@@ -97,7 +97,7 @@ def test_the_key_is_checked():
 
 
 def test_the_plan_tells_the_rate():
-    changes = ["num_classes=10", "num_image=320", "lr=0.001", "position_lr_scale=30"]
+    changes = ["num_classes=10", "num_image=320", "lr=0.001", "position_lr_scale=30", "network_kwargs={}"]
     plan = plan_training(load_config("quickstart", changes))
     assert plan.table_parameters == 6 * 4 * 49 * 11
     assert "0.0M of these parameters, at a learning rate of up to 0.03: position_lr_scale is 30" in format_plan(plan)
