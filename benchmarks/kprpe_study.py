@@ -195,7 +195,7 @@ BASES = {
     "real": Run("base", "real", "ViT", 0, "fiw_unaligned", {"num_epoch": 6, "augment": SLIGHTLY}),
     "drawn": Run("base", "drawn", "ViT", 0, "drawn_aligned", {"num_epoch": 7, "augment": SLIGHTLY}),
 }
-REAL = {"num_epoch": 3, "augment": MOVED, "base": BASES["real"].folder}
+REAL = {"num_epoch": 8, "augment": MOVED, "base": BASES["real"].folder}
 DRAWN = {"num_epoch": 7, "augment": MOVED_MORE, "base": BASES["drawn"].folder}
 
 PARTS: dict[str, list[Run]] = {
@@ -205,7 +205,7 @@ PARTS: dict[str, list[Run]] = {
         "real", "fiw_unaligned", 1, scaled("KPRPE", 30) | rates(0.002) | scaled("iRPE", 30, 10, 1) | rates(0.001, 0.004)
         | scaled("KPRPE", 10, 100), **REAL,
     ),
-    "real": compare("real", "fiw_unaligned", 3, rates(0.002) | scaled("KPRPE", 30) | scaled("iRPE", 10), **REAL),
+    "real": compare("real", "fiw_unaligned", 3, rates(0.002) | scaled("KPRPE", 30), **REAL),
     # What is the best scale, and what else matters?
     "scale": compare("drawn", "drawn_loose", 2, rates(0.002) | scaled("KPRPE", 30, 1, 10, 100, 3), **DRAWN),
     "variants": compare(
