@@ -1,7 +1,7 @@
 """Every key that a config may set, its default, meaning and unit. A config file states only what differs.
 
-A config is a python file with ``config = edict()``, as in arcface_torch; its own files work here unchanged. It is code that
-runs: read one from somebody else before you use it.
+A config is a python file with ``config = edict()``, as in arcface_torch; its own files work here unchanged. It is code
+that runs: read one from somebody else before you use it.
 Values on the command line win: ``train_v2.py CONFIG lr=0.0005 val_targets="('lfw',)"``.
 """
 
@@ -46,8 +46,8 @@ config.batch_size = 128  # images a rank and forward pass; at least 2, as the he
 config.gradient_acc = 1  # batches an optimizer step, which takes batch_size * ranks * gradient_acc images as one batch
 config.optimizer = "adamw"  # "adamw" | "sgd"
 config.lr = 0.001  # peak learning rate
-# KPRPE's and iRPE's tables learn this many times as fast; 1: as published. They start at zero and AdamW moves a weight by
-# about lr a step, so that short runs need more: see docs/does_kprpe_help.md
+# KPRPE's and iRPE's tables learn this many times as fast; 1: as published. They start at zero and AdamW moves a weight
+# by about lr a step, so that short runs need more: see docs/does_kprpe_help.md
 config.position_lr_scale = 1.0
 config.momentum = 0.9  # SGD only
 config.weight_decay = 0.05

@@ -57,14 +57,14 @@ def train(config: edict) -> dict[str, float]:
     """
     output = Path(config.output)
     with open_run(output, config.resume) as resume, process_group() as device:
+        sets = open_sets(config)
         training = FaceTraining(config, device)
         state, schedule = training.state, training.schedule
         checkpoints = Checkpointer(output, config.keep_checkpoints, config.save_every, config.async_save)
         step = checkpoints.start(state, schedule, resume)
         if config.init_from is not None and step == 0:
             initialize(state.model, state.loss, config.init_from, config.init_min_match)
-        with random_numbers_of_its_own():
-            sets = open_sets(config)
+        with random_numbers_of_its_own():  # wandb draws some
             opened = open_metrics(config, output, step, resume)
         with opened as metrics:
             verification = Verification(sets, state.model, metrics) if metrics else None
