@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import multiprocessing
@@ -26,6 +27,7 @@ from test_trainer import TINY_RUN, accuracies, tiny_config, weights, write_pairs
 from insightface_kprpe.data.verification_bin import read_verification_bin, write_verification_bin
 from insightface_kprpe.training import checkpoint, landmark_trainer, loop, metrics, trainer
 from insightface_kprpe.training.checkpoint import latest_checkpoint, list_checkpoints
+from insightface_kprpe.training.command_line import start_logging
 from insightface_kprpe.training.config import ConfigError, load_config
 from insightface_kprpe.training.metrics import Metrics
 from insightface_kprpe.training.run_folder import TrainingError, open_run
@@ -225,6 +227,7 @@ def train_with_little_room(output, *overrides):
         Path(f"{output}.said").write_text(str(error.code))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(tmp_path, asynchronous):
     output, overrides = tmp_path / "run", (*SHORT, f"async_save={asynchronous}")
@@ -269,14 +272,20 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
         trainer.main(["quickstart", f"output={tmp_path / 'file'}"])
 
 
+class FullDisk(io.StringIO):
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
 def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
-    trainer.main(["quickstart", *TINY_RUN, *SHORT, f"output={tmp_path / 'run'}"])
+    start_logging(tmp_path, rank=0)
     handler = next(h for h in logging.getLogger("insightface_kprpe").handlers if isinstance(h, logging.FileHandler))
-    handler.stream.close()
+    handler.setStream(FullDisk())
     for _ in range(3):
         logging.getLogger("insightface_kprpe").info("a line")
-    error = capsys.readouterr().err
-    assert error.count("training.log cannot be written: ") == 1 and "Traceback" not in error
+    said = capsys.readouterr()
+    assert said.out.count("a line") == 3 and "Traceback" not in said.err
+    assert said.err.count("training.log cannot be written: [Errno 28] No space left on device") == 1
 
 
 # --- one run a folder ------------------------------------------------------------------------------------------------
@@ -301,6 +310,7 @@ def wait_for(path, seconds=60):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path):
     first = start(hold, str(tmp_path), 600)
     try:
@@ -319,7 +329,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path):
 def test_readers_that_outlive_a_killed_run_are_waited_for(tmp_path):
     gone = start(hold, str(tmp_path / "other"), 0)
     gone.join()
-    lock = FileLock(tmp_path / ".lock")
+    lock = FileLock(tmp_path / ".lock", thread_local=False)
     lock.acquire()
     holder = tmp_path / ".lock_holder.json"
     holder.write_text(json.dumps({"pid": gone.pid, "host": socket.gethostname()}))
@@ -349,6 +359,7 @@ def train_slowly(output, seconds):
     trainer.main(["quickstart", *TINY_RUN, f"output={output}", "save_every=1", "num_workers=1"])
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_exits_with_130(tmp_path):
     run = start(train_slowly, str(tmp_path), 0.5)
     wait_for(tmp_path / "slow")
@@ -360,6 +371,7 @@ def test_ctrl_c_saves_and_exits_with_130(tmp_path):
     assert latest_checkpoint(tmp_path).name == f"step_{step:08d}"
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path):
     run = start(train_slowly, str(tmp_path), 600)
     wait_for(tmp_path / "slow")
