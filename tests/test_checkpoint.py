@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 from distributed import exit_code_of, run_on_ranks
-from test_trainer import TINY, losses, tiny_config, weights
+from test_trainer import TINY, accuracies, losses, tiny_config, weights, write_pairs
 
 from insightface_kprpe import files
 from insightface_kprpe.losses import AdaFace
@@ -378,6 +378,7 @@ def train_until_killed(output, kind, moment):
     ):  # fmt: skip
         setattr(module, name, counted(getattr(module, name), "file"))
     overrides = ["resume=True", "num_epoch=2", "save_every=3", "async_save=True", "num_image=40"]
+    overrides += [f"val_targets={Path(output).parent / 'pairs.bin'}", "verbose=4"]
     trainer.train(tiny_config(output, *overrides))
     (Path(output) / "calls.json").write_text(json.dumps(calls))
 
@@ -385,6 +386,7 @@ def train_until_killed(output, kind, moment):
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_at_most_the_work_since_the_last_save(tmp_path):
     """20 kills, spread over as many runs as it takes, each of which ends as one that was left alone."""
+    write_pairs(tmp_path / "pairs.bin")
     assert exit_code_of(train_until_killed, str(tmp_path / "whole"), "step", 0) == 0
     calls = json.loads((tmp_path / "whole" / "calls.json").read_text())
     expected, numbers = weights(tmp_path / "whole"), random.Random(0)
@@ -400,9 +402,14 @@ def test_kill_9_at_any_moment_loses_at_most_the_work_since_the_last_save(tmp_pat
         assert status == 0
         runs += 1
         assert losses(output) == losses(tmp_path / "whole")
+        assert accuracies(output) == accuracies(tmp_path / "whole") and list(accuracies(output)) == [4, 8, 10]
         for key, value in weights(output).items():
             assert torch.equal(value, expected[key]), key
-        assert [path.name[:13] for path in list_checkpoints(output)] == ["step_00000009", "step_00000010"]
+        for file in ("best_model.pt", "checkpoints/scores.json"):
+            assert (output / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+        best = (output / "checkpoints" / "best").read_text().strip()
+        assert {path.name for path in list_checkpoints(output)} >= {best, latest_checkpoint(output).name}
+        assert {path.name[:13] for path in list_checkpoints(output)} == {best[:13], "step_00000009", "step_00000010"}
         left = {path.name for path in [*output.iterdir(), *(output / "checkpoints").iterdir()]}
         assert not [name for name in left if name.startswith(("pending", "."))]
     assert runs > 1

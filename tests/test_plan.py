@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from insightface_kprpe import cli
 from insightface_kprpe.backbones import get_model
 from insightface_kprpe.partial_fc import PartialFC
 from insightface_kprpe.training.build import margin_loss
@@ -12,7 +18,7 @@ from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.memory import LiveBytes, forward_flops
 from insightface_kprpe.training.plan import format_plan, plan_training
 from insightface_kprpe.training.state import Schedule, build_state
-from insightface_kprpe.training.trainer import train_step
+from insightface_kprpe.training.trainer import main, margin_loss, train_step
 
 SMALL = {"embedding_size": 64, "num_image": 1000, "optimizer": "adamw"}
 
@@ -135,3 +141,18 @@ def test_a_large_run_is_planned_in_no_memory():
 def test_bad_input(changes, world_size, speed, message):
     with pytest.raises(ValueError, match=message):
         plan_training(small_config(**changes), world_size, speed)
+
+
+def test_train_v2_plans_as_the_verb_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    overrides = ["num_classes=10", "num_image=320", "network_kwargs={'depth': 1}"]
+    options = ["--world-size", "2", "--images-per-second", "50"]
+    monkeypatch.setattr(sys, "argv", ["train_v2.py", "quickstart", "--plan", *overrides, *options])
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "train_v2.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "on 2 GPUs" in printed and "at 100 images/s on all GPUs" in printed
+    result = CliRunner().invoke(cli.app, ["train", "quickstart", "--plan", *overrides, *options])
+    assert result.output == printed
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="error: world size and images per second must be positive, got 0"):
+        main(["quickstart", *overrides, "--plan", "--world-size=0"])

@@ -116,7 +116,7 @@ def check_pairs(pairs: VerificationPairs, folds: int = 10, size: int = 112) -> N
     if count < folds:
         raise ValueError(f"it must hold at least {folds} pairs, one for each fold, got {count}")
     if same in (0, count):
-        kind = "same person" if same else "different people"
+        kind = "the same person" if same else "different people"
         raise ValueError(f"it must hold pairs of the same person and of different people, got {count} of {kind} only")
     for number in range(2 * count):
         shape = pairs.images[number].shape

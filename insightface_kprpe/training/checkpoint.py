@@ -79,8 +79,8 @@ def put_aside(output: str | Path) -> None:
 
 def save_model(path: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
     """Write a backbone's weights as arcface_torch's ``model.pt``: a plain state dict, on CPU."""
-    with atomic_path(path) as temporary:
-        torch.save({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, temporary)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:  # by its name torch would name what is inside
+        torch.save({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, file)
 
 
 class Checkpointer:

@@ -57,14 +57,14 @@ def train(config: edict) -> dict[str, float]:
     """
     output = Path(config.output)
     with open_run(output, config.resume) as resume, process_group() as device:
+        sets = open_sets(config)
         training = FaceTraining(config, device)
         state, schedule = training.state, training.schedule
         checkpoints = Checkpointer(output, config.keep_checkpoints, config.save_every, config.async_save)
         step = checkpoints.start(state, schedule, resume)
         if config.init_from is not None and step == 0:
             initialize(state.model, state.loss, config.init_from, config.init_min_match)
-        with random_numbers_of_its_own():
-            sets = open_sets(config)
+        with random_numbers_of_its_own():  # wandb draws some
             opened = open_metrics(config, output, step, resume)
         with opened as metrics:
             verification = Verification(sets, state.model, metrics) if metrics else None
@@ -97,6 +97,7 @@ class FaceTraining:
     def __init__(self, config: edict, device: torch.device) -> None:
         self.config, self.device = config, device
         self.rank, self.world_size = rank_and_world_size()
+        self.augment = build_augmentation(config.augment)
         torch.manual_seed(config.seed)
         self.backbone = build_backbone(config)
         # In channels-last layout the patch embedding's result is (B, N, D) as it lies in memory.
@@ -114,7 +115,6 @@ class FaceTraining:
             raise ValueError(f"gradient_acc must fit {len(sampler)} batches an epoch, got {config.gradient_acc}")
         loader = build_loader(ReadableFaces(faces), sampler, config.num_workers, device, config.seed)
         self.loader = DeviceFeed(loader, device, BadImages(faces, config.max_bad_images))
-        self.augment = build_augmentation(config.augment)
 
         torch.manual_seed(config.seed + 1 + self.rank)  # centers, dropped paths and masked patches differ by rank
         partial_fc = PartialFC(margin_loss(config), config.embedding_size, config.num_classes, config.sample_rate)
