@@ -261,7 +261,9 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]
                         f"line {reader.line_num}: expected {len(columns)} columns, got {len(row)}; is the file cut off?"
                     )
                 yield reader.line_num, row
-        except (ValueError, csv.Error) as error:  # also text that is not UTF-8
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: after line {reader.line_num}: no UTF-8; save the file as UTF-8") from error
+        except (ValueError, csv.Error) as error:
             raise ValueError(f"{path}: {error}") from error
     if reader.line_num <= 1:
         raise ValueError(f"{path} must have lines below the header, got none; is the file cut off?")

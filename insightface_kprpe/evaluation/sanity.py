@@ -70,8 +70,8 @@ def results_of_training(model: str, path: str | Path) -> list[Result]:
     """
     file = Path(path) / "metrics.jsonl"
     accuracies: dict[str, float] = {}
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        with contextlib.suppress(ValueError):  # the line that a kill cut short
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+        with contextlib.suppress(ValueError, AttributeError):  # the line that a kill cut short, or one of others
             accuracies |= {key: value for key, value in json.loads(line).items() if key.startswith("accuracy/")}
     # The file has percent.
     names = {key: f"{key.removeprefix('accuracy/')} in training" for key in accuracies}

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from .images import as_it_lies
+
 DIGEST_BYTES = 16
 _THREADS = 8  # hashing and reading go on without Python's lock
 
@@ -42,7 +44,7 @@ def read_contents(paths: Sequence[Path], known: Contents | None = None) -> Conte
 
 def _stamp(path: Path) -> tuple[int, int]:
     try:
-        status = path.stat()
+        status = as_it_lies(path).stat()
     except OSError:
         return 0, 0
     return status.st_size, status.st_mtime_ns
@@ -51,7 +53,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _digest(path: Path) -> bytes:
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     try:
-        with open(path, "rb") as file:
+        with open(as_it_lies(path), "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     except OSError:
