@@ -90,7 +90,7 @@ class Result:
 
     def tpr(self, test: str) -> float:
         """TPR at an FPR of 1 %, percent."""
-        return tpr_at_fpr(self.scores[test], self.is_same(test), [FPR])[0].tpr
+        return 100 * tpr_at_fpr(self.scores[test], self.is_same(test), [FPR])[0].tpr
 
 
 def folds_of(test: str) -> int:

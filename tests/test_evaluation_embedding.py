@@ -91,7 +91,7 @@ def test_a_perfect_embedder_reaches_100_percent(bin_set):
             rows.append(np.eye(80)[i if (i // 2) % 2 else i - i % 2])
         return torch.tensor(np.array(rows))
 
-    assert verify(embed, pairs, flip=False).accuracy == 100
+    assert verify(embed, pairs, flip=False).accuracy == 1
 
 
 def test_unknown_sets_are_named(tmp_path):
@@ -191,7 +191,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path, net, many, change, key):
     keypoints = np.zeros((20, 5, 2), np.float32) if change == "keypoints" else None
     options = replace(options, flip=change == "flip")
     images, source = many[: 19 if change == "count" else 20], "b" if change == "source" else "a"
-    with pytest.raises(ValueError, match=f"tiny-images holds embeddings with another {key}: .*remove it"):
+    with pytest.raises(ValueError, match=f"tiny-images holds results with another {key}: .*remove it"):
         embed_faces(TorchEmbedder(net, "tiny"), images, keypoints, options, source=source)
 
 
@@ -225,7 +225,7 @@ def embed_on_rank(rank, images, state, folder):
     embedding_store.BLOCK = 6
     net = VisionTransformer(**TINY)
     net.load_state_dict(state)
-    options = EmbedOptions(batch_size=4, cache=Path(folder) if folder else None, share=True)
+    options = EmbedOptions(batch_size=4, cache=Path(folder) if folder else None, all_ranks=True)
     found = embed_faces(TorchEmbedder(net, "tiny"), images, None, options, source="a")
     return torch.from_numpy(np.array(found.embeddings))
 

@@ -22,12 +22,14 @@ class Crops(NamedTuple):
         read: index -> (H, W, 3) uint8 RGB.
         landmark_file: where data sets and evaluators look for the landmarks.
         paths: the image files, in order; None where images are no files.
+        container: the file that holds all images, where they are no files.
     """
 
     count: int
     read: Callable[[int], np.ndarray]
     landmark_file: Path
     paths: list[Path] | None = None
+    container: Path | None = None
 
 
 def open_crops(source: str | Path) -> Crops:
@@ -44,10 +46,11 @@ def open_crops(source: str | Path) -> Crops:
     if source.suffix == ".rec" or (source / "train.rec").is_file():
         reader = RecordReader(source)
         read = functools.partial(_read_record, reader, reader.image_keys)
-        return Crops(len(reader.image_keys), read, reader.path.parent / LANDMARK_FILE)
+        return Crops(len(reader.image_keys), read, reader.path.parent / LANDMARK_FILE, container=reader.path)
     if source.suffix == ".bin" and source.is_file():
         pairs = read_verification_bin(source)
-        return Crops(len(pairs.images), pairs.image, source.with_name(f"{source.stem}_{LANDMARK_FILE}"))
+        landmark_file = source.with_name(f"{source.stem}_{LANDMARK_FILE}")
+        return Crops(len(pairs.images), pairs.image, landmark_file, container=source)
     if not source.is_dir():
         raise ValueError(f"source must be a .rec or .bin file, or a folder of images or with train.rec, got {source}")
     paths = [path for files in list_people(source) for path in files]

@@ -73,7 +73,7 @@ def measure(path: str | Path, pairs: VerificationPairs) -> Measurement:
     fprs = [fpr for fpr in FPRS if fpr * negatives >= 1]
     points = tpr_at_fpr(scores, pairs.is_same, fprs) if fprs else []
     thresholds = {point.target: float(point.threshold) for point in points}
-    return Measurement(embeddings, kfold_accuracy(first, second, pairs.is_same).accuracy, thresholds)
+    return Measurement(embeddings, 100 * kfold_accuracy(first, second, pairs.is_same).accuracy, thresholds)
 
 
 def drawn_pairs() -> VerificationPairs:

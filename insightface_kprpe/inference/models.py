@@ -142,14 +142,13 @@ class OnnxEmbedder(Embedder):
         locate: None, as a file never tells what it finds.
 
     Raises:
-        ValueError: the file is no recognition model for 112 x 112 crops.
+        ValueError: the file is no ONNX file, or no recognition model for 112 x 112 crops.
     """
 
     def __init__(self, path: str | Path, name: str | None = None, device: str | torch.device = "cpu") -> None:
         import onnxruntime
 
         self.path, self.name = Path(path), name or Path(path).stem
-        metadata = read_metadata(path)
         self.device = torch.device(device)
         cuda = self.device.type == "cuda"
         gpu = ("CUDAExecutionProvider", {"device_id": self.device.index or 0})
@@ -157,7 +156,12 @@ class OnnxEmbedder(Embedder):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()  # as many as torch's networks get
         asked = {"providers": providers, "sess_options": options}
-        self.session = onnxruntime.InferenceSession(str(path), **settle_providers(asked))
+        try:
+            metadata = read_metadata(path)
+            self.session = onnxruntime.InferenceSession(str(path), **settle_providers(asked))
+        except Exception as error:  # protobuf's and onnxruntime's have no common class
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise ValueError(f"{path} is no ONNX file that onnxruntime loads; is it cut off? ({reason})") from error
         self.inputs = self.session.get_inputs()
         self.needs_keypoints = metadata.get("inputs") == "images+keypoints"
         self.finds_keypoints = metadata.get("keypoint_source") == "dfa"
@@ -200,7 +204,10 @@ class OnnxEmbedder(Embedder):
 def _input_convention(path: Path, metadata: dict[str, str]) -> tuple[float, float]:
     """Mean and std that the file expects: what it says itself, else what InsightFace's loader makes of it."""
     if metadata:
-        return float(metadata["mean"]), float(metadata["std"])
+        try:
+            return float(metadata["mean"]), float(metadata["std"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} does not say how to feed it (mean and std): export it anew") from error
     route = stock_route(path)
     if route.task != "recognition" or route.outputs != 1:
         raise ValueError(f"{path} must be a recognition model with one output, InsightFace takes it for {route.kind}")

@@ -43,11 +43,11 @@ class Verification:
         accuracies = {}
         for pairs in self.sets:
             result = verify(embed, pairs)
-            accuracies[pairs.name] = result.accuracy
-            self.best[pairs.name] = max(result.accuracy, self.best.get(pairs.name, 0.0))
+            accuracy = accuracies[pairs.name] = 100 * result.accuracy  # logs and metrics.jsonl have percent
+            self.best[pairs.name] = max(accuracy, self.best.get(pairs.name, 0.0))
             logger.info(
                 "step %d  %s: accuracy %.2f +- %.2f %%  (best %.2f)  threshold %.3f (cosine)",
-                step, pairs.name, result.accuracy, result.std, self.best[pairs.name], result.cosine_threshold,
+                step, pairs.name, accuracy, 100 * result.std, self.best[pairs.name], result.cosine_threshold,
             )  # fmt: skip
         self.metrics.write(step, **{f"accuracy/{name}": value for name, value in accuracies.items()})
         self.latest = accuracies

@@ -245,9 +245,9 @@ class LandmarkValidation:
         self.best = min(self.best, result.nme)
         logger.info(
             "step %d  %d faces: NME %.4f (best %.4f)  failures %.1f %%  mean score %.3f",
-            step, result.images, result.nme, self.best, result.failure_rate, result.score,
+            step, result.images, result.nme, self.best, 100 * result.failure_rate, result.score,
         )  # fmt: skip
-        self.latest = {"nme": result.nme, "failure_rate": result.failure_rate, "score": result.score}
+        self.latest = {"nme": result.nme, "failure_rate": 100 * result.failure_rate, "score": result.score}
         self.metrics.write(step, **self.latest)
         return -result.nme
 
