@@ -18,7 +18,7 @@ from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.memory import LiveBytes, forward_flops
 from insightface_kprpe.training.plan import format_plan, plan_training
 from insightface_kprpe.training.state import Schedule, build_state
-from insightface_kprpe.training.trainer import main, margin_loss, train_step
+from insightface_kprpe.training.trainer import main, train_step
 
 SMALL = {"embedding_size": 64, "num_image": 1000, "optimizer": "adamw"}
 

@@ -87,7 +87,7 @@ def save_onnx(model: onnx.ModelProto, path: str | Path) -> None:
         del node.metadata_props[:]  # where in the Python code it comes from, which that IR version does not know
     if model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
         raise ValueError(
-            f"{path}: the weights take {model.ByteSize() / 2**30:.1f} GiB and one ONNX file holds 2; use a smaller network"
+            f"{path}: the weights take {model.ByteSize() / 2**30:.1f} GiB and one ONNX file holds 2; take a smaller one"
         )
     with atomic_path(path) as temporary:
         onnx.save(model, str(temporary))
