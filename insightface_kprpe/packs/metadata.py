@@ -77,18 +77,10 @@ def set_metadata(model: onnx.ModelProto, entries: Mapping[str, str]) -> None:
 
 
 def save_onnx(model: onnx.ModelProto, path: str | Path) -> None:
-    """Write a model as one file, in the lowest IR version that its opset allows; older runtimes then load it.
-
-    Raises:
-        ValueError: its weights are more than one file can hold.
-    """
+    """Write a model as one file, in the lowest IR version that its opset allows; older runtimes then load it."""
     model.ir_version = min(model.ir_version, onnx.helper.find_min_ir_version_for(model.opset_import, True))
     for node in model.graph.node:
         del node.metadata_props[:]  # where in the Python code it comes from, which that IR version does not know
-    if model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
-        raise ValueError(
-            f"{path}: the weights take {model.ByteSize() / 2**30:.1f} GiB and one ONNX file holds 2; use a smaller network"
-        )
     with atomic_path(path) as temporary:
         onnx.save(model, str(temporary))
 
