@@ -14,8 +14,9 @@ from ..packs.layout import ALIGNER, DETECTION, DETECTOR_OUTPUTS, INSIGHTFACE_PAC
 from ..packs.metadata import DFA_DETECTOR, load_onnx, metadata_of
 from ..packs.routing import stock_route
 from ..weights.architecture import read_architecture
+from ..weights.description import Description
 from ..weights.hub import fetch_snapshot, is_hub_source
-from ..weights.sources import Description, load_published
+from ..weights.sources import load_published
 
 INSIGHTFACE_LICENCE = "non-commercial research (InsightFace model zoo)"
 # What a pack can take over from another: everything that InsightFace knows beside what is built here.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..packs.metadata import KEYPOINT_CONVENTION
 from ..state_dict import find_weights, list_names, read_state_dict
 from .architecture import LANDMARK_NETWORK, Architecture, check_network, named_network, read_architecture
 from .cvlface import config_of_yaml
+from .description import Description
 from .hub import FORM, fetch_snapshot, is_hub_source, only_weights
 from .network import check_config, load_network
 
@@ -34,53 +35,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ("model.safetensors", "model.pt")
 _FILE_SUFFIXES = (".pt", ".pth", ".onnx", ".bin")  # that nobody gives to a folder
 _ALIGNER_KEYS = ("body", "aggregator", "image_size")
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a network is, and where it came from.
-
-    Attributes:
-        source: file or folder, or "hf:owner/name@commit".
-        format: of the source.
-        task: "recognition" or "aligner".
-        architecture: for people.
-        config: what ``load_run`` (or ``load_dfa``) needs to build the network.
-        color_order: of the images that the network takes.
-        keypoint_convention: of the keypoints that it takes, or finds.
-        parameters: how many.
-        sha256: of the weights file.
-        licence: of the weights.
-    """
-
-    source: str
-    format: str
-    task: str
-    architecture: str
-    config: dict[str, Any] = field(repr=False)
-    color_order: str
-    keypoint_convention: str
-    parameters: int
-    sha256: str
-    licence: str = "unknown"
-
-    def text(self) -> str:
-        """Several lines for people."""
-        return "\n".join(
-            f"{name:<12} {value}"
-            for name, value in (
-                ("source", self.source),
-                ("format", self.format),
-                ("task", self.task),
-                ("architecture", self.architecture),
-                ("network", self.config.get("network", "DFA")),
-                ("parameters", f"{self.parameters:,}"),
-                ("colors", self.color_order),
-                ("keypoints", self.keypoint_convention),
-                ("sha256", self.sha256),
-                ("licence", self.licence),
-            )
-        )
 
 
 def load_published(
