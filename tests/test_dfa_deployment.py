@@ -169,6 +169,10 @@ def test_networks_that_do_not_fit_the_layout_are_refused(dfa, tmp_path, monkeypa
         export_detector(RetinaFaceNet(), tmp_path / "net.onnx")
     with pytest.raises(ValueError, match="multiple of 32"):
         export_detector(DFA(image_size=150), tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match=r"net\.float\(\) first"):
+        export_detector(DFA().half(), tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match=r"must be a .*RetinaFaceNet or derive from it, got Linear"):
+        export_detector(torch.nn.Linear(3, 3), tmp_path / "net.onnx")
     monkeypatch.setattr(detector_export, "save_graph", lambda *args: args[2].write_bytes(b""))
     monkeypatch.setattr(detector_export, "_difference", lambda *args: 0.7)
     with pytest.raises(ExportError, match=r"differ from torch by 0\.70 pixels"):

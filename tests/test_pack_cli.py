@@ -372,6 +372,24 @@ def test_an_arcface_onnx_file_can_be_the_recognition_model(made, tmp_path):
     np.testing.assert_allclose(model.get_feat([image, image]), [expected] * 2, atol=1e-3)
 
 
+def test_a_lower_precision_is_written_once_and_measured_on_the_form_with_keypoints(made, tmp_path):
+    det = made[0] / "root" / "models" / "buffalo_x" / "det.onnx"
+    run = made[0] / "root" / "models" / "kprpe" / "keypoints" / "recognition.onnx"
+    try:
+        folder = build(recognition=run, detector=det, root=tmp_path, precision="fp16")
+    except precision.PrecisionError as error:
+        if "make no valid file" in str(error) and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+            pytest.skip("this exporter's files are beyond onnxruntime's converters")
+        raise
+    files = json.loads((folder / "pack.json").read_text())["files"]
+    one, two = files["recognition.onnx"], files["keypoints/recognition.onnx"]
+    assert one["precision"] == two["precision"] == "fp16" and one["onnxruntime"] == ">= 1.14"
+    assert two["change"]["pairs"] == "40 drawn pairs" and two["change"]["minimal_cosine"] >= 0.999
+    assert "evaluation" not in one and one["keypoint_convention"].startswith("none: faces must be aligned")
+    assert "left eye" in two["keypoint_convention"]
+    assert "--precision fp16" in installed_packs.rebuild_command(folder)
+
+
 def test_detectors_of_installed_packs_are_found_by_name(made, tmp_path, monkeypatch):
     root = made[0] / "root"
     (tmp_path / "models" / "other").mkdir(parents=True)

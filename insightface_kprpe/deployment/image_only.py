@@ -75,7 +75,8 @@ def write_image_only(source: str | Path, target: str | Path, net: Backbone | Non
         _put_in_front(graph, located.node, located.initializer)
     way = "template" if net is None else "dfa"
     entries = {"inputs": _IMAGES, "keypoint_source": way, "keypoint_convention": f"none: {WITHOUT_KEYPOINTS[way]}"}
-    set_metadata(model, entries | ({} if net is None else {"dfa_threshold": net.dfa_threshold}))
+    entries |= {"dfa_threshold": None if net is None else net.dfa_threshold}
+    set_metadata(model, entries | {"evaluation": None, "change": None})  # measured on the other form
     with tempfile.TemporaryDirectory(dir=Path(target).parent) as folder:
         written = Path(folder) / "image_only.onnx"
         save_onnx(model, written)

@@ -16,13 +16,13 @@ from pathlib import Path
 from ..backbones import Backbone
 from ..data.verification_pairs import VerificationPairs, check_pairs, open_verification
 from ..packs.layout import ALIGNER, DETECTION, KEYPOINT_RECOGNITION, RECOGNITION, PackError
-from ..packs.metadata import add_metadata
+from ..packs.metadata import add_metadata, read_metadata
 from .detector_export import export_detector
 from .image_only import write_image_only
 from .onnx_export import check_exportable, export_onnx
 from .pack_files import check_detector, check_folder, check_recognition, copy_whole, install
 from .pack_sources import FoundFile, LoadedNetwork, find_detector, find_extras, open_aligner, open_recognition
-from .precision import PackPrecision, check_precision, lower_precision, measure
+from .precision import Measurement, PackPrecision, check_precision, lower_precision, measure
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def build(
                 check_detector(found.path)
         with _step(f"loading {recognition if isinstance(recognition, str | Path) else type(recognition).__name__}"):
             source = open_recognition(recognition, network, cache, offline, licence)
-            with_keypoints = _check_recognition(source)
+            with_keypoints = _check_recognition(source, precision)
             finder = _aligner_of(source, aligner, detector, with_keypoints, cache, offline)
         files = _recognition_files(source, with_keypoints, scratch, precision, pairs)
         if isinstance(finder, LoadedNetwork):
@@ -128,9 +128,12 @@ def _open_pairs(evaluate: str | Path) -> VerificationPairs:
     return pairs
 
 
-def _check_recognition(source: LoadedNetwork | FoundFile) -> bool:
+def _check_recognition(source: LoadedNetwork | FoundFile, precision: PackPrecision) -> bool:
     """Refuse what cannot be exported or installed; whether there will be a form with keypoints."""
     if isinstance(source, FoundFile):
+        already = read_metadata(source.path).get("precision", "fp32")
+        if precision != "fp32" and already != "fp32":
+            raise PackError(f"precision must be fp32 for {source.path}, which is {already} already; give the fp32 file")
         return check_recognition(source.path)
     check_exportable(source.net)
     return source.net.needs_keypoints
@@ -181,13 +184,13 @@ def _recognition_files(
         copy_whole(source.path, first)
         origin = source.source
     files = {KEYPOINT_RECOGNITION if with_keypoints else RECOGNITION: FoundFile(first, origin, source.licence)}
-    facts = {"precision": precision}
+    known: dict[Path, Measurement] = {}
     if precision != "fp32":
         measured_on = pairs.name if pairs else "drawn pairs"
         with _step(f"writing it in {precision} and comparing that with fp32 on {measured_on}"):
-            change, _ = lower_precision(first, first, precision, pairs)
-            facts["change"] = json.dumps(change._asdict())
-    add_metadata(first, facts)
+            change, known[first] = lower_precision(first, first, precision, pairs)
+        facts = {"precision": precision, "change": json.dumps(change._asdict()), "evaluation": None}
+        add_metadata(first, facts)
     if with_keypoints:
         second = scratch / "image_only.onnx"
         with _step("making the form without keypoints, and comparing it with the one with"):
@@ -197,13 +200,12 @@ def _recognition_files(
     if pairs is not None:
         for found in files.values():
             with _step(f"evaluating {found.path.name} on {pairs.name} ({len(pairs.is_same)} pairs)"):
-                _evaluate(found.path, pairs)
+                measured = known.get(found.path) or measure(found.path, pairs)
+                add_metadata(found.path, {"evaluation": _evaluation(measured, pairs)})
     return files
 
 
-def _evaluate(path: Path, pairs: VerificationPairs) -> None:
-    """Measure a recognition file, and write into it what came of it."""
-    measured = measure(path, pairs)
-    evaluation = {"set": pairs.name, "pairs": len(pairs.is_same), "keypoints": pairs.keypoint_source}
-    evaluation |= {"accuracy": measured.accuracy, "thresholds": measured.thresholds}
-    add_metadata(path, {"evaluation": json.dumps(evaluation)})
+def _evaluation(measured: Measurement, pairs: VerificationPairs) -> str:
+    """What a file made of a verification set, as JSON."""
+    found = {"set": pairs.name, "pairs": len(pairs.is_same), "keypoints": pairs.keypoint_source}
+    return json.dumps(found | {"accuracy": measured.accuracy, "thresholds": measured.thresholds})

@@ -126,22 +126,24 @@ def export_onnx(
     return ExportReport(Path(path), inputs, cosine, entries)
 
 
-def check_exportable(net: nn.Module) -> None:
+def check_exportable(net: nn.Module, kind: type[nn.Module] = Backbone) -> None:
     """Refuse what torch's exporter would stumble over, and say what to pass.
 
+    Args:
+        net: what is to be exported.
+        kind: of network that it must be.
+
     Raises:
-        ValueError: a wrapped network, none in float32, or no backbone.
+        ValueError: a wrapped network, one of another kind or not in float32, or one too large for a file.
     """
     if hasattr(net, "_orig_mod"):
         raise ValueError("net must be the network itself, got one compiled by torch.compile; pass net._orig_mod")
-    if not isinstance(net, Backbone) and isinstance(getattr(net, "module", None), nn.Module):
+    if not isinstance(net, kind) and isinstance(getattr(net, "module", None), nn.Module):
         raise ValueError(f"net must be the network itself, got it wrapped in {type(net).__name__}; pass net.module")
-    if isinstance(net, DFA):
+    if isinstance(net, DFA) and kind is Backbone:
         raise ValueError("net must be a recognition network, got a DFA; write it with detector_export.export_detector")
-    if not isinstance(net, Backbone):
-        raise ValueError(
-            f"net must be an insightface_kprpe.backbones.Backbone, got {type(net).__name__}; derive its class from it"
-        )
+    if not isinstance(net, kind):
+        raise ValueError(f"net must be a {kind.__module__}.{kind.__name__} or derive from it, got {type(net).__name__}")
     types = {parameter.dtype for parameter in net.parameters()} - {torch.float32}
     if types:
         found = ", ".join(sorted(str(kind) for kind in types))

@@ -59,21 +59,22 @@ def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
     return {p.key[len(prefix) :]: p.value for p in model.metadata_props if p.key.startswith(prefix)}
 
 
-def add_metadata(path: str | Path, entries: Mapping[str, str]) -> None:
-    """Store more in a file, for :func:`read_metadata`; entries of the same name are replaced."""
+def add_metadata(path: str | Path, entries: Mapping[str, str | None]) -> None:
+    """Store more in a file, for :func:`read_metadata`; entries of the same name are replaced, or removed by None."""
     model = load_onnx(path, weights=True)
     set_metadata(model, entries)
     save_onnx(model, path)
 
 
-def set_metadata(model: onnx.ModelProto, entries: Mapping[str, str]) -> None:
+def set_metadata(model: onnx.ModelProto, entries: Mapping[str, str | None]) -> None:
     """The same for a model in memory."""
-    named = {METADATA_PREFIX + key: str(value) for key, value in entries.items()}
+    named = {METADATA_PREFIX + key: value for key, value in entries.items()}
     kept = [prop for prop in model.metadata_props if prop.key not in named]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     for key, value in named.items():
-        model.metadata_props.add(key=key, value=value)
+        if value is not None:
+            model.metadata_props.add(key=key, value=str(value))
 
 
 def save_onnx(model: onnx.ModelProto, path: str | Path) -> None:
