@@ -58,13 +58,14 @@ def check_folder(name: str, root: str | Path) -> Path:
     return folder
 
 
-def check_detector(path: str | Path, role: str = "detector") -> None:
-    """Refuse a file that is no face detector with landmarks, and say what hosts the detector needs.
+def check_detector(path: str | Path) -> None:
+    """Refuse a file that is no face detector with landmarks, and say what hosts it needs.
 
     Raises:
         PackError: it is none.
+        ValueError: onnxruntime does not load it.
     """
-    graph = _graph(path, role)
+    graph = _graph(path, "detector")
     outputs = len(graph.output)
     if outputs not in DETECTOR_OUTPUTS:
         raise PackError(
@@ -75,6 +76,9 @@ def check_detector(path: str | Path, role: str = "detector") -> None:
                 else "it is no SCRFD-style detector"
             )
         )
+    route = stock_route(path)
+    if route.task != "detection":
+        raise PackError(f"{path} must be routed as detection by insightface.model_zoo, it takes it for {route.kind}")
     if is_batched(graph):
         logger.warning(
             "detector %s has outputs with a batch dimension, which insightface before %s cannot read; older hosts need "
@@ -109,7 +113,7 @@ def check_recognition(path: str | Path) -> bool:
 
 def _graph(path: str | Path, role: str) -> onnx.GraphProto:
     try:
-        return load_onnx(path).graph
+        return load_onnx(path, weights=True).graph
     except (FileNotFoundError, ValueError) as error:
         raise PackError(f"{role} must be an ONNX file: {error}") from error
 
