@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -22,7 +23,9 @@ ALIGNER_PREFIX = "dfa."
 # Tensors that tell where in a file a network of this package lies: of a ViT, and of the bodies of landmark networks.
 _LANDMARKS_OF_NETWORKS = ("patch_embed.proj.weight",), ("body.stage1.0.0.weight", "body.conv1.weight")
 # Prefixes that wrappers add, for networks of which nothing is known but that all their tensors have them.
-_WRAPPERS = ("model.net.", "net.", "backbone.", "module.", "_orig_mod.", "model.")
+_WRAPPERS = ("net.", "backbone.", "module.", "model.")
+# What torch's wrappers of single layers put into names.
+_INSERTED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 # Where training scripts put the state dict among other things.
 _CONTAINERS = ("state_dict", "model_state_dict", "state_dict_backbone", "model", "backbone", "net", "network")
 # Training-only, so files have it or not whatever the network was built with.
@@ -65,12 +68,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path} could not be read as weights ({_reason(error)}); expected a plain state dict"
         ) from error
-    while isinstance(content, Mapping) and not any(isinstance(value, torch.Tensor) for value in content.values()):
-        inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    state = dict(_tensors(content))
+    state = _tensors_in(content)
     if not state:
         raise ValueError(f"{path} holds no state dict (a mapping of names to tensors)")
     return _to_rgb(state, path)
@@ -110,14 +108,23 @@ def _reason(error: Exception) -> str:
     return lines[0]
 
 
-def _tensors(content: Any, prefix: str = "", depth: int = 5) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors in mappings of mappings, by their names joined with points."""
+def _tensors_in(content: Any) -> dict[str, torch.Tensor]:
+    """All tensors in mappings of mappings, by their names joined with points; of a checkpoint, those of its model."""
+    while isinstance(content, Mapping) and not any(isinstance(value, torch.Tensor) for value in content.values()):
+        inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    return {_INSERTED.sub("", name): value for name, value in _flat(content)}
+
+
+def _flat(content: Any, prefix: str = "", depth: int = 5) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(content, Mapping) and depth:
         for key, value in content.items():
             if isinstance(value, torch.Tensor):
                 yield f"{prefix}{key}", value
             else:
-                yield from _tensors(value, f"{prefix}{key}.", depth - 1)
+                yield from _flat(value, f"{prefix}{key}.", depth - 1)
 
 
 def _to_rgb(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
@@ -148,6 +155,7 @@ def find_weights(state: Mapping[str, torch.Tensor], names: Collection[str] = ())
     Raises:
         ValueError: there are two such networks in the file.
     """
+    state = _tensors_in(state)
     prefix = _prefix_of(state, set(names)) if names else None
     for landmarks in () if names else _LANDMARKS_OF_NETWORKS:
         prefix = _prefix_of(state, set(landmarks)) if prefix is None else prefix
@@ -206,7 +214,8 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, torch.Tensor]
             unchanged.
     """
     name = "state dict" if isinstance(source, Mapping) else str(source)
-    wanted = net.state_dict()
+    inner = getattr(net, "_orig_mod", net)  # of torch.compile
+    wanted = inner.state_dict()
     tensors = source if isinstance(source, Mapping) else read_state_dict(source)
     try:
         found = find_weights(tensors, wanted)
@@ -223,13 +232,13 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, torch.Tensor]
     state = {key: wanted[key] for key in derived} | state
     if problems := _differences(wanted, state):
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"{name}{under} does not fit this {type(net).__name__}: {shown}")
+        raise ValueError(f"{name}{under} does not fit this {type(inner).__name__}: {shown}")
     check_finite(state, name)
     if found.others:
         logger.warning(
             "%s: the network's tensors are under %r; left out: %s", name, found.prefix, list_names(found.others)
         )
-    net.load_state_dict(state)
+    inner.load_state_dict(state)
     return net
 
 

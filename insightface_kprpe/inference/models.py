@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from ..backbones import Backbone
 from ..fingerprint import fingerprint
-from ..packs.layout import KEYPOINT_RECOGNITION, MANIFEST, RECOGNITION
+from ..packs.layout import KEYPOINT_RECOGNITION, MANIFEST, RECOGNITION, read_manifest
 from ..packs.metadata import read_metadata
 from ..packs.providers import settle_providers
 from ..packs.routing import stock_route
@@ -203,7 +202,7 @@ class OnnxEmbedder(Embedder):
 
 def _input_convention(path: Path, metadata: dict[str, str]) -> tuple[float, float]:
     """Mean and std that the file expects: what it says itself, else what InsightFace's loader makes of it."""
-    if metadata:
+    if "mean" in metadata:
         try:
             return float(metadata["mean"]), float(metadata["std"])
         except (KeyError, ValueError) as error:
@@ -272,7 +271,7 @@ def _find(path: str | Path) -> Path:
 def _recognition_file(folder: Path) -> Path:
     """The recognition model of a pack, as FaceAnalysis finds it; of ours, the one with keypoints."""
     if (folder / MANIFEST).is_file():
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = read_manifest(folder)["files"]
         return folder / (KEYPOINT_RECOGNITION if KEYPOINT_RECOGNITION in files else RECOGNITION)
     for path in sorted(folder.glob("*.onnx")):
         if stock_route(path).task == "recognition":

@@ -59,36 +59,29 @@ def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
     return {p.key[len(prefix) :]: p.value for p in model.metadata_props if p.key.startswith(prefix)}
 
 
-def add_metadata(path: str | Path, entries: Mapping[str, str]) -> None:
-    """Store more in a file, for :func:`read_metadata`; entries of the same name are replaced."""
+def add_metadata(path: str | Path, entries: Mapping[str, str | None]) -> None:
+    """Store more in a file, for :func:`read_metadata`; entries of the same name are replaced, or removed by None."""
     model = load_onnx(path, weights=True)
     set_metadata(model, entries)
     save_onnx(model, path)
 
 
-def set_metadata(model: onnx.ModelProto, entries: Mapping[str, str]) -> None:
+def set_metadata(model: onnx.ModelProto, entries: Mapping[str, str | None]) -> None:
     """The same for a model in memory."""
-    named = {METADATA_PREFIX + key: str(value) for key, value in entries.items()}
+    named = {METADATA_PREFIX + key: value for key, value in entries.items()}
     kept = [prop for prop in model.metadata_props if prop.key not in named]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     for key, value in named.items():
-        model.metadata_props.add(key=key, value=value)
+        if value is not None:
+            model.metadata_props.add(key=key, value=str(value))
 
 
 def save_onnx(model: onnx.ModelProto, path: str | Path) -> None:
-    """Write a model as one file, in the lowest IR version that its opset allows; older runtimes then load it.
-
-    Raises:
-        ValueError: its weights are more than one file can hold.
-    """
+    """Write a model as one file, in the lowest IR version that its opset allows; older runtimes then load it."""
     model.ir_version = min(model.ir_version, onnx.helper.find_min_ir_version_for(model.opset_import, True))
     for node in model.graph.node:
         del node.metadata_props[:]  # where in the Python code it comes from, which that IR version does not know
-    if model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
-        raise ValueError(
-            f"{path}: the weights take {model.ByteSize() / 2**30:.1f} GiB and one ONNX file holds 2; take a smaller one"
-        )
     with atomic_path(path) as temporary:
         onnx.save(model, str(temporary))
 

@@ -76,8 +76,9 @@ def run_quickstart(output: Path, seed: int = 0) -> dict[str, float]:
         results = evaluate(data, run, plain_run, net)
     with _step(5, "exporting ONNX and building the model pack, DFA inside"):
         root = output / "insightface"
-        origin = {"source": "quickstart", "architecture": "vit_n_kprpe_dfa"}
-        folder = model_pack.build_from_network(net, detector, PACK, root, LICENCE, LICENCE, origin=origin)
+        folder = model_pack.build(
+            recognition=net, detector=detector, name=PACK, root=root, licence=LICENCE, detector_licence=LICENCE
+        )
         print(f"  {folder}")
     with _step(6, "recognising faces in group photos with the stock insightface FaceAnalysis"):
         results |= recognise(root, output)
