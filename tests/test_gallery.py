@@ -13,7 +13,8 @@ import insightface_kprpe as ik
 from insightface_kprpe import cli
 from insightface_kprpe.app import recognition
 from insightface_kprpe.app.gallery import Gallery, Match, editing
-from insightface_kprpe.app.pictures import list_pictures, read_picture, write_picture
+from insightface_kprpe.app.pictures import read_picture, write_picture
+from insightface_kprpe.data.picture_files import list_pictures
 from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112
 
 rng = np.random.default_rng(0)
@@ -196,10 +197,11 @@ def test_enrolled_people_are_named(people, tmp_path, monkeypatch):
     monkeypatch.setattr(Gallery, "save", lambda self, path: saved.append(len(self.names)))
     pictures = recognition.people_of_folder(people)
     (people / "Bob" / "torn.png").write_bytes((people / "Bob" / "0.png").read_bytes()[:30])
-    left_out = {
-        people / "Ann" / "dark.png": "no face found",
-        people / "Bob" / "torn.png": "could not be read as a picture; expected JPEG, PNG, BMP, WebP or TIFF",
-    }
+    unreadable = (
+        "could not be read as a picture: 30 bytes of PNG are not a readable image: damaged, or of a kind that the "
+    )
+    unreadable += f"installed OpenCV {cv2.__version__} does not read; remove or replace it"
+    left_out = {people / "Ann" / "dark.png": "no face found", people / "Bob" / "torn.png": unreadable}
     pictures.append(("Bob", people / "Bob" / "torn.png"))
     assert recognition.enrol(app, gallery, pictures, tmp_path / "index") == (7, {}, left_out)
     assert saved == [5, 7] and gallery.people() == {"Ann": 3, "Bob": 3, "Cid": 1}

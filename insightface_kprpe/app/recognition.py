@@ -12,12 +12,13 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from ..data.picture_files import list_people
 from ..evaluation.fusion import landmark_weights
 from ..fingerprint import file_sha256
 from ..geometry import SCORE_THRESHOLD, estimate_alignment, transform_points
 from ..packs.layout import MANIFEST, find_pack, read_manifest
 from .gallery import Gallery, Match
-from .pictures import list_pictures, read_picture
+from .pictures import read_picture
 from .registration import register
 
 # A customary starting point for models trained on millions of faces; `pack --evaluate` measures one's own.
@@ -84,11 +85,10 @@ def people_of_folder(folder: str | Path) -> list[tuple[str, Path]]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder of people not found: {folder}")
-    pictures = list_pictures(folder)
-    if not pictures:
+    people = list_people(folder, single=True)
+    if not people:
         raise ValueError(f"{folder} holds no pictures; expected {folder}/NAME/*.jpg, or {folder}/NAME.jpg")
-    parts = [(path.relative_to(folder).parts[0], path) for path in pictures]
-    return [(part if path.parent != folder else path.stem, path) for part, path in parts]
+    return [(name, path) for name, paths in people.items() for path in paths]
 
 
 def enrol(app: Any, gallery: Gallery, pictures: Iterable[tuple[str, Path]], path: Path | None = None) -> Enrolled:

@@ -80,8 +80,8 @@ def add_people(
 ) -> None:
     """Add the largest face of each picture; pictures that are in the gallery already are passed over."""
     from ..app.gallery import editing
-    from ..app.pictures import list_pictures
     from ..app.recognition import enrol, open_pack, people_of_folder
+    from ..data.picture_files import list_pictures
 
     if name is None:
         pictures = people_of_folder(people)
