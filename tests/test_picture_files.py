@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from insightface_kprpe.app.recognition import people_of_folder
+from insightface_kprpe.app.enrolment import people_of_folder
 from insightface_kprpe.data import picture_files
 from insightface_kprpe.data.crops import open_crops
 from insightface_kprpe.data.face_dataset import open_faces
