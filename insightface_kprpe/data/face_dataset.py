@@ -151,7 +151,7 @@ def open_faces(rec: str | Path, num_classes: int = 0, num_image: int = 0, seed: 
 
 def _landmarks_beside(folder: Path, count: int) -> np.ndarray | None:
     path = folder / LANDMARK_FILE
-    return read_keypoints(path, count) if path.is_file() else None
+    return read_keypoints(path, count)[0] if path.exists() else None
 
 
 def to_network_input(images: torch.Tensor) -> torch.Tensor:
