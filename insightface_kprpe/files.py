@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a kill at any moment, finds the old content or the new, never a half."""
+"""Files: whether a user's can be read, and writing so that a kill at any moment leaves the old content or the new."""
 
 from __future__ import annotations
 
@@ -8,6 +8,59 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def user_file(path: str | Path, kind: str = "file", remedy: str = "") -> Path:
+    """A file that a user named, which is there and can be read.
+
+    Args:
+        path: what was named.
+        kind: what to call it in an error, such as "gallery".
+        remedy: what to do where it is not there.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is a folder or no regular file, or may not be read.
+    """
+    path, remedy = Path(path), f"; {remedy}" if remedy else ""
+    try:
+        if not path.is_file() and path.exists():
+            raise ValueError(f"{path} must be a file ({kind}), got {'a folder' if path.is_dir() else 'something else'}")
+        with open(path, "rb"):
+            return path
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{kind} not found: {path}{remedy}") from error
+    except NotADirectoryError as error:
+        raise FileNotFoundError(f"{kind} not found: {path}; a part of the path is a file, not a folder") from error
+    except (OSError, RuntimeError) as error:  # pathlib calls a circle of links a RuntimeError in some versions
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} ({kind}) cannot be read: {why}") from error
+
+
+def read_text(path: str | Path, kind: str = "file", remedy: str = "") -> str:
+    """The text of a user's file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path, kind, remedy: see :func:`user_file`, which also says what is raised.
+
+    Raises:
+        ValueError: the text is not UTF-8.
+    """
+    content = user_file(path, kind, remedy).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, content, error.start) from error
+
+
+def not_utf8(path: str | Path, content: bytes, at: int) -> ValueError:
+    """The error for a text that is not UTF-8 from byte ``at`` of ``content`` on."""
+    line = content.count(b"\n", 0, at) + 1
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return ValueError(f"{path}: the text is UTF-16; save it as UTF-8")
+    return ValueError(
+        f"{path}: line {line}: byte 0x{content[at]:02x} is not UTF-8 (Latin-1, perhaps); save the file as UTF-8"
+    )
 
 
 def sync_folder(path: Path) -> None:

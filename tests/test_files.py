@@ -1,6 +1,6 @@
 import pytest
 
-from insightface_kprpe.files import atomic_folder, atomic_path, write_atomically
+from insightface_kprpe.files import atomic_folder, atomic_path, read_text, user_file, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -23,3 +23,31 @@ def test_a_folder_is_replaced_whole(tmp_path):
         raise RuntimeError
     assert [file.name for file in tmp_path.iterdir()] == ["pack"]
     assert [file.name for file in folder.iterdir()] == ["second"]
+
+
+def test_texts_are_utf8_or_named_with_their_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffZoë\r\n".encode())
+    assert read_text(path) == "Zoë\r\n"
+    path.write_bytes("one\ntwo\nZoë\n".encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"a\.txt: line 3: byte 0xeb is not UTF-8 \(Latin-1, perhaps\); save the file as"
+    ):
+        read_text(path)
+    path.write_bytes("Zoë\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a\.txt: the text is UTF-16; save it as UTF-8"):
+        read_text(path)
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("")
+    assert user_file(str(tmp_path / "file")) == tmp_path / "file"
+    with pytest.raises(FileNotFoundError, match="list not found: .*absent; make one"):
+        user_file(tmp_path / "absent", "list", "make one")
+    with pytest.raises(FileNotFoundError, match="list not found: .*; a part of the path is a file"):
+        user_file(tmp_path / "file" / "x", "list")
+    with pytest.raises(ValueError, match=r"must be a file \(list\), got a folder"):
+        user_file(tmp_path, "list")
+    with pytest.raises(ValueError, match=r"loop \(list\) cannot be read: Too many levels"):
+        user_file(tmp_path / "loop", "list")

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .face_dataset import IMAGE_SUFFIXES, LANDMARK_FILE, list_people, read_image_file
+from .face_dataset import LANDMARK_FILE
+from .picture_files import list_people, list_pictures, read_image_file
 from .recordio import RecordReader
 from .verification_bin import read_verification_bin
 
@@ -53,8 +54,7 @@ def open_crops(source: str | Path) -> Crops:
         return Crops(len(pairs.images), pairs.image, landmark_file, container=source)
     if not source.is_dir():
         raise ValueError(f"source must be a .rec or .bin file, or a folder of images or with train.rec, got {source}")
-    paths = [path for files in list_people(source) for path in files]
-    paths = paths or sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = [path for files in list_people(source).values() for path in files] or list_pictures(source)
     if not paths:
         raise ValueError(f"source must be a folder of images or with train.rec, got {source} without any")
     return Crops(len(paths), functools.partial(_read_path, paths), source / LANDMARK_FILE, paths)

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..files import atomic_folder
-from .face_dataset import LANDMARK_FILE, list_people
+from .face_dataset import LANDMARK_FILE
 from .image_codec import decode_image, encode_jpeg
 from .landmark_csv import read_landmark_csv, write_landmark_csv
+from .picture_files import list_people
 from .record_writer import write_face_records, write_shuffled_records
 from .recordio import RecordReader
 
@@ -92,8 +93,8 @@ def pack_folder(
         raise ValueError(f"FOLDER must have one sub-folder of images a person, got {folder} without images")
     if not 1 <= quality <= 100:
         raise ValueError(f"quality must be in 1 to 100, got {quality}")
-    paths = [path for files in people for path in files]
-    labels = np.repeat(np.arange(len(people)), [len(files) for files in people])
+    paths = [path for files in people.values() for path in files]
+    labels = np.repeat(np.arange(len(people)), [len(files) for files in people.values()])
     images = _Items(len(paths), functools.partial(_encode_file, paths, size, quality))
     landmarks = _landmarks_of(Path(folder), len(paths), np.arange(len(paths)))
     return _write(Path(out), images, labels, landmarks, size, num_workers)

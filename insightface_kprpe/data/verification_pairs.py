@@ -80,8 +80,10 @@ def open_verification(target: str, rec: str | Path = ".") -> VerificationPairs:
         )
     pairs = read_verification_bin(path)
     landmarks = path.with_name(f"{path.stem}_{LANDMARK_FILE}")
-    if landmarks.is_file():
-        keypoints, keypoint_source = read_keypoints(landmarks, len(pairs.images)), landmarks.name
+    if landmarks.exists():
+        keypoints, absent = read_keypoints(landmarks, len(pairs.images))
+        share = f", the canonical template for {absent.sum()} of {len(absent)}" if absent.any() else ""
+        keypoint_source = f"{landmarks.name}{share}"
     else:
         logger.warning(
             "%s not found: the canonical template stands in for every face's keypoints, unless the network finds them; "

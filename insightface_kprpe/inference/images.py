@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import torch
 
-from ..data.face_dataset import read_image_file
+from ..data.picture_files import read_image_file
 from ..geometry import ARCFACE_TEMPLATE_112, align_face, similarity_transform
 
 SIZE = 112
