@@ -4,7 +4,7 @@ import timm
 import torch
 
 import insightface_kprpe as ik
-from insightface_kprpe.backbones.relative_position import KeypointRelativePosition, bucket_index
+from insightface_kprpe.backbones.relative_position import KeypointRelativePosition, bucket_index, patch_centers
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "num_features": 16, "patch_size": 28}
 
@@ -95,7 +95,7 @@ def test_sharing_variants_equal_the_formula_written_out(sharing, tables):
     torch.nn.init.normal_(kprpe.weight)
     torch.nn.init.normal_(kprpe.bias)
     keypoints = torch.rand(3, 5, 2)
-    offsets = kprpe.centers[None, :, None] - keypoints[:, None]  # (B, N, K, 2)
+    offsets = patch_centers(4)[None, :, None] - keypoints[:, None]  # (B, N, K, 2)
     table = torch.nn.functional.linear(offsets.flatten(2), kprpe.weight, kprpe.bias)  # (B, N, tables * R)
     table = table.reshape(3, 16, kprpe.table_depth, kprpe.table_heads, 49)
     for layer in range(2):

@@ -114,7 +114,7 @@ def test_flops_do_not_depend_on_where_keypoints_act():
         return forward_flops(lambda: get_model(name, num_features=64))
 
     plain = flops("vit_n")
-    tables = 2 * (64 + 1) * 10 * 6 * 4 * 49  # KPRPE adds a linear map of 64 patches and one face to its tables
+    tables = 2 * (8 + 10) * 6 * 4 * 49  # KPRPE adds linear maps of 8 grid columns and of a face's ten coordinates
     assert flops("vit_n_kprpe") == plain + tables
 
 

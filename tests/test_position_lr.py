@@ -115,7 +115,7 @@ def test_attention_terms_are_those_of_the_network():
         seen.append(q @ k.mT * q.shape[-1] ** -0.5 + attn_mask)
         return inner(q, k, v, attn_mask=attn_mask, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
         net.eval()(images, keypoints)
     terms = list(attention_terms(net.train(), images, keypoints))
