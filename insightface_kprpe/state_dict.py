@@ -1,52 +1,105 @@
-"""Weights as named tensors: read without running anything, freed of wrappers' prefixes, loaded strictly."""
+"""Weights as named tensors: read without running anything, found under any prefix, loaded strictly."""
 
 from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Mapping
+import zipfile
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 
+from .documents import description_beside
+
 logger = logging.getLogger(__name__)
 
-# arcface_torch writes no prefix, CVLface "net.", its Hugging Face models "model.net."; the others come from wrappers.
-PREFIXES = ("model.net.", "net.", "backbone.", "module.", "_orig_mod.")
 # Where a self-aligned network keeps its aligner's weights.
 ALIGNER_PREFIX = "dfa."
+# Tensors that tell where in a file a network of this package lies: of a ViT, and of the bodies of landmark networks.
+_LANDMARKS_OF_NETWORKS = ("patch_embed.proj.weight",), ("body.stage1.0.0.weight", "body.conv1.weight")
+# Prefixes that wrappers add, for networks of which nothing is known but that all their tensors have them.
+_WRAPPERS = ("model.net.", "net.", "backbone.", "module.", "_orig_mod.", "model.")
+# Where training scripts put the state dict among other things.
+_CONTAINERS = ("state_dict", "model_state_dict", "state_dict_backbone", "model", "backbone", "net", "network")
 # Training-only, so files have it or not whatever the network was built with.
 _OPTIONAL = {"mask_token"}
+_COUNTER = "num_batches_tracked"  # of batch normalisation; inference makes no use of it
+_FIRST_LAYER = "patch_embed.proj.weight"
+
+
+class FoundWeights(NamedTuple):
+    """The tensors of one network among those of a file."""
+
+    tensors: dict[str, torch.Tensor]  # by the network's own names
+    prefix: str  # that they had in the file
+    others: list[str]  # names in the file of what is not the network's
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors of a ``.safetensors`` file, or of a ``.pt``/``.pth`` file read with ``weights_only=True``.
+    """Tensors of a ``.safetensors`` file, or of a torch file read with ``weights_only=True``.
+
+    Objects of other classes than torch's, which Lightning stores beside the weights, are left out unseen. Weights that
+    ``model.yaml`` beside them says are of a BGR network get their first layer turned to RGB, which is exact.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, holds other objects than tensors, or no state dict.
+        ValueError: the file is damaged, holds no tensors, or is of a BGR network whose first layer is not known.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected a weights file, as {path / 'model.pt'}")
     if not path.is_file():
         raise FileNotFoundError(f"weights file not found: {path}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            content = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            content = _load(path)
     except Exception as error:
         raise ValueError(
             f"{path} could not be read as weights ({_reason(error)}); expected a plain state dict"
         ) from error
-    for key in ("state_dict", "model", "state_dict_backbone"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    while isinstance(content, Mapping) and not any(isinstance(value, torch.Tensor) for value in content.values()):
+        inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    state = dict(_tensors(content))
+    if not state:
         raise ValueError(f"{path} holds no state dict (a mapping of names to tensors)")
-    return dict(state)
+    return _to_rgb(state, path)
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else ()
+        if not names:
+            raise
+        # Lightning stores hyperparameters and callbacks: empty classes of their names take their place.
+        stand_ins = []
+        for name in names:
+            module, _, attribute = name.rpartition(".")
+            stand_ins.append(type(attribute, (_Ignored,), {"__module__": module, "__qualname__": attribute}))
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _Ignored:
+    """What is left of an object whose class is not torch's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def _reason(error: Exception) -> str:
@@ -57,54 +110,154 @@ def _reason(error: Exception) -> str:
     return lines[0]
 
 
+def _tensors(content: Any, prefix: str = "", depth: int = 5) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors in mappings of mappings, by their names joined with points."""
+    if isinstance(content, Mapping) and depth:
+        for key, value in content.items():
+            if isinstance(value, torch.Tensor):
+                yield f"{prefix}{key}", value
+            else:
+                yield from _tensors(value, f"{prefix}{key}.", depth - 1)
+
+
+def _to_rgb(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a network that takes RGB, where a file beside them says that theirs takes BGR."""
+    description, beside = description_beside(path)
+    order = str(description.get("color_space", "RGB")).upper()
+    if order not in ("RGB", "BGR"):
+        raise ValueError(f"{beside}: color_space must be RGB or BGR, got {description['color_space']!r:.40}")
+    if order == "RGB":
+        return state
+    first = [key for key, value in state.items() if key.endswith(_FIRST_LAYER) and value.shape[1:2] == (3,)]
+    if not first:
+        raise ValueError(
+            f"{path} is of a BGR network, as {beside} says, and of these only the first layer of a ViT "
+            f"({_FIRST_LAYER}) can be turned to RGB; turn this one's, save it, and remove color_space there"
+        )
+    logger.info("%s: turned from BGR to RGB, as %s says", path, beside)
+    return state | {key: state[key].flip(1) for key in first}
+
+
+def find_weights(state: Mapping[str, torch.Tensor], names: Collection[str] = ()) -> FoundWeights:
+    """Find the tensors of a network in a file that may hold more: a head, an optimizer, a wrapper's prefix.
+
+    Args:
+        state: by the file's names.
+        names: of the network's tensors; empty: it is one of this package's, or all tensors in the file are its.
+
+    Raises:
+        ValueError: there are two such networks in the file.
+    """
+    prefix = _prefix_of(state, set(names)) if names else None
+    for landmarks in () if names else _LANDMARKS_OF_NETWORKS:
+        prefix = _prefix_of(state, set(landmarks)) if prefix is None else prefix
+    if prefix is None:
+        prefix = _shared_prefix(state)
+    tensors = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    return FoundWeights(tensors, prefix, [key for key in state if not key.startswith(prefix)])
+
+
+def _prefix_of(state: Mapping[str, torch.Tensor], names: Collection[str]) -> str | None:
+    """What stands before most of these names in the file; None where it has none of them."""
+    found: Counter[str] = Counter()
+    for key in state:
+        parts = key.split(".")
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in names:
+                found["".join(f"{part}." for part in parts[:start])] += 1
+    best = [prefix for prefix, count in found.items() if count == max(found.values())]
+    # What lies inside a larger network, as the aligner does in a ViT, is found under two prefixes.
+    best = [prefix for prefix in best if not any(prefix != other and prefix.startswith(other) for other in best)]
+    if len(best) > 1:
+        raise ValueError(
+            f"the weights hold {len(best)} such networks, under {' and '.join(map(repr, sorted(best)))}; pass the "
+            "state dict of one of them"
+        )
+    return best[0] if best else None
+
+
+def _shared_prefix(state: Mapping[str, torch.Tensor]) -> str:
+    prefix = ""
+    while state and (more := next((w for w in _WRAPPERS if all(key.startswith(prefix + w) for key in state)), None)):
+        prefix += more
+    return prefix
+
+
 def strip_prefixes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Remove the wrapper prefixes that all keys share."""
-    state = dict(state)
-    changed = True
-    while changed and state:
-        changed = False
-        for prefix in PREFIXES:
-            if all(key.startswith(prefix) for key in state):
-                state = {key[len(prefix) :]: value for key, value in state.items()}
-                changed = True
-    return state
+    """The tensors of a network of this package, by its own names; see :func:`find_weights`."""
+    return find_weights(state).tensors
 
 
 def load_weights(net: nn.Module, source: str | Path | Mapping[str, torch.Tensor]) -> nn.Module:
-    """Load weights into a network; every tensor must fit.
+    """Load weights into a network; every tensor of it must be there and fit.
 
     Args:
         net: e.g. what ``get_model`` returned.
-        source: a ``.pt``, ``.pth`` or ``.safetensors`` file, or a state dict, with any of the published prefixes. One
-            without an aligner (``dfa.``) leaves that of a self-aligned network as it is.
+        source: what :func:`read_state_dict` reads, or a state dict; under any prefix, perhaps with other tensors beside
+            the network's, which are named and left out. One without an aligner (``dfa.``) leaves that of a self-aligned
+            network as it is. Counters of batch normalisation may be missing.
 
     Returns:
         ``net``, for chaining.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: names or shapes differ; the message lists them. The network is then unchanged.
+        ValueError: names or shapes differ, or a value is not finite; the message lists them. The network is then
+            unchanged.
     """
     name = "state dict" if isinstance(source, Mapping) else str(source)
-    state = strip_prefixes(source if isinstance(source, Mapping) else read_state_dict(source))
     wanted = net.state_dict()
+    tensors = source if isinstance(source, Mapping) else read_state_dict(source)
+    try:
+        found = find_weights(tensors, wanted)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    state, under = dict(found.tensors), f", under {found.prefix!r}" if found.prefix else ""
     for key in _OPTIONAL:
         if key in state and key not in wanted:
             logger.info("%s: %s left out, the network is built without token masking", name, key)
             state.pop(key)
-        elif key in wanted and key not in state:
-            state[key] = wanted[key]
     if not any(key.startswith(ALIGNER_PREFIX) for key in state):
         state |= {key: value for key, value in wanted.items() if key.startswith(ALIGNER_PREFIX)}
+    derived = [key for key in wanted if key in _OPTIONAL or key.rpartition(".")[2] == _COUNTER]
+    state = {key: wanted[key] for key in derived} | state
+    if problems := _differences(wanted, state):
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ValueError(f"{name}{under} does not fit this {type(net).__name__}: {shown}")
+    check_finite(state, name)
+    if found.others:
+        logger.warning(
+            "%s: the network's tensors are under %r; left out: %s", name, found.prefix, list_names(found.others)
+        )
+    net.load_state_dict(state)
+    return net
+
+
+def _differences(wanted: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
     problems = [f"missing {key}" for key in wanted if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in wanted]
-    problems += [
+    return problems + [
         f"{key} is {tuple(state[key].shape)}, the network has {tuple(value.shape)}"
         for key, value in wanted.items()
         if key in state and state[key].shape != value.shape
     ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"{name} does not fit this {type(net).__name__}: {shown}")
-    net.load_state_dict(state)
-    return net
+
+
+def check_finite(state: Mapping[str, torch.Tensor], name: str) -> None:
+    """Refuse weights of a run that diverged.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    bad = [key for key, value in state.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    if bad:
+        raise ValueError(
+            f"{name} holds values that are not finite (NaN or infinite), in {list_names(bad)}; the training run "
+            "diverged, or the file is damaged: take an earlier checkpoint"
+        )
+
+
+def list_names(names: Collection[str], most: int = 3) -> str:
+    """Some names of tensors, and how many there are more."""
+    shown = list(names)[:most]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -173,10 +173,33 @@ def test_sharing_of_tables_is_read_from_shapes_and_from_yaml(tmp_path, sharing):
 def test_a_network_without_named_size_needs_a_name(tmp_path, monkeypatch):
     net = ik.get_model("tiny", depth=3)
     torch.save(net.state_dict(), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="no named size.*give network="):
+    with pytest.raises(ValueError, match='no named size.*put a config.json beside it: .*"depth": 3'):
         load_published(tmp_path)
     with pytest.raises(ValueError, match="2 layers.*but it is a ViT: 3 layers"):
         load_published(tmp_path, network="tiny")
+
+
+@pytest.mark.parametrize("layout", ["folder", "snapshot", "conf"])
+def test_load_weights_turns_bgr_weights_to_rgb(tmp_path, layout):
+    source, images = random_net("tiny"), inputs()[0]
+    content = model_yaml("vit", color_space="BGR")
+    folder = (write_snapshot if layout == "snapshot" else write_folder)(tmp_path / "m", source.state_dict(), content)
+    if layout == "conf":
+        (folder / "model.yaml").unlink()
+        (folder / "config.json").write_text(json.dumps({"conf": content}))
+    file = folder / ("model.safetensors" if layout == "snapshot" else "model.pt")
+    expected = source(images.flip(1))
+    torch.testing.assert_close(ik.load_weights(random_net("tiny").eval(), file)(images), expected)
+    torch.testing.assert_close(load_published(file, network="tiny")[0](images), expected)
+    converted = convert(*load_published(file), folder / "converted.safetensors")  # RGB now, beside the same file
+    torch.testing.assert_close(load_published(converted)[0](images), expected)
+
+
+def test_bgr_weights_of_a_network_that_cannot_be_turned_are_refused(tmp_path):
+    torch.save(ik.DFA().state_dict(), tmp_path / "model.pt")
+    (tmp_path / "model.yaml").write_text("color_space: BGR")
+    with pytest.raises(ValueError, match="of a BGR network, as .*model.yaml says.*turn this one's"):
+        ik.load_weights(ik.DFA(), tmp_path / "model.pt")
 
 
 def test_bgr_weights_are_turned_to_rgb(tmp_path):
@@ -185,7 +208,7 @@ def test_bgr_weights_are_turned_to_rgb(tmp_path):
     folder = write_folder(tmp_path / "bgr", source.state_dict(), model_yaml("vit", color_space="BGR"))
     net, description = load_published(folder)
     torch.testing.assert_close(net(images), source(images.flip(1)))
-    assert "turned from BGR" in description.colour_order
+    assert "turned from BGR" in description.color_order
 
 
 @pytest.mark.parametrize(
@@ -201,7 +224,10 @@ def test_bgr_weights_are_turned_to_rgb(tmp_path):
         ({"yaml_path": "models/swin_kprpe/configs/v1_base.yaml"}, "a swin_kprpe network; of CVLface's"),
         ({"rpe_config": model_yaml()["rpe_config"] | {"ratio": 3.8}}, "ratio must be 1.9"),
         ({"rpe_config": model_yaml()["rpe_config"] | {"ctx_type": "keypoint"}}, "ctx_type must be one of"),
-        ({"name": "differentiable_face_aligner", "arch": "mobile0.25"}, "said to be an aligner.*ViT with KPRPE"),
+        (
+            {"name": "differentiable_face_aligner", "arch": "mobile0.25", "input_size": 160},
+            "said to be an aligner.*ViT with KPRPE",
+        ),
     ],
 )
 def test_a_yaml_that_does_not_fit_is_refused_with_what_the_file_is(tmp_path, changes, message):
@@ -225,7 +251,9 @@ def test_a_config_that_makes_no_sense_is_refused(tmp_path):
 
 def test_files_of_other_kinds_are_named(tmp_path):
     for state, message in (
-        ({"layer1.0.prelu.weight": torch.zeros(1)}, "an InsightFace IResNet"),
+        ({"layer1.0.prelu.weight": torch.zeros(1)}, "an IResNet of arcface_torch.*pack take any ArcFace ONNX file"),
+        ({"state_dict": {"model.input_layer.0.weight": torch.zeros(1), "head.kernel": torch.zeros(2, 9)}}, "AdaFace"),
+        ({"module.conv_sep.layers.0.weight": torch.zeros(1)}, r"MobileFaceNet of arcface_torch \(mbf\)"),
         ({"weight": torch.zeros(10, 32)}, "class centers"),
         ({"first": torch.zeros(3)}, r"first \(3,\)"),
     ):
@@ -238,6 +266,81 @@ def test_files_of_other_kinds_are_named(tmp_path):
     torch.save({}, tmp_path / "run" / "checkpoints" / "best" / "model.pt")
     with pytest.raises(FileNotFoundError, match="did you mean .*best"):
         load_published(tmp_path / "run")
+
+
+def test_settings_are_compared_with_the_weights_before_anything_is_built(tmp_path):
+    torch.save(random_net().state_dict(), tmp_path / "model.pt")
+    for changes, message in (
+        ({"depth": 1_000_000}, "config.json|model.pt.*depth is said to be 1000000, but of the weights it is 2"),
+        ({"embed_dim": 65_536}, "embed_dim is said to be 65536"),
+        ({"img_size": 100_000}, "img_size is said to be 100000"),
+        ({"num_heads": 10**9}, "num_heads must be 1 to 64"),
+        ({"mlp_ratio": 1e9}, "mlp_ratio is said to be"),
+        ({"drop_path_rate": "abc"}, "model.pt"),
+    ):
+        config = {"network": "tiny_kprpe", "network_kwargs": changes, "embedding_size": 32}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for load in (load_published, load_run):
+            with pytest.raises(ValueError, match=message):
+                load(tmp_path)
+    for config, message in (
+        ({"network": ["tiny"]}, "network must be of type str"),
+        ({"network_kwargs": [1]}, "network_kwargs must be of type dict"),
+        ({"embedding_size": 10**12}, "embedding_size must be a whole number from 1 to 65536"),
+    ):
+        whole = {"network": "tiny_kprpe", "network_kwargs": {}, "embedding_size": 32} | config
+        (tmp_path / "config.json").write_text(json.dumps(whole))
+        for load in (load_published, load_run):
+            with pytest.raises(ValueError, match=f"config.json: {message}"):
+                load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n".join(["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]), "10 aliases"),
+        ("[" * 40 + "]" * 40, "30 levels"),
+        ("a" * 100_000, "at most 64 KiB"),
+        ("name: [", "could not be read as plain YAML"),
+        ("? [a]\n: 1", "could not be read as plain YAML"),
+        ("when: 2001-99-99", "could not be read as plain YAML"),
+        ("name: [base]", "name .*base"),
+        ("name: base\nrpe_config: abc", "rpe_config must be a mapping"),
+        ("name: base\nrpe_config: {name: [1]}", "describes"),
+        ("name: base\ncolor_space: [1]", "color_space must be RGB or BGR"),
+    ],
+)
+def test_a_hostile_yaml_is_one_sentence_at_once(tmp_path, text, message):
+    folder = write_folder(tmp_path / "m", random_net().state_dict(), model_yaml())
+    (folder / "model.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"(?s)model.yaml.*{message}"):
+        load_published(folder)
+
+
+def test_a_damaged_header_of_converted_weights(tmp_path):
+    for header, message in (("{", "could not be read as JSON"), ("[]", "object"), ('{"network": 1}', "of type str")):
+        save_file(random_net().state_dict(), tmp_path / "net.safetensors", {"insightface_kprpe": header})
+        with pytest.raises(ValueError, match=rf"net\.safetensors.*{message}"):
+            load_published(tmp_path / "net.safetensors")
+
+
+def test_a_custom_network_of_a_run(tmp_path, monkeypatch):
+    class Mean(ik.backbones.Backbone):
+        img_size, num_features = 112, 3
+
+        def __init__(self, num_features=3):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(num_features))
+
+        def forward(self, images, keypoints=None):
+            return images.mean((2, 3)) * self.scale
+
+    monkeypatch.setitem(registry._BACKBONES, "mean", Mean)
+    torch.save({"scale": torch.arange(3.0)}, tmp_path / "model.pt")
+    config = {"network": "mean", "network_kwargs": {}, "embedding_size": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    net, description = load_published(tmp_path)
+    assert torch.equal(net.scale, torch.arange(3.0)) and description.architecture == "Mean, embedding 3"
 
 
 def test_a_yaml_cannot_make_objects(tmp_path):
@@ -254,9 +357,9 @@ def test_converted_weights_describe_themselves(tmp_path, out):
     content["rpe_config"]["ctx_type"] = "rel_keypoint_splithead"
     net, description = load_published(write_snapshot(tmp_path / "hub", source.state_dict(), content))
     path = convert(net, description, tmp_path / "out" / out)
-    again, told = load_published(path)
+    again, said = load_published(path)
     assert torch.equal(again(*inputs()), source(*inputs()))
-    assert told.config == description.config and told.licence == "mit"
+    assert said.config == description.config and said.licence == "mit"
     if out == "run":
         assert torch.equal(load_run(path)(*inputs()), source(*inputs()))
         with pytest.raises(ValueError, match="must not exist"):

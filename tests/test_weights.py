@@ -1,10 +1,12 @@
+import argparse
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
 import insightface_kprpe as ik
-from insightface_kprpe.state_dict import read_state_dict
+from insightface_kprpe.state_dict import find_weights, read_state_dict
 
 
 def net(**kwargs):
@@ -18,6 +20,68 @@ def test_published_prefixes_are_stripped(prefix):
     ik.load_weights(target, {prefix + key: value for key, value in source.state_dict().items()})
     for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": {f"backbone.{k}": v for k, v in state.items()} | {"head.weight": torch.ones(9)}},
+        lambda state: {
+            "state_dict": {f"model.{k}": v for k, v in state.items()} | {"head.kernel": torch.ones(8, 9)},
+            "optimizer_states": [{"state": {}}], "epoch": 3,
+        },
+        lambda state: {"model_state_dict": state, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}},
+        lambda state: {"net": {f"module.{k}": v for k, v in state.items()}, "centers": torch.ones(9, 8)},
+        lambda state: {"epoch": 1, "weights": {"student": state}, "mean": torch.zeros(3)},
+    ],
+    ids=["backbone and head", "Lightning", "model_state_dict", "net, module", "two levels"],
+)  # fmt: skip
+def test_the_network_is_found_among_other_tensors(tmp_path, wrap, caplog):
+    source, target = net(), net()
+    torch.save(wrap(source.state_dict()), tmp_path / "model.pt")
+    ik.load_weights(target, tmp_path / "model.pt")
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
+    assert torch.equal(find_weights(read_state_dict(tmp_path / "model.pt")).tensors["pos_embed"], source.pos_embed)
+    if "head.weight" in str(read_state_dict(tmp_path / "model.pt").keys()):
+        assert "the network's tensors are under 'backbone.'; left out: head.weight" in caplog.text
+
+
+def test_other_objects_beside_the_weights_are_left_out_unseen(tmp_path):
+    source, target = net(), net()
+    state = {f"model.{key}": value for key, value in source.state_dict().items()}
+    hyperparameters = argparse.Namespace(lr=0.1, path=Path("data"))
+    torch.save({"state_dict": state, "hyper_parameters": hyperparameters}, tmp_path / "last.ckpt")
+    ik.load_weights(target, tmp_path / "last.ckpt")
+    assert torch.equal(source.pos_embed, target.pos_embed)
+
+
+def test_what_is_missing_is_said_under_the_prefix_that_was_seen():
+    state = {f"backbone.{key}": value for key, value in net().state_dict().items() if key != "norm.bias"}
+    with pytest.raises(ValueError, match=r"under 'backbone\.' does not fit .*: missing norm\.bias$"):
+        ik.load_weights(net(), state | {"head.weight": torch.zeros(1)})
+    two = {f"{prefix}.{key}": value for prefix in ("student", "ema") for key, value in net().state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"state dict: the weights hold 2 such networks, under 'ema\.' and 'student\.'"
+    ):
+        ik.load_weights(net(), two)
+
+
+def test_counters_of_batch_normalisation_may_be_missing():
+    state = {key: value for key, value in net().state_dict().items() if not key.endswith("num_batches_tracked")}
+    assert len(state) < len(net().state_dict())
+    ik.load_weights(net(), state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value):
+    state, target = net().state_dict(), net()
+    state["blocks.0.mlp.fc1.weight"][0, 0] = value
+    before = target.pos_embed.clone()
+    with pytest.raises(ValueError, match=r"not finite .*in blocks\.0\.mlp\.fc1\.weight; .*an earlier checkpoint"):
+        ik.load_weights(target, state)
+    assert torch.equal(target.pos_embed, before)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

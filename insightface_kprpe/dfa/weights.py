@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..documents import read_json_object
 from ..state_dict import load_weights, read_state_dict, strip_prefixes
 from .aligner import DFA
 from .network import RETINAFACE, RetinaFaceNet, start_from_retinaface
@@ -32,7 +32,7 @@ def load_dfa(source: str | Path | Mapping[str, torch.Tensor]) -> DFA:
 def holds_dfa(source: str | Path) -> bool:
     """Whether a path is what :func:`load_dfa` reads: a file, or a run of ``train-dfa``."""
     config = Path(source) / "config.json"
-    return Path(source).is_file() or (config.is_file() and "aggregator" in json.loads(config.read_text()))
+    return Path(source).is_file() or (config.is_file() and "aggregator" in read_json_object(config))
 
 
 def start_from(net: RetinaFaceNet, source: str | Path | Mapping[str, torch.Tensor]) -> None:
@@ -63,7 +63,7 @@ def _read(source: str | Path | Mapping[str, torch.Tensor]) -> tuple[dict[str, to
     source = Path(source)
     folder = source.parent if source.name == "model.pt" else source
     if (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json_object(folder / "config.json")
         if "aggregator" not in config:
             raise ValueError(f"{folder} is no run of train-dfa: its config.json says nothing of an aggregator")
         return read_state_dict(folder / "model.pt"), {key: config[key] for key in ("body", "aggregator", "image_size")}

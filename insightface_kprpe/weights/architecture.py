@@ -13,12 +13,14 @@ import torch
 from ..backbones import get_model, list_models
 from ..backbones.relative_position import NUM_BUCKETS, SHARINGS
 from ..state_dict import ALIGNER_PREFIX
+from .cvlface import ONNX_INSTEAD
 
 LANDMARK_NETWORK = "LandmarkHead.0.conv1x1.weight"  # a tensor that every landmark network has
-# Tensors that only one kind of network has, for saying what a file is that holds none of ours.
+# Tensors that only one kind of network has, under any prefix, for saying what a file is that holds none of ours.
 _OTHERS = {
-    "layer1.0.prelu.weight": "an InsightFace IResNet",
-    "input_layer.0.weight": "a CVLface IResNet",
+    "layer1.0.prelu.weight": "an IResNet of arcface_torch (r18 to r200)",
+    "input_layer.0.weight": "an IResNet of AdaFace or CVLface (ir_18 to ir_101)",
+    "conv_sep.layers.0.weight": "a MobileFaceNet of arcface_torch (mbf)",
     LANDMARK_NETWORK: "a landmark network (DFA or RetinaFace)",
     "layers.0.blocks.0.attn.relative_position_bias_table": "a Swin transformer",
     "kernel": "class centers of a training run",
@@ -77,7 +79,9 @@ def read_architecture(state: Mapping[str, torch.Tensor]) -> Architecture:
         num_patches, width = state["pos_embed"].shape[1:]
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         mlp_width, num_features = len(state["blocks.0.mlp.fc1.weight"]), len(state["feature.2.weight"])
-    except (KeyError, ValueError) as error:
+        if patches.ndim != 4 or patches.shape[-1] < 1:
+            raise ValueError
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         raise ValueError(f"these are not the weights of a ViT of this package: {_what_else(state)}") from error
     position, heads, tables, keypoints = None, None, 0, 0
     if "keypoint_linear.weight" in state:
@@ -103,11 +107,50 @@ def read_architecture(state: Mapping[str, torch.Tensor]) -> Architecture:
 
 
 def _what_else(state: Mapping[str, torch.Tensor]) -> str:
-    for key, kind in _OTHERS.items():
-        if key in state:
-            return f"they are those of {kind}"
+    """What weights are that are not ours, and what to do with them."""
+    for name, kind in _OTHERS.items():
+        found = [key for key in state if key == name or key.endswith(f".{name}")]
+        if found and ("." in name or len(state) == 1):
+            return f"they are those of {kind} ({found[0]}); {ONNX_INSTEAD}"
     shown = ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(state.items())[:3])
-    return f"the first of {len(state)} tensors are {shown}"
+    return f"the first of {len(state)} tensors are {shown}; {ONNX_INSTEAD}"
+
+
+def check_settings(settings: Mapping[str, Any], architecture: Architecture, where: str) -> None:
+    """Compare the sizes in a config file with the weights, before memory is taken for a network of these sizes.
+
+    Args:
+        settings: for ``get_model``.
+        architecture: of the weights.
+        where: they come from, for the message.
+
+    Raises:
+        ValueError: a size is another.
+    """
+    found = {
+        "depth": architecture.depth,
+        "embed_dim": architecture.embed_dim,
+        "patch_size": architecture.patch_size,
+        "num_features": architecture.num_features,
+        "num_keypoints": architecture.num_keypoints or settings.get("num_keypoints"),
+        "img_size": architecture.img_size,
+    }
+    for key in found.keys() & settings.keys():
+        value, there = settings[key], found[key]
+        if key == "img_size" and isinstance(value, int) and 0 < value < 4096:  # a last part of a patch is not seen
+            value, there = value // architecture.patch_size, there // architecture.patch_size
+        if value != there:
+            raise ValueError(
+                f"{where}: {key} is said to be {settings[key]!r:.40}, but of the weights it is {found[key]}"
+            )
+    heads, ratio = settings.get("num_heads", 1), settings.get("mlp_ratio", 1.0)
+    if not isinstance(heads, int) or not 1 <= heads <= architecture.embed_dim:
+        raise ValueError(f"{where}: num_heads must be 1 to {architecture.embed_dim}, the width, got {heads!r:.40}")
+    if "mlp_ratio" in settings and (
+        not isinstance(ratio, int | float) or abs(ratio * architecture.embed_dim - architecture.mlp_width) >= 1
+    ):
+        fitting = architecture.mlp_width / architecture.embed_dim
+        raise ValueError(f"{where}: mlp_ratio is said to be {ratio!r:.40}, but of the weights it is {fitting:g}")
 
 
 def named_network(architecture: Architecture) -> tuple[str, dict[str, Any]] | None:
@@ -148,18 +191,24 @@ def check_network(name: str, settings: Mapping[str, Any], architecture: Architec
         ValueError: it is another network; the message says which.
     """
     plain = {key: value for key, value in settings.items() if not key.startswith("dfa_")}
+    sizes = {key: value for key, value in plain.items() if key != "num_features"}  # said better by the comparison below
+    check_settings(sizes, architecture, where)
     try:
         with torch.device("meta"):
-            said = read_architecture(get_model(name.removesuffix("_dfa"), **plain).state_dict())
+            claimed = read_architecture(get_model(name.removesuffix("_dfa"), **plain).state_dict())
     except TypeError as error:
         raise ValueError(f"{where}: {name} does not take these settings: {plain} ({error})") from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: {error}") from error
     # A self-aligned network may get its aligner's weights from elsewhere.
-    if dataclasses.replace(said, with_dfa=architecture.with_dfa) == architecture:
+    if dataclasses.replace(claimed, with_dfa=architecture.with_dfa) == architecture:
         return
     found = named_network(architecture)
     changes = "".join(f", {key}={value!r}" for key, value in found[1].items()) if found else ""
     known = f"; that is {found[0]}{changes}" if found else ""
-    raise ValueError(f"{where} is said to be {name}, a {said.describe()}, but it is a {architecture.describe()}{known}")
+    raise ValueError(
+        f"{where} is said to be {name}, a {claimed.describe()}, but it is a {architecture.describe()}{known}"
+    )
 
 
 def _sharing(num_tables: int, depth: int, num_heads: int) -> str | None:

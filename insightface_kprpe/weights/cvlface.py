@@ -18,25 +18,13 @@ _SHARINGS = {
     "rel_keypoint_unshared": "heads",
     "rel_keypoint": "both",
 }
+# What to do with a network that this package does not have.
+ONNX_INSTEAD = (
+    "export it to ONNX where it was trained (arcface_torch: torch2onnx.py): evaluate, embed, recognize and pack take "
+    "any ArcFace ONNX file"
+)
 _DFA = "differentiable_face_aligner"
 _BODIES = {"mobile0.25": "mobilenet0.25", "resnet50": "resnet50"}
-
-
-def read_model_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; tags that would make objects are refused.
-
-    Raises:
-        ValueError: it is no YAML, or no mapping.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} could not be read as plain YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}")
-    return content
 
 
 def config_of_yaml(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
@@ -47,22 +35,24 @@ def config_of_yaml(content: Mapping[str, Any], path: str | Path) -> dict[str, An
         path: for messages.
 
     Returns:
-        network, network_kwargs, embedding_size and colour_order of a recognition network, or body, aggregator and
-        image_size of a DFA.
+        network, network_kwargs and embedding_size of a recognition network, or body, aggregator and image_size of a
+        DFA.
 
     Raises:
         ValueError: it describes a network that this package does not have.
     """
-    name = content.get("name")
+    name = str(content.get("name"))
     if name == _DFA:
         return _aligner(content, path)
     if name not in _SIZES:
-        what = f"an {name} of {_family(content)}" if _family(content) in _OTHER_FAMILIES else f"name {name!r}"
+        what = f"an {name} of {_family(content)}" if _family(content) in _OTHER_FAMILIES else f"name {name!r:.40}"
         raise ValueError(
             f"{path} describes {what}; of CVLface, this package has the ViTs (name small or base, of vit, vit_irpe or "
-            "vit_kprpe) and the DFA"
+            f"vit_kprpe) and the DFA; {ONNX_INSTEAD}"
         )
     rpe = content.get("rpe_config") or {}
+    if not isinstance(rpe, Mapping):
+        raise ValueError(f"{path}: rpe_config must be a mapping, got {type(rpe).__name__}")
     position = _position(content, rpe, path)
     settings: dict[str, Any] = {}
     if position == "_kprpe":
@@ -71,7 +61,6 @@ def config_of_yaml(content: Mapping[str, Any], path: str | Path) -> dict[str, An
         "network": _SIZES[name] + position,
         "network_kwargs": settings,
         "embedding_size": content.get("output_dim", 512),
-        "colour_order": content.get("color_space", "RGB"),
     }
 
 
@@ -83,11 +72,11 @@ def _family(content: Mapping[str, Any]) -> str | None:
 
 def _position(content: Mapping[str, Any], rpe: Mapping[str, Any], path: str | Path) -> str:
     family = _family(content)
-    by_rpe = _POSITIONS_BY_RPE.get(rpe.get("name", ""))
+    by_rpe = _POSITIONS_BY_RPE.get(str(rpe.get("name", "")))
     if family in _OTHER_FAMILIES or by_rpe is None:
         raise ValueError(
             f"{path} describes a {family or rpe['name']} network; of CVLface's, this package has "
-            f"{', '.join(_POSITIONS)} and the DFA"
+            f"{', '.join(_POSITIONS)} and the DFA; {ONNX_INSTEAD}"
         )
     return by_rpe if family is None else _POSITIONS[family]
 
@@ -96,22 +85,26 @@ def _kprpe(rpe: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     fixed = {"rpe_on": "k", "method": "product", "ratio": 1.9}
     for key, value in fixed.items():
         if rpe.get(key, value) != value:
-            raise ValueError(f"{path}: rpe_config.{key} must be {value}, as in the published models, got {rpe[key]}")
-    if rpe.get("ctx_type") not in _SHARINGS:
+            raise ValueError(
+                f"{path}: rpe_config.{key} must be {value}, as in the published models, got {rpe[key]!r:.40}"
+            )
+    kind = str(rpe.get("ctx_type"))
+    if kind not in _SHARINGS:
         raise ValueError(
-            f"{path}: rpe_config.ctx_type must be one of {', '.join(_SHARINGS)}, got {rpe.get('ctx_type')!r}"
+            f"{path}: rpe_config.ctx_type must be one of {', '.join(_SHARINGS)}, got {kind!r:.40}; {ONNX_INSTEAD}"
         )
-    settings = {"num_keypoints": rpe.get("num_keypoints", 5), "kprpe_sharing": _SHARINGS[rpe["ctx_type"]]}
+    settings = {"num_keypoints": rpe.get("num_keypoints", 5), "kprpe_sharing": _SHARINGS[kind]}
     return {key: value for key, value in settings.items() if value not in (5, "none")}
 
 
 def _aligner(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     if content.get("input_padding_ratio", 0) != 0:
-        raise ValueError(f"{path}: input_padding_ratio must be 0, got {content['input_padding_ratio']}")
-    if content.get("arch") not in _BODIES:
-        raise ValueError(f"{path}: arch must be {' or '.join(_BODIES)}, got {content.get('arch')!r}")
+        raise ValueError(f"{path}: input_padding_ratio must be 0, got {content['input_padding_ratio']!r:.40}")
+    arch = str(content.get("arch"))
+    if arch not in _BODIES:
+        raise ValueError(f"{path}: arch must be {' or '.join(_BODIES)}, got {arch!r:.40}")
     return {
-        "body": _BODIES[content["arch"]],
+        "body": _BODIES[arch],
         "aggregator": True,
         "image_size": content.get("input_size", 160),
     }

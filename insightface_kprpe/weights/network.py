@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from ..backbones import get_model
+from ..documents import read_json_object
 from ..state_dict import ALIGNER_PREFIX, load_weights, read_state_dict, strip_prefixes
+from .architecture import check_settings, read_architecture
+
+# What a config.json may hold, and up to which size.
+_TYPES = {"network": str, "network_kwargs": dict, "embedding_size": int, "body": str, "aggregator": bool}
+_LIMITS = {"embedding_size": 65_536, "image_size": 2_048}
 
 
 def load_run(folder: str | Path) -> nn.Module:
@@ -22,11 +28,30 @@ def load_run(folder: str | Path) -> nn.Module:
     folder = Path(folder)
     if not (folder / "config.json").is_file() or not (folder / "model.pt").is_file():
         raise ValueError(f"model must be the output folder of a training run (config.json and model.pt), got {folder}")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json_object(folder / "config.json")
     if missing := {"network", "network_kwargs", "embedding_size"} - set(config):
         raise ValueError(f"{folder} is no run of a recognition network: its config.json has no {sorted(missing)[0]}")
+    check_config(config, folder / "config.json")
     settings = {"num_features": config["embedding_size"], **config["network_kwargs"]}
     return load_network(folder / "model.pt", config["network"], **settings)
+
+
+def check_config(config: Mapping[str, Any], where: str | Path) -> None:
+    """Refuse a ``config.json`` whose entries on the network are of other types, or absurdly large.
+
+    Args:
+        config: its content.
+        where: it comes from, for the message.
+
+    Raises:
+        ValueError: an entry is not what it must be.
+    """
+    for key, kind in _TYPES.items():
+        if key in config and not isinstance(config[key], kind):
+            raise ValueError(f"{where}: {key} must be of type {kind.__name__}, got {config[key]!r:.40}")
+    for key, most in _LIMITS.items():
+        if key in config and (not isinstance(config[key], int) or not 1 <= config[key] <= most):
+            raise ValueError(f"{where}: {key} must be a whole number from 1 to {most}, got {config[key]!r:.40}")
 
 
 def load_network(weights: str | Path | Mapping[str, torch.Tensor], network: str, **settings) -> nn.Module:
@@ -41,6 +66,7 @@ def load_network(weights: str | Path | Mapping[str, torch.Tensor], network: str,
         FileNotFoundError: there is no such file.
         ValueError: the weights do not fit, or there is no such network.
     """
+    where = "state dict" if isinstance(weights, Mapping) else str(weights)
     state = strip_prefixes(weights if isinstance(weights, Mapping) else read_state_dict(weights))
     last = state.get("feature.2.weight")
     if last is not None:
@@ -48,4 +74,17 @@ def load_network(weights: str | Path | Mapping[str, torch.Tensor], network: str,
     aligner = {key[len(ALIGNER_PREFIX) :]: value for key, value in state.items() if key.startswith(ALIGNER_PREFIX)}
     if aligner:  # the file that training took it from may be gone
         settings["dfa_weights"] = aligner
-    return load_weights(get_model(network, **settings), weights).eval()
+    try:
+        architecture = read_architecture(state)
+    except ValueError:  # of another family: load_weights sees whether they fit
+        pass
+    else:
+        check_settings(settings, architecture, where)
+    try:
+        net = get_model(network, **settings)
+    except TypeError as error:
+        raise ValueError(f"{where}: {network} does not take these settings ({error})") from error
+    try:
+        return load_weights(net, state).eval()
+    except ValueError as error:
+        raise ValueError(str(error).replace("state dict", where, 1)) from error

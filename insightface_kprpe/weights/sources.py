@@ -7,6 +7,7 @@ YAML and JSON are read as data, weights as tensors.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,22 +16,23 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..backbones import Backbone
+from ..backbones import Backbone, VisionTransformer, get_model, list_models
 from ..dfa import DFA
 from ..dfa.weights import network_of
+from ..documents import HEADER, description_beside
 from ..files import atomic_folder, atomic_path
 from ..fingerprint import file_sha256
 from ..packs.metadata import KEYPOINT_CONVENTION
-from ..state_dict import read_state_dict, strip_prefixes
-from .architecture import LANDMARK_NETWORK, check_network, named_network, read_architecture
-from .cvlface import config_of_yaml, read_model_yaml
+from ..state_dict import find_weights, list_names, read_state_dict
+from .architecture import LANDMARK_NETWORK, Architecture, check_network, named_network, read_architecture
+from .cvlface import config_of_yaml
 from .hub import fetch_snapshot, is_hub_source
-from .network import load_network
+from .network import check_config, load_network
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = ("model.safetensors", "model.pt")
-HEADER = "insightface_kprpe"  # key of what convert() writes into a .safetensors file's metadata
 _FILE_SUFFIXES = (".pt", ".pth", ".onnx", ".bin")  # that nobody gives to a folder
-_NETWORK_KEYS = ("network", "network_kwargs", "embedding_size")
 _ALIGNER_KEYS = ("body", "aggregator", "image_size")
 
 
@@ -44,7 +46,7 @@ class Description:
         task: "recognition" or "aligner".
         architecture: for people.
         config: what ``load_run`` (or ``load_dfa``) needs to build the network.
-        colour_order: of the images that the network takes.
+        color_order: of the images that the network takes.
         keypoint_convention: of the keypoints that it takes, or finds.
         parameters: how many.
         sha256: of the weights file.
@@ -56,7 +58,7 @@ class Description:
     task: str
     architecture: str
     config: dict[str, Any] = field(repr=False)
-    colour_order: str
+    color_order: str
     keypoint_convention: str
     parameters: int
     sha256: str
@@ -73,7 +75,7 @@ class Description:
                 ("architecture", self.architecture),
                 ("network", self.config.get("network", "DFA")),
                 ("parameters", f"{self.parameters:,}"),
-                ("colours", self.colour_order),
+                ("colors", self.color_order),
                 ("keypoints", self.keypoint_convention),
                 ("sha256", self.sha256),
                 ("licence", self.licence),
@@ -114,21 +116,35 @@ def load_published(
     if is_hub_source(source):
         source, name = fetch_snapshot(source, cache, offline)
     folder, weights = _locate(Path(source))
-    state = strip_prefixes(read_state_dict(weights))
-    config, told = _read_config(folder, weights)
+    content, beside = description_beside(weights)
+    config, kind = _read_config(content, beside)
+    state = _network_in(read_state_dict(weights), weights)
     if network is not None:
-        config, told = {"network": network, "network_kwargs": {}}, "weights, with the network's name given"
+        config, kind = {"network": network, "network_kwargs": {}}, "weights, with the network's name given"
     before = config.get("published", {})  # what it was before convert()
     build = _build_aligner if LANDMARK_NETWORK in state else _build_recogniser
-    net, facts = build(state, config, f"{weights} ({told})")
+    net, facts = build(state, config, f"{weights} ({kind})")
+    if content.get("color_space") == "BGR":
+        facts["color_order"] += " (the first layer was turned from BGR)"
     return net, Description(
         source=f"{name}, converted from {before['source']}" if "source" in before else name,
-        format=told,
+        format=kind,
         parameters=sum(parameter.numel() for parameter in net.parameters()),
         sha256=file_sha256(weights),
         licence=licence or before.get("licence") or _licence(folder),
         **facts,
     )
+
+
+def _network_in(state: dict[str, torch.Tensor], weights: Path) -> dict[str, torch.Tensor]:
+    """The network's tensors in a file; what else is there is named."""
+    try:
+        found = find_weights(state)
+    except ValueError as error:
+        raise ValueError(f"{weights}: {error}") from error
+    if found.others:
+        logger.warning("%s: the network is under %r; left out: %s", weights, found.prefix, list_names(found.others))
+    return found.tensors
 
 
 def convert(net: nn.Module, description: Description, out: str | Path) -> Path:
@@ -183,37 +199,26 @@ def _locate(source: Path) -> tuple[Path, Path]:
     raise FileNotFoundError(f"{source} holds no weights: expected {' or '.join(WEIGHTS)} in it{hint}")
 
 
-def _read_config(folder: Path, weights: Path) -> tuple[dict[str, Any], str]:
-    """What is said of the network beside the weights or in them ({}: nothing), and where."""
-    if weights.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(weights, "pt") as file:
-            header = (file.metadata() or {}).get(HEADER)
-        if header is not None:
-            return json.loads(header), "converted by this package"
-    beside = {}
-    if (folder / "config.json").is_file():
-        beside = _read_json(folder / "config.json")
-        if "network" in beside or "aggregator" in beside:
-            return beside, "a training run of this package"
-    for path in (weights.with_suffix(".yaml"), folder / "pretrained_model" / "model.yaml", folder / "model.yaml"):
-        if path.is_file():
-            told = "CVLface on Hugging Face" if path.parent.name == "pretrained_model" else "CVLface"
-            return config_of_yaml(read_model_yaml(path), path), told
-    if isinstance(beside.get("conf"), dict):
-        return config_of_yaml(beside["conf"], folder / "config.json"), "CVLface on Hugging Face"
-    return {}, "weights alone"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} could not be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object, got {type(content).__name__}")
-    return content
+def _read_config(content: dict[str, Any], beside: Path | None) -> tuple[dict[str, Any], str]:
+    """What is said of the network, in the words of this package's ``config.json``, and what kind of source says so."""
+    if beside is None:
+        return {}, "weights alone"
+    converted = beside.suffix == ".safetensors"  # its own header
+    if converted or "network" in content or "aggregator" in content:
+        check_config(content, beside)
+        before = content.get("published", {})
+        if not isinstance(before, dict) or not all(
+            isinstance(before.get(key, ""), str) for key in ("source", "licence")
+        ):
+            raise ValueError(f"{beside}: published must be an object with texts, got {before!r:.40}")
+        return (
+            content,
+            "converted by this package" if converted else "a training run of this package",
+        )
+    on_hub = beside.parent.name == "pretrained_model" or beside.name == "config.json"
+    config = config_of_yaml(content, beside)
+    check_config(config, beside)
+    return config, "CVLface on Hugging Face" if on_hub else "CVLface"
 
 
 def _build_recogniser(
@@ -223,9 +228,9 @@ def _build_recogniser(
     try:
         architecture = read_architecture(state)
     except ValueError as error:
-        if "network" in config:  # of another kind, whose weights only its own class can read
-            return _build_by_name(state, config)
-        raise ValueError(f"{where}: {error}") from error
+        if not _is_custom(config.get("network")):
+            raise ValueError(f"{where}: {error}") from error
+        return _build_by_name(state, config)
     if "aggregator" in config:
         raise ValueError(f"{where} is said to be an aligner, but it is a {architecture.describe()}")
     if "network" not in config:
@@ -233,24 +238,33 @@ def _build_recogniser(
         if found is None:
             raise ValueError(
                 f"{where} holds a {architecture.describe()}, which is no named size, and weights alone do not tell "
-                "all of it; give network="
+                f"all of it; put a config.json beside it: {_config_for(architecture)}, with the nearest name that "
+                "`insightface-kprpe models` lists"
             )
         config = {"network": found[0], "network_kwargs": found[1]}
     changes = config.get("network_kwargs", {})
     settings = {"num_features": config.get("embedding_size", architecture.num_features), **changes}
     check_network(config["network"], settings, architecture, where)
-    turned = config.get("colour_order", "RGB") == "BGR"
-    if turned:
-        state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flip(1)
     net = load_network(state, config["network"], **settings)
-    record = (config["network"], changes, settings["num_features"])
-    return net, {
-        "task": "recognition",
-        "architecture": architecture.describe(),
-        "config": dict(zip(_NETWORK_KEYS, record, strict=True)),
-        "colour_order": "RGB in [-1, 1]" + (" (the first layer was turned from BGR)" if turned else ""),
-        "keypoint_convention": _keypoint_convention(net),
+    return net, _recognition_facts(net, architecture.describe(), config["network"], changes)
+
+
+def _config_for(architecture: Architecture) -> str:
+    """The ``config.json`` of a network of no named size, with what weights do not tell in capitals."""
+    sizes = {key: getattr(architecture, key) for key in ("depth", "embed_dim", "patch_size")}
+    sizes |= {
+        "num_heads": architecture.num_heads or "HEADS",
+        "mlp_ratio": architecture.mlp_width / architecture.embed_dim,
     }
+    return json.dumps({"network": "NAME", "network_kwargs": sizes})
+
+
+def _is_custom(network: str | None) -> bool:
+    """Whether a name is that of a registered network that is no ViT of this package."""
+    if network not in list_models():
+        return False
+    with torch.device("meta"):
+        return not isinstance(get_model(network), VisionTransformer)
 
 
 def _build_by_name(state: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[Backbone, dict[str, Any]]:
@@ -258,42 +272,46 @@ def _build_by_name(state: dict[str, torch.Tensor], config: dict[str, Any]) -> tu
     changes = config.get("network_kwargs", {})
     settings = changes | ({"num_features": config["embedding_size"]} if "embedding_size" in config else {})
     net = load_network(state, config["network"], **settings)
-    return net, {
+    return net, _recognition_facts(
+        net, f"{type(net).__name__}, embedding {net.num_features}", config["network"], changes
+    )
+
+
+def _recognition_facts(net: Backbone, architecture: str, network: str, changes: dict[str, Any]) -> dict[str, Any]:
+    keypoints = KEYPOINT_CONVENTION if net.needs_keypoints else "none: faces must be aligned to the template"
+    return {
         "task": "recognition",
-        "architecture": f"{type(net).__name__}, embedding {net.num_features}",
-        "config": dict(zip(_NETWORK_KEYS, (config["network"], changes, net.num_features), strict=True)),
-        "colour_order": "RGB in [-1, 1]",
-        "keypoint_convention": _keypoint_convention(net),
+        "architecture": architecture,
+        "config": {"network": network, "network_kwargs": changes, "embedding_size": net.num_features},
+        "color_order": "RGB in [-1, 1]",
+        "keypoint_convention": "found by the network itself" if net.finds_keypoints else keypoints,
     }
-
-
-def _keypoint_convention(net: Backbone) -> str:
-    if net.finds_keypoints:
-        return "found by the network itself"
-    return KEYPOINT_CONVENTION if net.needs_keypoints else "none: faces must be aligned to the template"
 
 
 def _build_aligner(
     state: dict[str, torch.Tensor], config: dict[str, Any], where: str
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The landmark network, and what to say of it."""
-    network = network_of(state)
-    told = {key: config[key] for key in _ALIGNER_KEYS if key in config}
-    really = {"body": network["body"], "aggregator": network.get("aggregator", True)}
-    if wrong := [key for key in really if key in told and told[key] != really[key]]:
-        raise ValueError(
-            f"{where} is said to have {wrong[0]} {told[wrong[0]]}, but it is a landmark network with body "
-            f"{really['body']} and {'an' if really['aggregator'] else 'no'} aggregator"
-        )
     if "network" in config:
         raise ValueError(f"{where} is said to be a {config['network']}, but it is a landmark network (DFA)")
-    net = DFA(state, **(told or network)).eval()
-    kind = "DFA" if really["aggregator"] else "RetinaFace"
+    network = network_of(state)
+    claimed = {key: config[key] for key in _ALIGNER_KEYS if key in config}
+    found = {"body": network["body"], "aggregator": network.get("aggregator", True)}
+    if wrong := [key for key in found if key in claimed and claimed[key] != found[key]]:
+        raise ValueError(
+            f"{where} is said to have {wrong[0]} {claimed[wrong[0]]}, but it is a landmark network with body "
+            f"{found['body']} and {'an' if found['aggregator'] else 'no'} aggregator"
+        )
+    try:
+        net = DFA(state, **(claimed or network)).eval()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    kind = "DFA" if found["aggregator"] else "RetinaFace"
     return net, {
         "task": "aligner",
-        "architecture": f"{kind}, {really['body']}, {net.image_size} pixels",
-        "config": {**really, "image_size": net.image_size} if really["aggregator"] or told else {},
-        "colour_order": "RGB in [-1, 1]",
+        "architecture": f"{kind}, {found['body']}, {net.image_size} pixels",
+        "config": {**found, "image_size": net.image_size} if found["aggregator"] or claimed else {},
+        "color_order": "RGB in [-1, 1]",
         "keypoint_convention": KEYPOINT_CONVENTION.replace("(pixel / 112)", "(of any size)"),
     }
 
