@@ -20,8 +20,13 @@ logger = logging.getLogger(__name__)
 
 # Where a self-aligned network keeps its aligner's weights.
 ALIGNER_PREFIX = "dfa."
-# Tensors that tell where in a file a network of this package lies: of a ViT, and of the bodies of landmark networks.
-_LANDMARKS_OF_NETWORKS = ("patch_embed.proj.weight",), ("body.stage1.0.0.weight", "body.conv1.weight")
+# Tensors that tell where in a file a network of this package lies: of a ViT, of the bodies of landmark networks, and of
+# IResNets (arcface_torch's; AdaFace's and CVLface's) and MobileFaceNet.
+_LANDMARKS_OF_NETWORKS = (
+    ("patch_embed.proj.weight",),
+    ("body.stage1.0.0.weight", "body.conv1.weight"),
+    ("layer1.0.prelu.weight", "input_layer.0.weight", "conv_sep.layers.0.weight"),
+)
 # Prefixes that wrappers add, for networks of which nothing is known but that all their tensors have them.
 _WRAPPERS = ("net.", "backbone.", "module.", "model.")
 # What torch's wrappers of single layers put into names.
@@ -31,7 +36,8 @@ _CONTAINERS = ("state_dict", "model_state_dict", "state_dict_backbone", "model",
 # Training-only, so files have it or not whatever the network was built with.
 _OPTIONAL = {"mask_token"}
 _COUNTER = "num_batches_tracked"  # of batch normalisation; inference makes no use of it
-_FIRST_LAYER = "patch_embed.proj.weight"
+# Of a ViT, and of IResNets.
+_FIRST_LAYER = re.compile(r"(?:^|\.)(?:patch_embed\.proj|input_layer\.0|(?<!body\.)conv1)\.weight$")
 
 
 class FoundWeights(NamedTuple):
@@ -135,11 +141,12 @@ def _to_rgb(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tenso
         raise ValueError(f"{beside}: color_space must be RGB or BGR, got {description['color_space']!r:.40}")
     if order == "RGB":
         return state
-    first = [key for key, value in state.items() if key.endswith(_FIRST_LAYER) and value.shape[1:2] == (3,)]
+    first = [key for key, value in state.items() if _FIRST_LAYER.search(key) and value.shape[1:2] == (3,)]
     if not first:
         raise ValueError(
-            f"{path} is of a BGR network, as {beside} says, and of these only the first layer of a ViT "
-            f"({_FIRST_LAYER}) can be turned to RGB; turn this one's, save it, and remove color_space there"
+            f"{path} is of a BGR network, as {beside} says, and of these only the first layer of a ViT or an IResNet "
+            "(patch_embed.proj, input_layer.0, conv1) can be turned to RGB; turn this one's, save it, and remove "
+            "color_space there"
         )
     logger.info("%s: turned from BGR to RGB, as %s says", path, beside)
     return state | {key: state[key].flip(1) for key in first}
@@ -214,6 +221,8 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, torch.Tensor]
             unchanged.
     """
     name = "state dict" if isinstance(source, Mapping) else str(source)
+    if not isinstance(source, Mapping):
+        check_turned_once(net, description_beside(source)[0], name)
     inner = getattr(net, "_orig_mod", net)  # of torch.compile
     wanted = inner.state_dict()
     tensors = source if isinstance(source, Mapping) else read_state_dict(source)
@@ -240,6 +249,24 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, torch.Tensor]
         )
     inner.load_state_dict(state)
     return net
+
+
+def check_turned_once(net: nn.Module, description: Mapping[str, Any], name: str) -> None:
+    """Refuse weights that :func:`read_state_dict` turns to RGB for a network that takes them as BGR.
+
+    Args:
+        net: the network.
+        description: of the weights, as ``description_beside`` finds it.
+        name: of the weights, for the message.
+
+    Raises:
+        ValueError: colours would be turned twice.
+    """
+    if getattr(net, "bgr", False) and str(description.get("color_space", "RGB")).upper() == "BGR":
+        raise ValueError(
+            f"{name} is turned from BGR to RGB, as color_space beside it says, but this network is for weights that "
+            "stay BGR; take the one that is not (cvlface_ir50 for ir_50)"
+        )
 
 
 def _differences(wanted: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:

@@ -220,7 +220,7 @@ def test_bgr_weights_are_turned_to_rgb(tmp_path):
         ),
         ({"output_dim": 512}, "embedding 512, but it is a .*embedding 32; that is tiny_kprpe"),
         ({"name": "small"}, "cvlface_vit_s_kprpe, a .*12 layers.*but it is a .*2 layers, width 64.*that is tiny_kprpe"),
-        ({"name": "ir101", "yaml_path": "models/iresnet/configs/v1_ir101.yaml"}, "ir101 of iresnet; of CVLface"),
+        ({"name": "small", "yaml_path": "models/part_fvit/configs/v1_small.yaml"}, "a part_fvit network; of CVLface"),
         ({"yaml_path": "models/swin_kprpe/configs/v1_base.yaml"}, "a swin_kprpe network; of CVLface's"),
         ({"rpe_config": model_yaml()["rpe_config"] | {"ratio": 3.8}}, "ratio must be 1.9"),
         ({"rpe_config": model_yaml()["rpe_config"] | {"ctx_type": "keypoint"}}, "ctx_type must be one of"),
@@ -253,7 +253,7 @@ def test_files_of_other_kinds_are_named(tmp_path):
     for state, message in (
         ({"layer1.0.prelu.weight": torch.zeros(1)}, "an IResNet of arcface_torch.*pack take any ArcFace ONNX file"),
         ({"state_dict": {"model.input_layer.0.weight": torch.zeros(1), "head.kernel": torch.zeros(2, 9)}}, "AdaFace"),
-        ({"module.conv_sep.layers.0.weight": torch.zeros(1)}, r"MobileFaceNet of arcface_torch \(mbf\)"),
+        ({"module.conv_sep.layers.0.weight": torch.zeros(1)}, "a MobileFaceNet, but not"),
         ({"weight": torch.zeros(10, 32)}, "class centers"),
         ({"first": torch.zeros(3)}, r"first \(3,\)"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 
 import torch
@@ -60,6 +61,11 @@ class Backbone(nn.Module):
         """
         if enable:
             raise ValueError(f"gradient_checkpointing must be False: {type(self).__name__} does not offer it")
+
+
+def own_half_precision(fp16: bool, images: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Float16 autocast for a network that was built with ``fp16``, on CUDA; else whatever the caller has."""
+    return torch.autocast("cuda", dtype=torch.float16) if fp16 and images.is_cuda else contextlib.nullcontext()
 
 
 def check_backbone(net: object, name: str) -> Backbone:

@@ -10,6 +10,7 @@ import torch
 
 from .._timm import register_model
 from .interface import Backbone, check_backbone
+from .iresnet import IResNet, IRNet, MobileFaceNet
 from .vision_transformer import VisionTransformer
 from .vit_with_dfa import ViTWithDFA
 
@@ -38,6 +39,10 @@ _ARCFACE_TORCH = {
     "vit_b_dp005_mask_005": ("vit_b", {"drop_path_rate": 0.05, "mask_ratio": 0.05}),
     "vit_l_dp005_mask_005": ("vit_l", {"drop_path_rate": 0.05, "mask_ratio": 0.05}),
 }
+# Residual blocks of the four stages, by the depth that names give.
+_LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
+# One network, whose weights take BGR where AdaFace publishes them and RGB where CVLface does.
+_IR_DEPTHS = {"18": 18, "50": 50, "101": 100}
 
 
 class UnknownArgument(TypeError, ValueError):
@@ -85,7 +90,8 @@ def get_model(name: str, dropout: float = 0.0, **kwargs) -> Backbone:
 
     Args:
         name: one of :func:`list_models`, e.g. "vit_b_kprpe".
-        dropout: must be 0: it is part of arcface_torch's call, but ViTs are regularised by ``drop_path_rate``.
+        dropout: of what goes into the head of an IResNet; must be 0 for others, which have none (ViTs are regularised
+            by ``drop_path_rate``).
         kwargs: passed on, e.g. ``num_features=512``, ``fp16=True``, ``mask_ratio=0.1``, ``num_keypoints=3``, and
             ``dfa_weights="dfa.pt"`` for the names that end in ``_dfa``.
 
@@ -93,27 +99,49 @@ def get_model(name: str, dropout: float = 0.0, **kwargs) -> Backbone:
         A randomly initialised module ``(images, keypoints) -> (B, num_features)``.
 
     Raises:
-        ValueError: unknown name, or dropout is not 0.
+        ValueError: unknown name, or dropout is not 0 for a network without.
     """
     if name not in _BACKBONES:
         near = difflib.get_close_matches(name, _BACKBONES, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(list_models())}"
         raise ValueError(f"network must be a registered backbone, got {name!r}; {hint}")
+    build = _BACKBONES[name]
     if dropout != 0:
-        raise ValueError(f"dropout must be 0 for {name}, got {dropout}; use drop_path_rate")
-    return _BACKBONES[name](**kwargs)
+        if "dropout" not in inspect.signature(build).parameters:
+            hint = "use drop_path_rate" if "drop_path_rate" in inspect.signature(build).parameters else "it has none"
+            raise ValueError(f"dropout must be 0 for {name}, got {dropout}; {hint}")
+        kwargs["dropout"] = dropout
+    return build(**kwargs)
 
 
-def _vit(settings: dict, kind: type[VisionTransformer] = VisionTransformer) -> Callable[..., VisionTransformer]:
-    def build(**kwargs) -> VisionTransformer:
-        known = {*inspect.signature(kind).parameters, *inspect.signature(VisionTransformer).parameters}
-        for key in kwargs.keys() - known:
+def _build_with(settings: dict, kind: type[Backbone]) -> Callable[..., Backbone]:
+    """A function that builds a network with these settings, or others for some of them."""
+    known = _arguments(kind)
+
+    def build(**kwargs) -> Backbone:
+        for key in kwargs.keys() - known.keys():
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(known - {'settings'}))}"
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(known))}"
             raise UnknownArgument(f"{kind.__name__} has no argument {key!r}; {hint}")
         return kind(**{**settings, **kwargs})
 
+    build.__signature__ = inspect.Signature(list(known.values()))
     return build
+
+
+def _arguments(kind: type[Backbone]) -> dict[str, inspect.Parameter]:
+    """What a class can be built with, by name: its own arguments, and those that it passes on to the class above."""
+    known: dict[str, inspect.Parameter] = {}
+    for part in kind.__mro__:
+        own = inspect.signature(part).parameters
+        known = {name: value.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, value in own.items()} | known
+        if not any(value.kind is inspect.Parameter.VAR_KEYWORD for value in own.values()):
+            break
+    return {name: value for name, value in known.items() if name != "settings"}
+
+
+def _vit(settings: dict, kind: type[VisionTransformer] = VisionTransformer) -> Callable[..., Backbone]:
+    return _build_with(settings, kind)
 
 
 for _name, _size in _SIZES.items():
@@ -122,3 +150,9 @@ for _name, _size in _SIZES.items():
     _register(f"{_name}_kprpe_dfa", _vit(_size, ViTWithDFA))
 for _name, (_base, _changes) in _ARCFACE_TORCH.items():
     _register(_name, _vit({**_SIZES[_base], **_changes}))
+for _depth, _count in _LAYERS.items():
+    _register(f"r{_depth}", _build_with({"layers": _count}, IResNet))
+for _name, _depth in _IR_DEPTHS.items():
+    _register(f"ir_{_name}", _build_with({"layers": _LAYERS[_depth], "bgr": True}, IRNet))
+    _register(f"cvlface_ir{_name}", _build_with({"layers": _LAYERS[_depth]}, IRNet))
+_register("mbf", _build_with({}, MobileFaceNet))

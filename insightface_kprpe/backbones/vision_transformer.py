@@ -6,14 +6,12 @@ arcface_torch and CVLface checkpoints.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 from .._timm import Block, PatchEmbed
-from .interface import Backbone
+from .interface import Backbone, own_half_precision
 from .offset_attention import OffsetAttention
 from .relative_position import ContextualAttention, KeypointRelativePosition, bucket_index, check_keypoints
 
@@ -175,7 +173,7 @@ class VisionTransformer(Backbone):
             look = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and _has_values(keypoints)
             look = look and not (self.training and images.is_cuda)
             check_keypoints(keypoints, images.shape[0], self.keypoint_linear.num_keypoints, look)
-        with self._half_precision(images):
+        with own_half_precision(self.fp16, images):
             tokens = self.patch_embed(images) + self.pos_embed  # (B, N, D)
             tables = self.keypoint_linear(keypoints) if self.position == "kprpe" else None
             keep = self._draw_kept_patches(tokens) if self.training and self.mask_ratio > 0 else None
@@ -203,7 +201,7 @@ class VisionTransformer(Backbone):
         Returns:
             (B, num_features) float32; (B, D) with ``pre_logits``.
         """
-        with self._half_precision(tokens):
+        with own_half_precision(self.fp16, tokens):
             head = self.feature[:2] if pre_logits else self.feature
             return head(tokens.flatten(1)).float()
 
@@ -230,11 +228,6 @@ class VisionTransformer(Backbone):
         if num_classes:
             nn.init.trunc_normal_(self.feature[2].weight, std=0.02)
         self.feature[2:].to(like)
-
-    def _half_precision(self, tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-        """Float16 autocast where the network was built with ``fp16``; else whatever the caller has."""
-        on = self.fp16 and tensor.is_cuda
-        return torch.autocast("cuda", dtype=torch.float16) if on else contextlib.nullcontext()
 
     def _run_block(self, tokens: torch.Tensor, layer: int, tables: tuple | None, keep: torch.Tensor | None):
         """One block; the position argument is made here so that checkpointing need not store it."""

@@ -24,11 +24,20 @@ def quickstart(
 
 
 @app.command()
-def models() -> None:
-    """List the networks that a config's `network` may name."""
-    from ..backbones import list_models
+def models(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="these alone; 'r*' for several")
+    ] = None,
+    speed: Annotated[bool, typer.Option(help="also images/s here: batches of 8, float32, random weights")] = False,
+) -> None:
+    """List the networks that a config's `network` may name: size, cost, and whose published weights each takes.
 
-    typer.echo("\n".join(list_models()))
+    A multiply-add counts as two FLOPs. Example: insightface-kprpe models r50 cvlface_vit_b_kprpe --speed
+    """
+    from ..app.networks import choose_networks, table_rows
+
+    for line in table_rows(choose_networks(names or []), speed):
+        typer.echo(line)
 
 
 def main() -> None:

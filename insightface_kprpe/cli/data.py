@@ -149,3 +149,88 @@ def visualize_augmentation(
     augment = build_augmentation(load_config(config).augment if config else "paper")
     write_sheet(out, augmentation_sheet(open_faces(source), augment, count, seed=seed))
     typer.echo(f"{out}: look at it")
+
+
+Source = Annotated[
+    str, typer.Argument(help='crops: folder, .rec or .bin file, folder with label.txt, or "synthetic" (drawn)')
+]
+Faces = Annotated[list[int] | None, typer.Option("--face", help="number of a face in SOURCE, from 0; repeat it")]
+
+
+@visualize_app.command("kprpe")
+def visualize_kprpe(
+    model: Annotated[str, typer.Argument(help="KPRPE network: a training run, or weights as convert reads them")],
+    source: Source = "synthetic",
+    out: Annotated[Path, typer.Option(help="folder for depths.png, heads.png, faces.png, attention.png")] = Path(
+        "kprpe_maps"
+    ),
+    face: Faces = None,
+    query: Annotated[
+        list[str] | None,
+        typer.Option(metavar="X,Y", help="point in [0, 1] of the crop; default: left eye, nose, left mouth corner"),
+    ] = None,
+    depths: Annotated[str, typer.Option(help="layers, from 0; those that there are")] = "0,1,3,5,7",
+    head: Annotated[int, typer.Option(help="attention head, from 0")] = 0,
+    depth: Annotated[int, typer.Option(help="layer of faces.png")] = 5,
+    landmarks: Annotated[
+        str | None, typer.Option(help="of the faces: .csv file, or a DFA; default: those of SOURCE")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="ViT without KPRPE, for attention.png")] = None,
+    network: Annotated[str | None, typer.Option(help="name of MODEL's network, where weights do not tell it")] = None,
+) -> None:
+    """Draw what keypoints add to attention: the offsets B_ij of the paper's Figures 12 and 13.
+
+    A red star is the query, circles are the keypoints, stronger blue is a higher offset. Example: insightface-kprpe
+    visualize kprpe work_dirs/run lfw_aligned --face 3 --face 17 --out maps
+    """
+    from ..evaluation.attention_figures import write_figures
+    from ..evaluation.figure_faces import read_faces
+    from ..weights.sources import load_published
+
+    net = load_published(model, network)[0]
+    other = None if against is None else load_published(against)[0]
+    points = None if query is None else [_numbers(text, "query", float, 2) for text in query]
+    layers = _numbers(depths, "depths", int)
+    faces = read_faces(source, face or [0, 1, 2, 3], landmarks)
+    for file in write_figures(out, net, faces, points, layers, head, depth, other):
+        typer.echo(f"{file}: look at it")
+
+
+@visualize_app.command("alignment")
+def visualize_alignment(
+    source: Source,
+    predicted: Annotated[str, typer.Option(help="predicted landmarks: .csv file of SOURCE, or a DFA")],
+    truth: Annotated[str | None, typer.Option(help="true landmarks, likewise; default: those of SOURCE")] = None,
+    out: Annotated[Path, typer.Option(help="PNG to write")] = Path("alignment.png"),
+    face: Faces = None,
+) -> None:
+    """Draw what wrong landmarks do to aligned crops: the paper's Figures 7 and 9.
+
+    True points are blue; predicted ones yellow within 5 % of the crop's side, else red. The last two columns lay the
+    crops over each other: all points predicted, and only the worst one. Example: insightface-kprpe visualize alignment
+    wider/val --predicted work_dirs/dfa --face 0 --face 7 --out alignment.png
+    """
+    from ..evaluation.alignment_figure import LIMIT, alignment_figure
+    from ..evaluation.curves import save_figure
+    from ..evaluation.figure_faces import read_faces
+
+    faces = face or [0, 1, 2, 3]
+    known = read_faces(source, faces, truth)
+    figure, measured = alignment_figure(known, read_faces(source, faces, predicted).keypoints)
+    save_figure(figure, out)
+    typer.echo(f"{'face':>6}  worst point  beyond {LIMIT:.0%}  pixels moved  by the worst point alone")
+    for name, error in zip(known.names, measured, strict=True):
+        worst, beyond = 100 * error.errors.max(), int((error.errors > LIMIT).sum())
+        typer.echo(f"{name:>6}  {worst:9.1f} %  {beyond:10}  {error.moved:12.1f}  {error.moved_by_worst:8.1f}")
+    typer.echo(f"{out}: look at it")
+
+
+def _numbers(text: str, name: str, kind: type, count: int | None = None) -> list:
+    """The numbers of an option, with commas between them."""
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or len(values) != (count or len(values)):
+        raise ValueError(f"{name} must be {count or 'some'} numbers with commas between them, got {text!r}")
+    return values

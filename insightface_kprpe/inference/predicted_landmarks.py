@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -120,3 +121,9 @@ def contact_sheet(crops: Crops, keypoints: np.ndarray, scores: np.ndarray, count
     shown = np.unique(np.linspace(0, crops.count - 1, min(count, crops.count)).round().astype(int))
     cells = [face_cell(crops.read(i), keypoints[i], f"{i}  {scores[i]:.2f}") for i in shown]
     return arrange(cells, columns=math.ceil(math.sqrt(len(cells))))
+
+
+def locate_in(crops: Crops, indices: Sequence[int], dfa: DFA) -> np.ndarray:
+    """(n, 5, 2) float32 keypoints in [0, 1] of some crops, as :func:`predict_landmarks` would write them."""
+    squares, sizes = zip(*(_Squares(crops, dfa.image_size)[index] for index in indices), strict=True)
+    return _locate(dfa.eval(), torch.stack(squares), torch.stack(sizes), "cpu")[:, :10].reshape(-1, 5, 2)

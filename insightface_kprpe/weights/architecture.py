@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..backbones import get_model, list_models
+from ..backbones import Backbone, get_model, list_models
 from ..backbones.relative_position import NUM_BUCKETS, SHARINGS
 from ..state_dict import ALIGNER_PREFIX
 from .cvlface import ONNX_INSTEAD
@@ -18,9 +18,9 @@ from .cvlface import ONNX_INSTEAD
 LANDMARK_NETWORK = "LandmarkHead.0.conv1x1.weight"  # a tensor that every landmark network has
 # Tensors that only one kind of network has, under any prefix, for saying what a file is that holds none of ours.
 _OTHERS = {
-    "layer1.0.prelu.weight": "an IResNet of arcface_torch (r18 to r200)",
-    "input_layer.0.weight": "an IResNet of AdaFace or CVLface (ir_18 to ir_101)",
-    "conv_sep.layers.0.weight": "a MobileFaceNet of arcface_torch (mbf)",
+    "layer1.0.prelu.weight": "an IResNet of arcface_torch, but not r18 to r200",
+    "input_layer.0.weight": "an IResNet as AdaFace's, but none of ir_18, ir_50 and ir_101",
+    "conv_sep.layers.0.weight": "a MobileFaceNet, but not arcface_torch's mbf",
     LANDMARK_NETWORK: "a landmark network (DFA or RetinaFace)",
     "layers.0.blocks.0.attn.relative_position_bias_table": "a Swin transformer",
     "kernel": "class centers of a training run",
@@ -161,7 +161,7 @@ def named_network(architecture: Architecture) -> tuple[str, dict[str, Any]] | No
     Returns:
         Its name and the arguments that differ from the name's own, both for ``get_model``; None if there is none.
     """
-    found = _named_sizes(tuple(list_models())).get(architecture.size())
+    found = _registered(tuple(list_models())).sizes.get(architecture.size())
     if found is None:
         return None
     name, heads = found
@@ -219,10 +219,44 @@ def _sharing(num_tables: int, depth: int, num_heads: int) -> str | None:
     return next((sharing for sharing in SHARINGS if counts[sharing] == num_tables), None)
 
 
+def names_by_tensors(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """The registered networks, ViTs of this package aside, that have tensors of just these names.
+
+    There is more than one where published weights of one network differ in what they take (RGB or BGR).
+    """
+    return _registered(tuple(list_models())).by_tensors.get(_tensor_names(state), [])
+
+
+def embedding_length(net: Backbone, state: Mapping[str, torch.Tensor]) -> int:
+    """The length of embeddings that weights make.
+
+    Args:
+        net: of their kind, perhaps with another length.
+        state: the weights.
+
+    Returns:
+        What the last tensor tells, where it is as long as the network's embeddings; else the network's own length.
+    """
+    last, value = [(key, value) for key, value in net.state_dict().items() if value.ndim][-1]
+    known = len(value) == net.num_features and last in state and state[last].ndim == value.ndim
+    return len(state[last]) if known else net.num_features
+
+
+class _Registered(NamedTuple):
+    """What is known of the registered networks from their shapes."""
+
+    sizes: dict[tuple[int, ...], tuple[str, int]]  # of plain ViTs -> name and number of heads
+    by_tensors: dict[frozenset[str], list[str]]  # names of the tensors of others -> names
+
+
+def _tensor_names(state: Mapping[str, torch.Tensor]) -> frozenset[str]:
+    """Names of tensors but for the counters of batch normalisation, which files may lack."""
+    return frozenset(key for key in state if not key.endswith("num_batches_tracked"))
+
+
 @functools.cache
-def _named_sizes(names: tuple[str, ...]) -> dict[tuple[int, ...], tuple[str, int]]:
-    """Size -> the plain network of it among these names, and its number of heads."""
-    sizes: dict[tuple[int, ...], tuple[str, int]] = {}
+def _registered(names: tuple[str, ...]) -> _Registered:
+    found = _Registered({}, {})
     for name in names:
         if name.endswith(("_irpe", "_kprpe", "_dfa")):
             continue
@@ -230,7 +264,8 @@ def _named_sizes(names: tuple[str, ...]) -> dict[tuple[int, ...], tuple[str, int
             net = get_model(name)
         try:
             size = read_architecture(net.state_dict()).size()
-        except ValueError:  # someone else's backbone
-            continue
-        sizes.setdefault(size, (name, net.blocks[0].attn.num_heads))
-    return sizes
+        except ValueError:  # of another family
+            found.by_tensors.setdefault(_tensor_names(net.state_dict()), []).append(name)
+        else:
+            found.sizes.setdefault(size, (name, net.blocks[0].attn.num_heads))
+    return found

@@ -8,7 +8,12 @@ from typing import Any
 
 # Folder of the model's code in CVLface, as yaml_path names it -> the position encoding.
 _POSITIONS = {"vit": "", "vit_irpe": "_irpe", "vit_kprpe": "_kprpe"}
-_OTHER_FAMILIES = ("iresnet", "iresnet_insightface", "part_fvit", "swin", "swin_kprpe")
+_OTHER_FAMILIES = ("part_fvit", "swin", "swin_kprpe")
+# Folder of the code -> by the name in the file, this package's name. The second are arcface_torch's networks.
+_IRESNETS = {
+    "iresnet": {"ir18": "cvlface_ir18", "ir50": "cvlface_ir50", "ir101": "cvlface_ir101"},
+    "iresnet_insightface": {"ir18": "r18", "ir50": "r50", "ir101": "r100"},
+}
 # rpe_config's names, for files whose yaml_path is missing.
 _POSITIONS_BY_RPE = {"": "", "iRPE": "_irpe", "KPRPE_shared": "_kprpe"}
 _SIZES = {"small": "cvlface_vit_s", "base": "cvlface_vit_b"}
@@ -44,11 +49,18 @@ def config_of_yaml(content: Mapping[str, Any], path: str | Path) -> dict[str, An
     name = str(content.get("name"))
     if name == _DFA:
         return _aligner(content, path)
+    iresnets = _IRESNETS.get(_family(content) or "iresnet", {})
+    if name in iresnets:
+        return {
+            "network": iresnets[name],
+            "network_kwargs": {},
+            "embedding_size": content.get("output_dim", 512),
+        }
     if name not in _SIZES:
         what = f"an {name} of {_family(content)}" if _family(content) in _OTHER_FAMILIES else f"name {name!r:.40}"
         raise ValueError(
             f"{path} describes {what}; of CVLface, this package has the ViTs (name small or base, of vit, vit_irpe or "
-            f"vit_kprpe) and the DFA; {ONNX_INSTEAD}"
+            f"vit_kprpe), the IResNets (ir18, ir50, ir101) and the DFA; {ONNX_INSTEAD}"
         )
     rpe = content.get("rpe_config") or {}
     if not isinstance(rpe, Mapping):
@@ -67,13 +79,13 @@ def config_of_yaml(content: Mapping[str, Any], path: str | Path) -> dict[str, An
 def _family(content: Mapping[str, Any]) -> str | None:
     """The folder of CVLface's models that ``yaml_path`` leads through."""
     parts = PurePosixPath(str(content.get("yaml_path", ""))).parts
-    return next((part for part in parts if part in (*_POSITIONS, *_OTHER_FAMILIES)), None)
+    return next((part for part in parts if part in (*_POSITIONS, *_IRESNETS, *_OTHER_FAMILIES)), None)
 
 
 def _position(content: Mapping[str, Any], rpe: Mapping[str, Any], path: str | Path) -> str:
     family = _family(content)
     by_rpe = _POSITIONS_BY_RPE.get(str(rpe.get("name", "")))
-    if family in _OTHER_FAMILIES or by_rpe is None:
+    if family in (*_IRESNETS, *_OTHER_FAMILIES) or by_rpe is None:
         raise ValueError(
             f"{path} describes a {family or rpe['name']} network; of CVLface's, this package has "
             f"{', '.join(_POSITIONS)} and the DFA; {ONNX_INSTEAD}"

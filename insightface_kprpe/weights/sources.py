@@ -23,8 +23,16 @@ from ..documents import HEADER, description_beside
 from ..files import atomic_folder, atomic_path
 from ..fingerprint import file_sha256
 from ..packs.metadata import KEYPOINT_CONVENTION
-from ..state_dict import find_weights, list_names, read_state_dict
-from .architecture import LANDMARK_NETWORK, Architecture, check_network, named_network, read_architecture
+from ..state_dict import FoundWeights, check_turned_once, find_weights, list_names, read_state_dict
+from .architecture import (
+    LANDMARK_NETWORK,
+    Architecture,
+    check_network,
+    embedding_length,
+    named_network,
+    names_by_tensors,
+    read_architecture,
+)
 from .cvlface import config_of_yaml
 from .description import Description
 from .hub import FORM, fetch_snapshot, is_hub_source, only_weights
@@ -73,12 +81,16 @@ def load_published(
     folder, weights = _locate(Path(source))
     content, beside = description_beside(weights)
     config, kind = _read_config(content, beside)
-    state = _network_in(read_state_dict(weights), weights)
+    found = _network_in(read_state_dict(weights), weights)
+    state = found.tensors
     if network is not None:
         config, kind = {"network": network, "network_kwargs": {}}, "weights, with the network's name given"
+    elif "network" not in config and (name_by_tensors := _name_by_tensors(found, weights)):
+        config, kind = config | {"network": name_by_tensors}, "AdaFace" if _is_of_adaface(found) else kind
     before = config.get("published", {})  # what it was before convert()
     build = _build_aligner if LANDMARK_NETWORK in state else _build_recogniser
     net, facts = build(state, config, f"{weights} ({kind})")
+    check_turned_once(net, content, str(weights))
     if content.get("color_space") == "BGR":
         facts["color_order"] += " (the first layer was turned from BGR)"
     return net, Description(
@@ -91,7 +103,7 @@ def load_published(
     )
 
 
-def _network_in(state: dict[str, torch.Tensor], weights: Path) -> dict[str, torch.Tensor]:
+def _network_in(state: dict[str, torch.Tensor], weights: Path) -> FoundWeights:
     """The network's tensors in a file; what else is there is named."""
     try:
         found = find_weights(state)
@@ -99,7 +111,26 @@ def _network_in(state: dict[str, torch.Tensor], weights: Path) -> dict[str, torc
         raise ValueError(f"{weights}: {error}") from error
     if found.others:
         logger.warning("%s: the network is under %r; left out: %s", weights, found.prefix, list_names(found.others))
-    return found.tensors
+    return found
+
+
+def _is_of_adaface(found: FoundWeights) -> bool:
+    """Whether this is a checkpoint of AdaFace's training, which is in BGR: the network as ``model``, then the head."""
+    return found.prefix == "model." and any(name.startswith("head.") for name in found.others)
+
+
+def _name_by_tensors(found: FoundWeights, weights: Path) -> str | None:
+    """The registered network that is no ViT of this package and has these tensors; None: there is none."""
+    names = names_by_tensors(found.tensors)
+    if len(names) > 1 and _is_of_adaface(found):
+        names = [name for name in names if name.startswith("ir_")]
+    if len(names) > 1:
+        raise ValueError(
+            f"{weights} holds the weights of {' or '.join(names)}, which differ in what they take, not in their "
+            "tensors, and nothing says which; give network=NAME (--network NAME): ir_18 to ir_101 are for AdaFace's "
+            "weights, which are for BGR, cvlface_ir18 to cvlface_ir101 for CVLface's, which are for RGB"
+        )
+    return names[0] if names else None
 
 
 def convert(net: nn.Module, description: Description, out: str | Path) -> Path:
@@ -229,11 +260,13 @@ def _is_custom(network: str | None) -> bool:
 def _build_by_name(state: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[Backbone, dict[str, Any]]:
     """A network that is no ViT of this package, as its registered name builds it, and what to say of it."""
     changes = config.get("network_kwargs", {})
-    settings = changes | ({"num_features": config["embedding_size"]} if "embedding_size" in config else {})
-    net = load_network(state, config["network"], **settings)
-    return net, _recognition_facts(
-        net, f"{type(net).__name__}, embedding {net.num_features}", config["network"], changes
-    )
+    with torch.device("meta"):
+        length = config.get("embedding_size") or embedding_length(get_model(config["network"], **changes), state)
+    net = load_network(state, config["network"], **{"num_features": length, **changes})
+    facts = _recognition_facts(net, f"{type(net).__name__}, embedding {net.num_features}", config["network"], changes)
+    if getattr(net, "bgr", False):
+        facts["color_order"] += " (the network turns them to BGR, which its weights are for)"
+    return net, facts
 
 
 def _recognition_facts(net: Backbone, architecture: str, network: str, changes: dict[str, Any]) -> dict[str, Any]:
