@@ -200,24 +200,21 @@ DRAWN = {"num_epoch": 7, "augment": MOVED_MORE, "base": BASES["drawn"].folder}
 
 PARTS: dict[str, list[Run]] = {
     "base": list(BASES.values()),
-    # Each kind of network is tuned by three values, with one seed.
-    "tuning": compare(
-        "real", "fiw_unaligned", 1, scaled("KPRPE", 30) | rates(0.002) | scaled("iRPE", 30, 10, 1) | rates(0.001, 0.004)
-        | scaled("KPRPE", 10, 100), **REAL,
-    ),
     "real": compare("real", "fiw_unaligned", 3, rates(0.002) | scaled("KPRPE", 30), **REAL),
+    "irpe": compare("real", "fiw_unaligned", 3, scaled("iRPE", 10), **REAL),
+    "rates": compare("real", "fiw_unaligned", 1, rates(0.001, 0.004), **REAL),
     # What is the best scale, and what else matters?
     "scale": compare("drawn", "drawn_loose", 2, rates(0.002) | scaled("KPRPE", 30, 1, 10, 100, 3), **DRAWN),
     "variants": compare(
-        "drawn", "drawn_loose", 1, {"KPRPE x30, no warm-up": kprpe(warmup_epoch=0.0)}
-        | {f"KPRPE x30, {what} shared": kprpe(kprpe_sharing=what) for what in ("layers", "heads", "both")}
-        | scaled("iRPE", 10, 1, 30), **DRAWN,
+        "drawn", "drawn_loose", 1, scaled("iRPE", 10, 1, 30) | rates(0.001, 0.004)
+        | {"KPRPE x30, no warm-up": kprpe(warmup_epoch=0.0)}
+        | {f"KPRPE x30, {what} shared": kprpe(kprpe_sharing=what) for what in ("layers", "heads", "both")}, **DRAWN,
     ),
     "long": compare("long", "drawn_loose", 1, rates(0.002) | scaled("KPRPE", 1, 30), **{**DRAWN, "num_epoch": 28}),
     # Trained on aligned crops that are not moved.
     "aligned": compare("aligned", "fiw_aligned", 1, rates(0.002) | scaled("KPRPE", 30), **{**REAL, "augment": {}}),
     "points": compare(
-        "real", "fiw_unaligned", 1, {f"KPRPE x30, {k} points": kprpe(num_keypoints=k) for k in (2, 3, 4)}, **REAL
+        "drawn", "drawn_loose", 1, {f"KPRPE x30, {k} points": kprpe(num_keypoints=k) for k in (2, 3, 4)}, **DRAWN
     ),
 }  # fmt: skip
 
