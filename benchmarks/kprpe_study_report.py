@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +21,7 @@ import numpy as np
 from insightface_kprpe.evaluation.metrics import kfold_accuracy, tpr_at_fpr
 from insightface_kprpe.files import atomic_path, write_atomically
 
-# Of each part: the plain ViT, KPRPE and iRPE that are compared test by test.
-COMPARED = {
-    "real": ("ViT lr 0.002", "KPRPE x30", "iRPE x10"),
-    "drawn": ("ViT lr 0.002", "KPRPE x30", "iRPE x10"),
-}
+COMPARED = ("ViT lr 0.002", "KPRPE x30", "iRPE x10")  # test by test
 FPR = 0.01
 DRAWS = 1000  # of the bootstrap
 _COLOURS = {"ViT": "#0072B2", "iRPE": "#009E73", "KPRPE": "#D55E00"}
@@ -99,8 +96,15 @@ def folds_of(test: str) -> int:
 
 
 def read_results(out: Path) -> list[Result]:
-    """All runs that have ended."""
-    return [Result.read(path.parent) for path in sorted(out.glob("*/*/run.json"))]
+    """All runs that have ended but the bases, which are not compared."""
+    results = [Result.read(path.parent) for path in out.glob("*/*/run.json") if path.parts[-3] != "base"]
+    return sorted(results, key=lambda result: (result.run["part"], _rank(result.run["name"]), result.run["seed"]))
+
+
+def _rank(name: str) -> tuple:
+    """Where a network stands in tables: the plain ViT first, then by scale or learning rate."""
+    kind, *settings = name.split()
+    return list(_COLOURS).index(kind), [float(n) for n in re.findall(r"[0-9.]+", settings[0])], name
 
 
 def accuracies(results: Iterable[Result], name: str) -> dict[str, Spread]:
@@ -118,7 +122,7 @@ def gain(results: Sequence[Result], name: str, than: str, test: str) -> tuple[Sp
     """
     of = {key: {r.run["seed"]: r for r in results if r.run["name"] == key} for key in (name, than)}
     seeds = sorted(of[name].keys() & of[than].keys())
-    if not seeds or test not in of[than][seeds[0]].scores:
+    if not seeds or any(test not in of[key][seeds[0]].scores for key in of):
         return None
     differences = np.stack([100.0 * of[name][s].right(test) - 100.0 * of[than][s].right(test) for s in seeds])
     people = np.unique(of[name][seeds[0]].people(test), return_inverse=True)[1].reshape(-1, 2)
@@ -138,14 +142,28 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def comparison(results: Sequence[Result], names: Sequence[str], name: str, than: str) -> str:
-    """A table of all tests, and by how much one network is better than another."""
+    """A table of the tests that all have, and by how much one network is better than another."""
     columns = {each: accuracies(results, each) for each in names}
     rows = []
-    for test in dict.fromkeys(test for column in columns.values() for test in column):
+    for test in columns[than]:
         found = gain(results, name, than, test)
-        last = "" if found is None else f"{'+' * (found[0].mean >= 0)}{found[0]} ({found[1]:+.1f} to {found[2]:+.1f})"
-        rows.append([test, *(str(columns[each].get(test, "")) for each in names), last])
+        if found is not None:
+            seeds, low, high = found
+            last = f"{'+' * (seeds.mean >= 0)}{seeds} ({low:+.1f} to {high:+.1f})"
+            rows.append([test, *(str(columns[each].get(test, "")) for each in names), last])
     return table(["accuracy, %", *names, f"{name} - {than} (95 % of people)"], rows)
+
+
+def keypoint_table(results: Sequence[Result], name: str, than: str, test: str) -> str:
+    """What right and wrong keypoints are worth: to a network that sees them, and to align the crop by them first."""
+    seen, plain = accuracies(results, name), accuracies(results, than)
+    changes = [key.removeprefix(f"{test}, ") for key in seen if key.startswith(f"{test}, ") and "point" in key]
+    rows = [["as they are", str(plain[test]), str(plain[f"{test}, aligned first"]), str(seen[test])]]
+    for change in changes:
+        rows.append(
+            [change, "", str(plain.get(f"{test}, aligned first, {change}", "")), str(seen[f"{test}, {change}"])]
+        )
+    return table(["keypoints", than, f"{than}, crops aligned first", name], rows)
 
 
 def draw_curves(results: Sequence[Result], names: Sequence[str], path: Path, title: str) -> None:
@@ -228,9 +246,10 @@ def main() -> None:
             name: {test: value._asdict() for test, value in accuracies(results, name).items()}
             for name in dict.fromkeys(result.run["name"] for result in results)
         }
-        best = [name for name in summary[part] if name in COMPARED.get(part, ())]
+        best = [name for name in COMPARED if name in summary[part]]
         if len(best) > 1:
             text.append(comparison(results, best, best[1], best[0]))
+            text.append(keypoint_table(results, best[1], best[0], sets[0]))
             draw_curves(results, best, options.out / f"curves_{part}.png", f"{part}: mean and deviation over seeds")
     report = "\n\n".join(text) + "\n"
     write_atomically(options.out / "report.md", report.encode())
