@@ -198,24 +198,31 @@ BASES = {
 REAL = {"num_epoch": 8, "augment": MOVED, "base": BASES["real"].folder}
 DRAWN = {"num_epoch": 7, "augment": MOVED_MORE, "base": BASES["drawn"].folder}
 
+# The longest run on real faces: wider, from scratch, its crops moved less.
+BEST = {
+    "num_epoch": 20, "augment": MOVED_MORE, "warmup_epoch": 1.0, "embedding_size": 256, "position_lr_scale": 30.0,
+    "network_kwargs": {"embed_dim": 96, "depth": 4},
+}  # fmt: skip
+
 PARTS: dict[str, list[Run]] = {
     "base": list(BASES.values()),
     "real": compare("real", "fiw_unaligned", 3, rates(0.002) | scaled("KPRPE", 30), **REAL),
     "irpe": compare("real", "fiw_unaligned", 3, scaled("iRPE", 10), **REAL),
-    "rates": compare("real", "fiw_unaligned", 1, rates(0.001, 0.004), **REAL),
-    # What is the best scale, and what else matters?
-    "scale": compare("drawn", "drawn_loose", 2, rates(0.002) | scaled("KPRPE", 30, 1, 10, 100, 3), **DRAWN),
+    # What is the best scale, and has every network its own best rate?
+    "scale": compare("drawn", "drawn_loose", 1, rates(0.002) | scaled("KPRPE", 30, 1, 10, 100, 3), **DRAWN),
+    "tuning": compare("drawn", "drawn_loose", 1, rates(0.001, 0.004) | scaled("iRPE", 10, 1, 30), **DRAWN),
+    "drawn": compare("drawn", "drawn_loose", 3, rates(0.002) | scaled("KPRPE", 30) | scaled("iRPE", 10), **DRAWN),
+    # Trained on aligned crops that are not moved.
+    "aligned": compare(
+        "aligned", "fiw_aligned", 1, rates(0.002) | scaled("KPRPE", 30), **{**REAL, "augment": {}, "num_epoch": 3}
+    ),
+    "best": [Run("best", "KPRPE best", "KPRPE", 0, "fiw_unaligned", BEST)],
     "variants": compare(
-        "drawn", "drawn_loose", 1, scaled("iRPE", 10, 1, 30) | rates(0.001, 0.004)
-        | {"KPRPE x30, no warm-up": kprpe(warmup_epoch=0.0)}
-        | {f"KPRPE x30, {what} shared": kprpe(kprpe_sharing=what) for what in ("layers", "heads", "both")}, **DRAWN,
+        "drawn", "drawn_loose", 1, {"KPRPE x30, no warm-up": kprpe(warmup_epoch=0.0)}
+        | {f"KPRPE x30, {what} shared": kprpe(kprpe_sharing=what) for what in ("layers", "heads", "both")}
+        | {f"KPRPE x30, {k} points": kprpe(num_keypoints=k) for k in (2, 3, 4)}, **DRAWN,
     ),
     "long": compare("long", "drawn_loose", 1, rates(0.002) | scaled("KPRPE", 1, 30), **{**DRAWN, "num_epoch": 28}),
-    # Trained on aligned crops that are not moved.
-    "aligned": compare("aligned", "fiw_aligned", 1, rates(0.002) | scaled("KPRPE", 30), **{**REAL, "augment": {}}),
-    "points": compare(
-        "drawn", "drawn_loose", 1, {f"KPRPE x30, {k} points": kprpe(num_keypoints=k) for k in (2, 3, 4)}, **DRAWN
-    ),
 }  # fmt: skip
 
 

@@ -25,13 +25,15 @@ COMPARED = ("ViT lr 0.002", "KPRPE x30", "iRPE x10")  # test by test
 FPR = 0.01
 DRAWS = 1000  # of the bootstrap
 _COLOURS = {"ViT": "#0072B2", "iRPE": "#009E73", "KPRPE": "#D55E00"}
-_AXES = {
-    "rotation": "rotation of the crops, degrees",
-    "scale": "scale of the crops, times",
-    "shift": "shift of the crops, share of the side",
-    "px": "resolution of the crops, pixels",
-    "keypoint noise": "noise of the keypoints, share of the side",
-}
+# Panels of the curves: what is on the axis, the tests that belong there, and which amount changes nothing.
+_PANELS = (
+    ("rotation of the crops, degrees", r"rotation ([\d.]+)", 0.0),
+    ("scale of the crops, times", r"scale ([\d.]+)", 1.0),
+    ("shift of the crops, share of the side", r"shift ([\d.]+)", 0.0),
+    ("resolution of the crops, pixels", r"([\d.]+) px", 112.0),
+    ("noise of the keypoints, share of the side", r"keypoint noise ([\d.]+)", 0.0),
+)
+_ALIGNED = r"aligned first, keypoint noise ([\d.]+)"
 
 
 class Spread(NamedTuple):
@@ -170,41 +172,40 @@ def draw_curves(results: Sequence[Result], names: Sequence[str], path: Path, tit
     """One panel a kind of test, one curve a network, bars of one standard deviation, as PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 8.4), layout="constrained")
-    axes = figure.subplots(3, 2, sharey=True).flat
-    for axis, (kind, label) in zip(axes, _AXES.items(), strict=False):
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    axes = list(figure.subplots(2, 3, sharey=True).flat)
+    tests = {name: accuracies(results, name) for name in names}
+
+    def draw(axis, name: str, pattern: str, start: float, line: str, label: str) -> None:
+        points = curve(tests[name], pattern, start)
+        if points:
+            x, y, bars = zip(*((amount, value.mean, value.std or 0) for amount, value in points), strict=True)
+            axis.errorbar(x, y, bars, fmt=line, color=_COLOURS[name.split()[0]], label=label, capsize=3)
+
+    for (label, pattern, start), axis in zip(_PANELS, axes, strict=False):
         for name in names:
-            points = curve(accuracies(results, name), kind)
-            if points:
-                x, y, bars = zip(*((amount, value.mean, value.std or 0) for amount, value in points), strict=True)
-                axis.errorbar(x, y, bars, fmt="o-", color=_COLOURS[name.split()[0]], label=name, capsize=3)
+            draw(axis, name, pattern, start, "o-", name)
         axis.set_xlabel(label)
         axis.set_ylabel("verification accuracy, %")
         axis.grid(alpha=0.3)
+    draw(axes[4], names[0], _ALIGNED, 0.0, "s--", f"{names[0]}, crops aligned first")
+    for axis in axes[:5]:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-    for axis in axes:
-        axis.axis("off")
+    axes[5].axis("off")
     figure.suptitle(title)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=80)
+        figure.savefig(temporary, format="png", dpi=75)
 
 
-def curve(tests: Mapping[str, Spread], kind: str) -> list[tuple[float, Spread]]:
-    """(amount, accuracy) of the tests of one kind, with the unchanged set first where it was tested."""
-    points = []
-    for test, value in tests.items():
-        name, _, change = test.partition(", ")
-        if kind in change.split() or change.startswith(kind):
-            amount = float(next(part for part in change.split() if part[0].isdigit()))
-            points.append((amount, value))
-            start = (0.0 if kind != "scale" else 1.0) if kind != "px" else 112.0
-    return sorted([(start, tests[name_of(tests, kind)]), *points]) if points else []
-
-
-def name_of(tests: Mapping[str, Spread], kind: str) -> str:
-    """The set whose crops or keypoints a kind of test changes."""
-    return next(test for test in tests if kind in test).split(",")[0]
+def curve(tests: Mapping[str, Spread], pattern: str, start: float) -> list[tuple[float, Spread]]:
+    """(amount, accuracy) of the tests whose name after the set's matches, and of the test that changes nothing."""
+    found = {test: re.fullmatch(f"[^,]*, {pattern}", test) for test in tests}
+    points = [(float(match[1]), tests[test]) for test, match in found.items() if match]
+    if not points:
+        return []
+    unchanged = next(test for test, match in found.items() if match).rpartition(", ")[0]
+    return sorted([(start, tests[unchanged]), *points])
 
 
 def parts_of(results: Iterable[Result]) -> dict[str, list[Result]]:
