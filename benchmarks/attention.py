@@ -12,6 +12,7 @@ does. On a GPU: the same in float32 and bfloat16, eager, compiled, and KPRPE thr
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -25,9 +26,10 @@ import numpy as np
 import onnxruntime
 import torch
 import torch.nn as nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from insightface_kprpe import get_model
-from insightface_kprpe.backbones.relative_position import canonical_keypoints
+from insightface_kprpe.backbones.relative_position import template_keypoints
 from insightface_kprpe.deployment.onnx_export import eval_on_cpu, save_graph
 from insightface_kprpe.files import write_atomically
 
@@ -57,20 +59,49 @@ class ReadyMadeMask(nn.Module):
         return self.net(images, keypoints)
 
 
+class FlexKPRPE(nn.Module):
+    """KPRPE whose biases are never written down: FlexAttention's kernel reads them from the tables."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.flex_attention = torch.compile(flex_attention)
+        net.keypoint_linear.attention_bias = lambda tables, layer, _: [t[layer % len(t)] for t in tables]
+        for block in net.blocks:
+            block.attn.forward = functools.partial(self._attend, block.attn)
+
+    def _attend(self, attention: nn.Module, x: torch.Tensor, attn_mask: list, is_causal: bool = False) -> torch.Tensor:
+        column, slope, image = attn_mask
+        columns, bucket = self.net.keypoint_linear.columns, self.net.keypoint_linear.bucket
+        query = (column[:, None] + columns[:, None, None] * slope[:, None, None]).flatten(1, 2)  # (H, N, R)
+        q, k, v = attention.qkv(x).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+        def add_bias(score, b, h, i, j):
+            return score + query[h, i, bucket[i, j]] - image[b, h, bucket[i, j]]
+
+        return attention.proj(self.flex_attention(q, k, v, score_mod=add_bias).transpose(1, 2).flatten(2))
+
+    def forward(self, images: torch.Tensor, keypoints: torch.Tensor) -> torch.Tensor:
+        return self.net(images, keypoints)
+
+
 def build(size: str, position: str, batch: int, depth: int | None) -> nn.Module:
     """A network of one size; its position tables are random, since zeros could be special."""
     torch.manual_seed(0)
     settings = {"depth": depth} if depth else {}
-    net = get_model(size if position in ("plain", "mask") else f"{size}_{position}", **settings)
+    names = {"plain": size, "mask": size, "irpe": f"{size}_irpe"}
+    net = get_model(names.get(position, f"{size}_kprpe"), **settings)
     for name, parameter in net.named_parameters():
         if "keypoint_linear" in name or "lookup_table" in name:
             nn.init.normal_(parameter, std=0.1)
-    return ReadyMadeMask(net, batch) if position == "mask" else net
+    if position == "mask":
+        return ReadyMadeMask(net, batch)
+    return FlexKPRPE(net) if position == "flex" else net
 
 
 def example(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
-    return torch.rand(batch, 3, 112, 112) * 2 - 1, canonical_keypoints(batch) + torch.randn(batch, 5, 2) * 0.05
+    return torch.rand(batch, 3, 112, 112) * 2 - 1, template_keypoints(batch) + torch.randn(batch, 5, 2) * 0.05
 
 
 def forward(net: nn.Module, inputs: tuple[torch.Tensor, ...], precision: torch.dtype) -> Callable[[], None]:
@@ -166,11 +197,14 @@ def measure_cuda(size: str, batch: int, arguments: argparse.Namespace) -> list[d
     inputs, rows = tuple(value.cuda() for value in example(batch)), []
     for compiled in (False, True):
         for precision in (torch.float32, torch.bfloat16):
-            nets = {position: build(size, position, batch, arguments.depth).cuda() for position in arguments.positions}
+            positions = (*arguments.positions, "flex")
+            nets = {position: build(size, position, batch, arguments.depth).cuda() for position in positions}
             if compiled:
                 for net in nets.values():
                     net.compile()
             for name, make in (("forward", forward), ("training", training))[: 1 if batch == 1 else 2]:
+                if name == "training" and nets["plain"].mask_ratio > 0:  # its tables know whole grids alone
+                    nets.pop("flex", None)
                 runs = {position: make(net, inputs, precision) for position, net in nets.items()}
                 engine = f"cuda {str(precision)[6:]}{' compiled' if compiled else ''}"
                 labels = {"engine": engine, "pass": name, "size": size}

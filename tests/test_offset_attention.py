@@ -86,6 +86,13 @@ def test_equal_without_gradients(faces, sharing, monkeypatch):
             torch.testing.assert_close(net(*faces), expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_no_image_at_all(training):
+    net = build().eval()
+    with torch.set_grad_enabled(training):
+        assert net(torch.zeros(0, 3, 112, 112), torch.zeros(0, 5, 2)).shape == (0, 16)
+
+
 def test_frozen_tables_and_frozen_tokens(faces):
     """Gradients are right where only some of the inputs ask for them."""
     net = build()

@@ -123,7 +123,7 @@ def offset_attention(qkv: torch.Tensor, lines: Lines, scale: float, hidden: torc
 def _chunks(q: torch.Tensor) -> list[slice]:
     batch, heads, length, _ = q.shape
     size = max(1, torch.get_num_threads() * _CHUNK // (heads * length * length))
-    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+    return [slice(start, min(start + size, batch)) for start in range(0, max(batch, 1), size)]
 
 
 def _stretches(lines: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -133,6 +133,7 @@ def _stretches(lines: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _slope_lines(slope: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a query has more in a row further down by the grid's height; stretches for every row."""
     return _stretches(slope[:, None].expand(-1, len(index), -1).gather(-1, index.expand(len(slope), -1, -1)))
 
 
