@@ -135,8 +135,9 @@ class Checkpointer:
 
         def write() -> None:
             last = latest_checkpoint(self.output)
-            hint = f"{last} is whole, resume=True goes on from it" if last else "there is no earlier one"
-            with writing(f"the checkpoint of step {step}", self.root, size, f"{hint}; make room, or set output"):
+            whole = f"{last} is whole: make room and go on with resume=True"
+            hint = whole if last else "there is no earlier one; make room, or choose another output"
+            with writing(f"the checkpoint of step {step}", self.root, size, hint):
                 self._write(step, tensors, values)
 
         if self.asynchronous:
@@ -171,6 +172,11 @@ class Checkpointer:
             content = {"steps_per_epoch": schedule.steps_per_epoch, "scores": scores}
             write_atomically(self.root / SCORES, (json.dumps(content) + "\n").encode())
         self.scores = scores
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, if anything did."""
+        if self._writing is not None and self._writing.error is not None:
+            self.wait()
 
     def wait(self) -> None:
         """Return when nothing is being written any more; raises what went wrong in the background."""
