@@ -20,7 +20,8 @@ from insightface_kprpe.losses import AdaFace
 from insightface_kprpe.partial_fc import PartialFC, shard_range
 from insightface_kprpe.training import build, checkpoint, trainer
 from insightface_kprpe.training.callbacks import StopSignal
-from insightface_kprpe.training.checkpoint import Checkpointer, latest_checkpoint, list_checkpoints, put_aside
+from insightface_kprpe.training.checkpoint import Checkpointer
+from insightface_kprpe.training.checkpoint_files import latest_checkpoint, list_checkpoints, put_aside
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.run_folder import TrainingError, open_run
 from insightface_kprpe.training.state import Schedule, build_state

@@ -22,7 +22,7 @@ from insightface_kprpe.dfa import DFALoss, RetinaFaceNet
 from insightface_kprpe.dfa.weights import load_dfa, start_from
 from insightface_kprpe.evaluation.landmarks import evaluate_landmarks
 from insightface_kprpe.training.callbacks import StopSignal
-from insightface_kprpe.training.checkpoint import list_checkpoints
+from insightface_kprpe.training.checkpoint_files import list_checkpoints
 from insightface_kprpe.training.config import ConfigError, configs_folder, load_config
 from insightface_kprpe.training.landmark_trainer import main, train_dfa, train_landmarks
 from insightface_kprpe.training.loop import EXIT_STOPPED

@@ -27,7 +27,8 @@ from insightface_kprpe.partial_fc import PartialFC, shard_range
 from insightface_kprpe.training import callbacks, loop, trainer
 from insightface_kprpe.training.build import check_labels
 from insightface_kprpe.training.callbacks import StopSignal
-from insightface_kprpe.training.checkpoint import Checkpointer, list_checkpoints
+from insightface_kprpe.training.checkpoint import Checkpointer
+from insightface_kprpe.training.checkpoint_files import list_checkpoints
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.optimization import NotFinite, distributed, optimize
 from insightface_kprpe.training.random_state import seed_everything

@@ -26,7 +26,7 @@ from test_trainer import TINY_RUN, accuracies, tiny_config, weights, write_pairs
 
 from insightface_kprpe.data.verification_bin import read_verification_bin, write_verification_bin
 from insightface_kprpe.training import checkpoint, landmark_trainer, loop, metrics, trainer
-from insightface_kprpe.training.checkpoint import latest_checkpoint, list_checkpoints
+from insightface_kprpe.training.checkpoint_files import latest_checkpoint, list_checkpoints
 from insightface_kprpe.training.command_line import start_logging
 from insightface_kprpe.training.config import ConfigError, load_config
 from insightface_kprpe.training.metrics import Metrics
