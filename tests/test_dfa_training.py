@@ -104,7 +104,7 @@ def test_what_a_run_leaves(faces, tmp_path, caplog):
     assert "with aggregator" in log and "35 faces" in log and "left" in log and "5 faces: NME" in log
     assert "aggregator.3.weight" in weights(tmp_path)  # the published names
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last == {"step": 4, **results} and results["nme"] > 0
+    assert last == {"step": 4, **results, "failure_rate": 100 * results["failure_rate"]} and results["nme"] > 0
 
     dfa = load_dfa(tmp_path)
     assert dfa.aggregator is not None and dfa.image_size == SIZE and not dfa.training
