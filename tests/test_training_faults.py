@@ -392,3 +392,31 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         trainer.main(["quickstart", f"output={tmp_path}"])
     assert stop.value.code == 130
+
+
+# --- what the command line says ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("a setting"), "error: a setting"),
+        (PermissionError(13, "Permission denied", "x/y"), "error: [Errno 13] Permission denied: 'x/y'"),
+        (EOFError(), "error: EOFError"),
+        (
+            RuntimeError("CUDA out of memory"),
+            "error: CUDA out of memory (INSIGHTFACE_KPRPE_DEBUG=1 in the environment ",
+        ),
+    ],
+)
+def test_errors_are_one_sentence_or_a_traceback_where_it_is_asked_for(tmp_path, monkeypatch, error, message):
+    def fail(config):
+        raise error
+
+    arguments = ["quickstart", f"output={tmp_path}"]
+    monkeypatch.setattr(trainer, "train", fail)
+    with pytest.raises(SystemExit, match=f"^{re.escape(message)}"):
+        trainer.main(arguments)
+    monkeypatch.setenv("INSIGHTFACE_KPRPE_DEBUG", "1")
+    with pytest.raises(type(error)):
+        trainer.main(arguments)
