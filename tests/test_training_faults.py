@@ -356,7 +356,7 @@ def train_slowly(output, seconds):
         return loss
 
     trainer.train_step = slow
-    trainer.main(["quickstart", *TINY_RUN, f"output={output}", "save_every=1", "num_workers=1"])
+    trainer.main(["quickstart", *TINY_RUN, f"output={output}", "save_every=1"])
 
 
 @pytest.mark.slow
