@@ -6,6 +6,7 @@ import pickle
 import random
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from insightface_kprpe.losses import AdaFace
 from insightface_kprpe.partial_fc import PartialFC, shard_range
 from insightface_kprpe.training import build, checkpoint, trainer
 from insightface_kprpe.training.callbacks import StopSignal
-from insightface_kprpe.training.checkpoint import Checkpointer, latest_checkpoint, list_checkpoints, put_aside
+from insightface_kprpe.training.checkpoint import Checkpointer
+from insightface_kprpe.training.checkpoint_files import latest_checkpoint, list_checkpoints, put_aside
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.run_folder import TrainingError, open_run
 from insightface_kprpe.training.state import Schedule, build_state
@@ -96,9 +98,16 @@ def test_what_goes_wrong_in_the_background_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "write_tensors", full)
     checkpoints = Checkpointer(tmp_path, asynchronous=True)
+    message = "the checkpoint of step 1 could not be written to .*: No space left"
     checkpoints.save(1, make_state(), SCHEDULE)
-    with pytest.raises(TrainingError, match="the checkpoint of step 1 could not be written to .*: No space left"):
+    with pytest.raises(TrainingError, match=message):
         checkpoints.wait()
+    checkpoints.check()  # it is said once
+    checkpoints.save(1, make_state(), SCHEDULE)
+    with pytest.raises(TrainingError, match=message):
+        for _ in range(600):  # training goes on meanwhile, and need not come to the next checkpoint to learn of it
+            checkpoints.check()
+            time.sleep(0.1)
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):

@@ -27,7 +27,8 @@ from insightface_kprpe.partial_fc import PartialFC, shard_range
 from insightface_kprpe.training import callbacks, loop, trainer
 from insightface_kprpe.training.build import check_labels
 from insightface_kprpe.training.callbacks import StopSignal
-from insightface_kprpe.training.checkpoint import Checkpointer, list_checkpoints
+from insightface_kprpe.training.checkpoint import Checkpointer
+from insightface_kprpe.training.checkpoint_files import list_checkpoints
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.optimization import NotFinite, distributed, optimize
 from insightface_kprpe.training.random_state import seed_everything
@@ -178,7 +179,8 @@ def test_a_failing_validation_is_said_and_training_goes_on(tmp_path, monkeypatch
 def test_output_folder(tmp_path):
     accuracies = trainer.train(tiny_config(tmp_path, "val_targets=synthetic", "num_epoch=1"))
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["accuracy/synthetic"] for row in metrics if "accuracy/synthetic" in row][-1] == accuracies["synthetic"]
+    assert metrics[-1] == {"step": 8, "accuracy/synthetic": 100 * accuracies["synthetic"]}
+    assert 0.4 <= accuracies["synthetic"] <= 1
     assert {path.name for path in tmp_path.iterdir()} == {
         "best_model.pt", "checkpoints", "config.json", "metrics.jsonl", "model.pt",
     }  # fmt: skip
@@ -481,4 +483,4 @@ def test_real_faces_are_learnt(shared, tmp_path):
     values = losses(tmp_path)
     assert max(values) == 3 * (3820 // 64)
     assert values[max(values)] < 0.75 * values[1]
-    assert accuracies["ytf_val"] > 55  # chance is 50; measured 62 to 66
+    assert accuracies["ytf_val"] > 0.55  # chance is 0.5; measured 0.62 to 0.66

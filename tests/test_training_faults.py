@@ -26,7 +26,7 @@ from test_trainer import TINY_RUN, accuracies, tiny_config, weights, write_pairs
 
 from insightface_kprpe.data.verification_bin import read_verification_bin, write_verification_bin
 from insightface_kprpe.training import checkpoint, landmark_trainer, loop, metrics, trainer
-from insightface_kprpe.training.checkpoint import latest_checkpoint, list_checkpoints
+from insightface_kprpe.training.checkpoint_files import latest_checkpoint, list_checkpoints
 from insightface_kprpe.training.command_line import start_logging
 from insightface_kprpe.training.config import ConfigError, load_config
 from insightface_kprpe.training.metrics import Metrics
@@ -235,7 +235,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(tmp_pa
     said = (tmp_path / "run.said").read_text()
     assert re.fullmatch(
         r"error: the checkpoint of step 4 could not be written to \S+/run/checkpoints: File too large \(it takes "
-        r"\d+\.\d MB, \d+\.\d GB are free\); there is no earlier one; make room, or set output",
+        r"\d+\.\d MB, \d+\.\d GB are free\); there is no earlier one; make room, or choose another output",
         said,
     )
     assert not list_checkpoints(output) and not (output / "model.pt").exists()
@@ -244,7 +244,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(tmp_pa
     before = weights(output)
     assert exit_code_of(train_with_little_room, str(output), *overrides, "num_epoch=2") == 0
     said = (tmp_path / "run.said").read_text()
-    assert "step_00000004 is whole, resume=True goes on from it; make room" in said and said.count("\n") == 0
+    assert said.endswith("step_00000004 is whole: make room and go on with resume=True") and said.count("\n") == 0
     left = [path.name for path in output.rglob("*") if path.name.startswith(("pending", "."))]
     assert [path.name for path in list_checkpoints(output)] == ["step_00000004"] and left == [".metadata"]
     assert all(torch.equal(value, before[key]) for key, value in weights(output).items())
@@ -356,7 +356,7 @@ def train_slowly(output, seconds):
         return loss
 
     trainer.train_step = slow
-    trainer.main(["quickstart", *TINY_RUN, f"output={output}", "save_every=1", "num_workers=1"])
+    trainer.main(["quickstart", *TINY_RUN, f"output={output}", "save_every=1"])
 
 
 @pytest.mark.slow
@@ -392,3 +392,31 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         trainer.main(["quickstart", f"output={tmp_path}"])
     assert stop.value.code == 130
+
+
+# --- what the command line says ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("a setting"), "error: a setting"),
+        (PermissionError(13, "Permission denied", "x/y"), "error: [Errno 13] Permission denied: 'x/y'"),
+        (EOFError(), "error: EOFError"),
+        (
+            RuntimeError("CUDA out of memory"),
+            "error: CUDA out of memory (INSIGHTFACE_KPRPE_DEBUG=1 in the environment ",
+        ),
+    ],
+)
+def test_errors_are_one_sentence_or_a_traceback_where_it_is_asked_for(tmp_path, monkeypatch, error, message):
+    def fail(config):
+        raise error
+
+    arguments = ["quickstart", f"output={tmp_path}"]
+    monkeypatch.setattr(trainer, "train", fail)
+    with pytest.raises(SystemExit, match=f"^{re.escape(message)}"):
+        trainer.main(arguments)
+    monkeypatch.setenv("INSIGHTFACE_KPRPE_DEBUG", "1")
+    with pytest.raises(type(error)):
+        trainer.main(arguments)

@@ -29,7 +29,7 @@ class Verification:
         metrics: where accuracies go.
 
     Attributes:
-        latest: accuracy in percent of every set, of the last verification; empty before the first.
+        latest: accuracy in [0, 1] of every set, of the last verification; empty before the first.
     """
 
     def __init__(self, sets: Sequence[VerificationPairs], backbone: Backbone, metrics: Metrics) -> None:
@@ -38,18 +38,19 @@ class Verification:
         self.best: dict[str, float] = {}
 
     def __call__(self, step: int) -> float:
-        """Verify; the mean accuracy in percent over the sets."""
+        """Verify; the mean accuracy in [0, 1] over the sets. The log and the metrics have percent."""
         embed = TorchEmbedder(self.backbone)
         accuracies = {}
         for pairs in self.sets:
             result = verify(embed, pairs)
-            accuracy = accuracies[pairs.name] = 100 * result.accuracy  # logs and metrics.jsonl have percent
-            self.best[pairs.name] = max(accuracy, self.best.get(pairs.name, 0.0))
+            accuracies[pairs.name] = result.accuracy
+            self.best[pairs.name] = max(result.accuracy, self.best.get(pairs.name, 0.0))
             logger.info(
                 "step %d  %s: accuracy %.2f +- %.2f %%  (best %.2f)  threshold %.3f (cosine)",
-                step, pairs.name, accuracy, 100 * result.std, self.best[pairs.name], result.cosine_threshold,
+                step, pairs.name, 100 * result.accuracy, 100 * result.std, 100 * self.best[pairs.name],
+                result.cosine_threshold,
             )  # fmt: skip
-        self.metrics.write(step, **{f"accuracy/{name}": value for name, value in accuracies.items()})
+        self.metrics.write(step, **{f"accuracy/{name}": 100 * value for name, value in accuracies.items()})
         self.latest = accuracies
         return sum(accuracies.values()) / len(accuracies)
 

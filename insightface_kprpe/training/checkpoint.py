@@ -18,7 +18,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -29,58 +28,24 @@ import torch
 import torch.distributed as dist
 
 from ..distributed import rank_and_world_size
-from ..files import atomic_path, sync_folder, write_atomically
+from ..files import sync_folder, write_atomically
 from . import arcface_torch_checkpoint
+from .checkpoint_files import (
+    SCORES,
+    checkpoint_number,
+    latest_checkpoint,
+    list_checkpoints,
+    pointed_checkpoint,
+    read_scores,
+    read_values,
+    save_model,
+)
 from .random_state import random_state, seed_everything, seed_from, set_random_state
-from .run_folder import METRICS, NEW_RUN, writing
+from .run_folder import writing
 from .sharded_tensors import read_tensors, stage, stored_bytes, write_tensors
 from .state import Schedule, TrainingState
 
 logger = logging.getLogger(__name__)
-
-SCORES = "scores.json"
-_FOLDER = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
-
-
-def list_checkpoints(output: str | Path) -> list[Path]:
-    """Whole checkpoints of a run, by their step."""
-    folders = [path for path in (Path(output) / "checkpoints").glob("step_*") if _FOLDER.fullmatch(path.name)]
-    return sorted(folders, key=_number)
-
-
-def latest_checkpoint(output: str | Path) -> Path | None:
-    """The checkpoint to resume from, or None where there is none yet."""
-    named = _pointed(Path(output) / "checkpoints", "latest")
-    if named is not None:
-        return named
-    folders = list_checkpoints(output)
-    return folders[-1] if folders else None
-
-
-def put_aside(output: str | Path) -> None:
-    """Make room for a new run: the checkpoints and metrics of an older become ``checkpoints.old`` (``.old.1``, ...)."""
-    output = Path(output)
-    if list_checkpoints(output):
-        root = output / "checkpoints"
-        aside, number = root.with_suffix(".old"), 0
-        while aside.exists():
-            number += 1
-            aside = root.with_suffix(f".old.{number}")
-        if (output / METRICS).is_file():
-            os.replace(output / METRICS, root / METRICS)
-        os.replace(root, aside)
-        logger.warning(
-            "the checkpoints and metrics of an earlier run are now in %s; resume=True continues a run, and they may be "
-            "removed",
-            aside,
-        )
-    (output / NEW_RUN).unlink(missing_ok=True)
-
-
-def save_model(path: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
-    """Write a backbone's weights as arcface_torch's ``model.pt``: a plain state dict, on CPU."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:  # by its name torch would name what is inside
-        torch.save({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, file)
 
 
 class Checkpointer:
@@ -135,8 +100,9 @@ class Checkpointer:
 
         def write() -> None:
             last = latest_checkpoint(self.output)
-            hint = f"{last} is whole, resume=True goes on from it" if last else "there is no earlier one"
-            with writing(f"the checkpoint of step {step}", self.root, size, f"{hint}; make room, or set output"):
+            whole = f"{last} is whole: make room and go on with resume=True"
+            hint = whole if last else "there is no earlier one; make room, or choose another output"
+            with writing(f"the checkpoint of step {step}", self.root, size, hint):
                 self._write(step, tensors, values)
 
         if self.asynchronous:
@@ -158,7 +124,7 @@ class Checkpointer:
         """
         self.wait()
         folder = latest_checkpoint(self.output)
-        if folder is None or _number(folder)[0] != step:
+        if folder is None or checkpoint_number(folder)[0] != step:
             return
         others = [other for at, other in self.scores.items() if other is not None and at != step]
         best = score is not None and math.isfinite(score) and all(score > other for other in others)
@@ -171,6 +137,11 @@ class Checkpointer:
             content = {"steps_per_epoch": schedule.steps_per_epoch, "scores": scores}
             write_atomically(self.root / SCORES, (json.dumps(content) + "\n").encode())
         self.scores = scores
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, if anything did."""
+        if self._writing is not None and self._writing.error is not None:
+            self.wait()
 
     def wait(self) -> None:
         """Return when nothing is being written any more; raises what went wrong in the background."""
@@ -202,7 +173,7 @@ class Checkpointer:
             hint = f"; those of earlier runs are in its {', '.join(aside)}" if aside else ""
             logger.info("no checkpoint in %s yet, starting from the beginning%s", self.output, hint)
             return 0
-        values = _read_values(folder)
+        values = read_values(folder)
         if values["optimizer"] != type(state.optimizer).__name__:
             raise ValueError(
                 f"{folder} was written with optimizer {values['optimizer']}, this run has "
@@ -219,7 +190,7 @@ class Checkpointer:
                 values["steps_per_epoch"], schedule.steps_per_epoch, values["step"], step,
             )  # fmt: skip
         state.go_to(step)
-        self.scores = _read_scores(self.root / SCORES, schedule, step)
+        self.scores = read_scores(self.root / SCORES, schedule, step)
         if len(values["random"]) == self.world_size:
             set_random_state(values["random"][self.rank])
         else:
@@ -274,8 +245,8 @@ class Checkpointer:
     def _remove_old(self, latest: Path) -> None:
         """Remove what is too old, and what an earlier attempt left of this and later steps."""
         folders = list_checkpoints(self.output)
-        done = [folder for folder in folders if _number(folder)[0] < _number(latest)[0]]
-        kept = {latest, _pointed(self.root, "best"), *(done[1 - self.keep :] if self.keep > 1 else [])}
+        done = [folder for folder in folders if checkpoint_number(folder)[0] < checkpoint_number(latest)[0]]
+        kept = {latest, pointed_checkpoint(self.root, "best"), *(done[1 - self.keep :] if self.keep > 1 else [])}
         for folder in folders:
             if folder not in kept:
                 trash = self.root / f"pending_removal_of_{folder.name}"
@@ -301,39 +272,3 @@ class _Background:
         self.thread.join()
         if self.error is not None:
             raise self.error
-
-
-def _number(folder: Path) -> tuple[int, int]:
-    step, attempt = _FOLDER.fullmatch(folder.name).groups()
-    return int(step), int(attempt or 0)
-
-
-def _pointed(root: Path, pointer: str) -> Path | None:
-    """The checkpoint that a pointer file names, if both exist."""
-    path = root / pointer
-    name = path.read_text().strip() if path.is_file() else ""
-    return root / name if _FOLDER.fullmatch(name) and (root / name).is_dir() else None
-
-
-def _read_scores(path: Path, schedule: Schedule, last: int) -> dict[int, float | None]:
-    """What validation said up to a step, by the steps of this schedule."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-        steps_per_epoch, scores = int(content["steps_per_epoch"]), {}
-        for key, score in content["scores"].items():
-            step = schedule.step_after(int(key), steps_per_epoch)
-            if step <= last:
-                scores[step] = None if score is None else float(score)
-        return scores
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        logger.warning("%s cannot be read (%s); the best checkpoint is found anew", path, error)
-        return {}
-
-
-def _read_values(folder: Path) -> dict[str, Any]:
-    try:
-        return torch.load(folder / "run.pt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{folder}/run.pt is damaged; remove {folder} to resume from an older one") from error

@@ -15,7 +15,7 @@ from .config import load_config
 from .loop import EXIT_INTERRUPTED
 from .run_folder import TrainingError, writing
 
-DEBUG = "KPRPE_DEBUG"  # an environment variable: anything but "" and "0" shows tracebacks
+DEBUG = "INSIGHTFACE_KPRPE_DEBUG"  # an environment variable: anything but "" and "0" shows tracebacks
 
 # (config, world size, images a second of one GPU) -> text
 Plan = Callable[[edict, int, float | None], str]

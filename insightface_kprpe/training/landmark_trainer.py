@@ -48,8 +48,8 @@ def train_dfa(config: edict) -> dict[str, float]:
         config: what ``load_config(path, overrides, base="dfa_base")`` returned.
 
     Returns:
-        ``nme``, ``failure_rate`` and ``score`` of the last validation; empty without a validation set, and on ranks
-        other than 0.
+        ``nme``, ``failure_rate`` (in [0, 1]) and ``score`` of the last validation; empty without a validation set, and
+        on ranks other than 0.
 
     Raises:
         TrainingError: the loss is not finite, a checkpoint cannot be written, or another run writes to the folder.
@@ -221,7 +221,7 @@ class LandmarkValidation:
 
     Attributes:
         metrics: where results go; to be set before the first call.
-        latest: ``nme``, ``failure_rate`` and ``score`` of the last validation; empty before the first.
+        latest: ``nme``, ``failure_rate`` (in [0, 1]) and ``score`` of the last validation; empty before the first.
     """
 
     metrics: Metrics
@@ -247,8 +247,8 @@ class LandmarkValidation:
             "step %d  %d faces: NME %.4f (best %.4f)  failures %.1f %%  mean score %.3f",
             step, result.images, result.nme, self.best, 100 * result.failure_rate, result.score,
         )  # fmt: skip
-        self.latest = {"nme": result.nme, "failure_rate": 100 * result.failure_rate, "score": result.score}
-        self.metrics.write(step, **self.latest)
+        self.latest = {"nme": result.nme, "failure_rate": result.failure_rate, "score": result.score}
+        self.metrics.write(step, **{**self.latest, "failure_rate": 100 * result.failure_rate})  # a file has percent
         return -result.nme
 
     def _predict(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

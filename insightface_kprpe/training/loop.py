@@ -81,6 +81,7 @@ def run_steps(
             if log:
                 log(step, epoch, loss, lr, state.scaler.get_scale() if state.scaler.is_enabled() else None)
             if checkpoints:
+                checkpoints.check()
                 number, validating = stop.agreed(), validation is not None and validation.due(step)
                 if number or validating or checkpoints.due(step, schedule):
                     checkpoints.save(step, state, schedule)

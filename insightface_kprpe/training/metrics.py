@@ -15,7 +15,7 @@ from easydict import EasyDict as edict
 
 from ..distributed import rank_and_world_size
 from ..files import write_atomically
-from .checkpoint import put_aside
+from .checkpoint_files import put_aside
 from .config import dump_config
 from .run_folder import METRICS, writing
 from .wandb_run import WandbRun

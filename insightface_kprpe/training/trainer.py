@@ -48,7 +48,7 @@ def train(config: edict) -> dict[str, float]:
         config: what :func:`~insightface_kprpe.training.config.load_config` returned.
 
     Returns:
-        The last verification accuracy (percent) of every validation set; empty on ranks other than 0.
+        The last verification accuracy, in [0, 1], of every validation set; empty on ranks other than 0.
 
     Raises:
         TrainingError: the loss is not finite, a checkpoint cannot be written, or another run writes to the folder.
