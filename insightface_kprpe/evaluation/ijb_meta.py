@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import unicodedata
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +67,7 @@ def read_meta(folder: str | Path, target: str = "IJBC") -> IJBMeta:
         where = f"{len(names)} and {len(media_names)} lines" if at is None else f"line {at + 1} differs"
         raise ValueError(f"{image_path} and {media_path} must list the same images in the same order: {where}")
     pair_path = Path(f"{prefix}_template_pair_label.txt")
-    p1, p2, label = (np.ascontiguousarray(column) for column in _load(pair_path, _text(pair_path), 3, np.int32).T)
+    p1, p2, label = (np.ascontiguousarray(column) for column in _load(pair_path, None, 3, np.int32).T)
     if not ((label == 0) | (label == 1)).all():
         raise ValueError(f"{pair_path}: the third column must be 0 or 1; is the file cut off?")
     landmarks_px = numbers[:, :10].reshape(-1, 5, 2)
@@ -131,15 +133,23 @@ def _read_table(path: Path, columns: int, dtype: type) -> tuple[list[str], np.nd
 
 
 def _load(
-    path: Path, text: str, columns: int, dtype: type, delimiter: str | None = None, first_line: int = 1
+    path: Path, text: str | None, columns: int, dtype: type, delimiter: str | None = None, first_line: int = 1
 ) -> np.ndarray:
-    """``np.loadtxt`` of finite numbers, whose errors name file and line."""
-    try:
-        table = np.loadtxt(io.StringIO(text), dtype=dtype, ndmin=2, delimiter=delimiter, comments=None)
+    """``np.loadtxt`` of finite numbers, whose errors name file and line.
+
+    Args:
+        path: the file.
+        text: the numbers of it; None: the file as it is, which may have millions of lines.
+        columns, dtype, delimiter: of the table.
+        first_line: of ``text`` in the file.
+    """
+    with contextlib.suppress(ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there are no lines
+        source = path if text is None else io.StringIO(text)
+        table = np.loadtxt(source, dtype, comments=None, delimiter=delimiter, ndmin=2, encoding="utf-8-sig")
         if table.shape[1] == columns and len(table) and np.isfinite(table).all():
             return table
-    except ValueError:
-        pass
+    text = _text(path) if text is None else text
     line, got = _first_fault(text.splitlines(), columns, dtype, delimiter)
     raise ValueError(
         f"{path}: line {line + first_line}: must have {columns} numbers, got {got!r}; is the file cut off?"
