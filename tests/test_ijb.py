@@ -253,16 +253,33 @@ def test_read_meta(meta):
         ("face_tid_mid", "1.jpg 1 101\n", "2 and 1 lines"),
         ("face_tid_mid", "1.jpg 1 101\n3.jpg 7 102\n", "line 2 differs"),
         ("name_5pts_score", "1.jpg 1 2 3\n", "must have 11 numbers"),
+        ("name_5pts_score", f"1.jpg{11 * ' 1'}\n2.jpg\n", "name_5pts_score.txt: line 2: must have 11 numbers"),
+        ("name_5pts_score", f"1.jpg{10 * ' 1'} nan\n", "name_5pts_score.txt: line 1: must have 11 numbers"),
+        ("face_tid_mid", "1.jpg 1 101\n\n2.jpg 7\n", "face_tid_mid.txt: line 3: must have 2 numbers, got '7'"),
+        ("face_tid_mid", "", "face_tid_mid.txt: line 1: must have 2 numbers, got ''"),
+        ("template_pair_label", "1 7 0\n\xe9 7 1\n".encode("latin-1"), "template_pair_label.txt: line 2: .* UTF-8"),
+        ("template_pair_label", "1 7 0\n".encode("utf-16"), "template_pair_label.txt.* UTF-16; save it as UTF-8"),
     ],
 )
 def test_read_meta_bad_files(meta, name, text, message):
     path = meta / "meta" / f"ijbb_{name}.txt"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         ijb.read_meta(meta, "IJBB")
     path.unlink()
     with pytest.raises(FileNotFoundError):
         ijb.read_meta(meta, "IJBB")
+
+
+def test_read_meta_from_windows(meta):
+    """A mark before the text, and lines that end otherwise."""
+    expected = ijb.read_meta(meta, "IJBB")
+    for path in (meta / "meta").iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    found = ijb.read_meta(meta, "IJBB")
+    assert found.names == expected.names
+    for got, wanted in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_read_subjects(tmp_path):
@@ -274,7 +291,7 @@ def test_read_subjects(tmp_path):
     with pytest.raises(ValueError, match="template 5 has more than one subject"):
         ijb.read_subjects(path)
     path.write_text("TEMPLATE_ID,SUBJECT_ID\n5,9\n5\n")
-    with pytest.raises(ValueError, match=r"G1\.csv: "):
+    with pytest.raises(ValueError, match=r"G1\.csv: line 3: must have 2 numbers, got '5'"):
         ijb.read_subjects(path)
 
 

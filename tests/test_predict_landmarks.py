@@ -155,6 +155,17 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, dfa, images, monk
     assert not list(tmp_path.glob(".*"))
 
 
+def test_an_image_that_changed_meanwhile_is_looked_at_again(tmp_path, dfa, images, monkeypatch):
+    monkeypatch.setattr(stores, "BLOCK", 3)
+    source, _ = make("images", tmp_path, images)
+    crops = open_crops(source)
+    with pytest.raises(Interrupted):
+        predict_landmarks(interrupt_at(crops, 7), dfa)
+    (source / "1.png").write_bytes(png(images[0]))
+    keypoints, _ = read_landmark_csv(predict_landmarks(crops, dfa), COUNT)
+    np.testing.assert_allclose(keypoints[1], directly(dfa, images[0])[0], atol=1e-5)
+
+
 def test_other_weights_do_not_go_on(tmp_path, dfa, images, monkeypatch):
     monkeypatch.setattr(stores, "BLOCK", 3)
     crops = open_crops(make("images", tmp_path, images)[0])

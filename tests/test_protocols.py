@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import replace
 
 import cv2
@@ -21,10 +22,12 @@ from insightface_kprpe.data.verification_pairs import open_verification
 from insightface_kprpe.dfa import DFA
 from insightface_kprpe.evaluation import ijb
 from insightface_kprpe.evaluation.fusion import FUSION_METHODS, norm_weights
+from insightface_kprpe.evaluation.metrics import val_at_far
 from insightface_kprpe.evaluation.protocols import choose_fusions, run_ijb, run_ijbs, run_pairs, run_tinyface
+from insightface_kprpe.evaluation.report import format_text
 from insightface_kprpe.evaluation.verification import verify
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, align_face
-from insightface_kprpe.inference.embedding import EmbedOptions, embed_faces
+from insightface_kprpe.inference.embedding import EmbedOptions, embed_faces, embed_images
 from insightface_kprpe.inference.images import AlignedFiles, WholeFiles, fit_crop
 from insightface_kprpe.inference.models import TorchEmbedder
 
@@ -43,6 +46,13 @@ class Thumbnail(Backbone):
     def forward(self, images, keypoints):
         small = torch.nn.functional.avg_pool2d(images, 14).flatten(1)
         return self.scale * torch.cat([small, keypoints.flatten(1)], 1)
+
+
+class Blind(Thumbnail):
+    """Gives every crop the same embedding."""
+
+    def forward(self, images, keypoints):
+        return self.scale * torch.ones(len(images), 4)
 
 
 @pytest.fixture
@@ -143,6 +153,38 @@ def test_missing_and_damaged_images(ijb_folder, embed):
         run_ijb(embed, ijb_folder, "IJBC", ["average"], EmbedOptions(missing="skip"))
 
 
+def test_identification_does_not_vanish_without_a_word(ijb_folder, embed, caplog):
+    (ijb_folder / "meta" / "ijbc_1N_probe_mixed.csv").unlink()
+    (result,) = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions())
+    assert "1:N is not measured: no ijbc_1N_probe_mixed.csv in " in caplog.text
+    assert result.settings["1:N"].startswith("not measured: no ijbc_1N_probe_mixed.csv")
+    for gallery in ("G1", "G2"):
+        (ijb_folder / "meta" / f"ijbc_1N_gallery_{gallery}.csv").unlink()
+    (result,) = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions())
+    assert "ijbc_1N_gallery_*.csv" in result.settings["1:N"]
+
+
+def test_an_infinite_threshold_is_explained(ijb_folder, embed):
+    (result, *_) = run_ijb(TorchEmbedder(Blind(), "blind"), ijb_folder, "IJBC", ["average"], EmbedOptions())
+    assert np.isinf(result.metrics["thresh_at_fpr_0.1"]) and result.metrics["tpr_at_fpr_0.1"] == 0
+    assert result.settings["no threshold"].startswith("at FPR 1e-06, 1e-05, 0.0001, 0.001, 0.01, 0.1: ")
+    (result, *_) = run_ijb(embed, ijb_folder, "IJBC", ["average"], EmbedOptions())
+    assert "0.1" not in result.settings.get("no threshold", "").split(":")[0].split(", ")
+
+
+def test_names_with_accents_composed_otherwise_on_the_disk(ijb_folder, embed):
+    """Lists from one system, files from another."""
+    expected = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions())
+    for name, form in (("name_5pts_score", "NFC"), ("face_tid_mid", "NFD")):
+        path = ijb_folder / "meta" / f"ijbc_{name}.txt"
+        path.write_text(path.read_text().replace("3.png", unicodedata.normalize(form, "é3.png")))
+    for number in (3, 13, 23):
+        crop = ijb_folder / "loose_crop" / f"{number}.png"
+        crop.rename(crop.with_name(unicodedata.normalize("NFD", f"{number}.png".replace("3.png", "é3.png"))))
+    results = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions())
+    assert results[0].metrics == expected[0].metrics
+
+
 @pytest.fixture
 def bin_file(tmp_path):
     images, is_same, keypoints = verification_pairs(8, 40, aligned=False)
@@ -160,6 +202,10 @@ def test_bin(bin_file, embed):
     assert result.metrics["accuracy"] == expected.accuracy and result.metrics["accuracy_std"] == expected.std
     assert result.metrics["cosine_threshold"] == expected.cosine_threshold
     assert 0 <= result.metrics["tpr_at_fpr_0.0001"] <= result.metrics["tpr_at_fpr_0.001"] <= 1
+    embeddings = embed_images(embed, *(getattr(open_verification(str(path)), name) for name in ("images", "keypoints")))
+    validation = val_at_far(embeddings[0::2], embeddings[1::2], is_same)
+    assert result.metrics["val_at_far_0.001"] == validation.val and result.metrics["val_std"] == validation.std
+    assert "VAL@FAR=0.001" in format_text([result]) and "arcface_torch" in result.settings["threshold rule"]
     assert result.settings["keypoints"] == "drawn_ldmk_5points.csv"
     fpr, tpr = result.roc
     assert fpr[-1] == tpr[-1] == 1 and (np.diff(tpr) >= 0).all()

@@ -13,7 +13,7 @@ from insightface_kprpe.contact_sheet import CELL, arrange, face_cell
 from insightface_kprpe.evaluation.curves import cmc_points, equal_error_rate, plot_roc, roc_points, thinned
 from insightface_kprpe.evaluation.hardest import hardest_pairs, write_hardest_pairs
 from insightface_kprpe.evaluation.metrics import tpr_at_fpr
-from insightface_kprpe.evaluation.report import format_markdown, format_text, grid, write_report
+from insightface_kprpe.evaluation.report import check_report_folder, format_markdown, format_text, grid, write_report
 from insightface_kprpe.evaluation.result import Result
 from insightface_kprpe.evaluation.search import Matches
 
@@ -148,6 +148,17 @@ def test_without_matplotlib_tables_are_written(results, tmp_path, monkeypatch):
         write_report(results, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md", "report.txt"]
     assert len(write_report([Result("m", "p", {"accuracy": 0.99})], tmp_path)) == 3
+
+
+def test_what_a_report_needs_is_checked_before(tmp_path, monkeypatch):
+    check_report_folder(tmp_path / "new" / "report")
+    assert not list((tmp_path / "new" / "report").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        check_report_folder(tmp_path / "file")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"insightface-kprpe\[plots\]"):
+        check_report_folder(tmp_path)
 
 
 def test_curves_of_perfect_and_single_point_results(tmp_path):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import unicodedata
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from ..data.picture_files import nfc
+from ..files import read_text, user_file
 
 
 class Subjects(NamedTuple):
@@ -65,7 +69,7 @@ def read_meta(folder: str | Path, target: str = "IJBC") -> IJBMeta:
         where = f"{len(names)} and {len(media_names)} lines" if at is None else f"line {at + 1} differs"
         raise ValueError(f"{image_path} and {media_path} must list the same images in the same order: {where}")
     pair_path = Path(f"{prefix}_template_pair_label.txt")
-    p1, p2, label = (np.ascontiguousarray(column) for column in _load(pair_path, _text(pair_path), 3, np.int32).T)
+    p1, p2, label = (np.ascontiguousarray(column) for column in _load(user_file(pair_path), None, 3, np.int32).T)
     if not ((label == 0) | (label == 1)).all():
         raise ValueError(f"{pair_path}: the third column must be 0 or 1; is the file cut off?")
     landmarks_px = numbers[:, :10].reshape(-1, 5, 2)
@@ -101,7 +105,7 @@ def read_subjects(path: str | Path) -> Subjects:
         ValueError: a line is malformed, or a template has two subjects.
     """
     path = Path(path)
-    lines = _text(path).splitlines()[1:]
+    lines = read_text(path).splitlines()[1:]
     rows = _load(path, "\n".join(",".join(line.split(",")[:2]) for line in lines), 2, np.int64, ",", first_line=2)
     rows = np.unique(rows, axis=0)
     twice = rows[1:, 0][rows[1:, 0] == rows[:-1, 0]]
@@ -110,36 +114,32 @@ def read_subjects(path: str | Path) -> Subjects:
     return Subjects(rows[:, 0], rows[:, 1])
 
 
-def _text(path: Path) -> str:
-    """A whole file, with or without the mark that Windows puts before UTF-8."""
-    content = path.read_bytes()
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{path} is UTF-16; save it as UTF-8")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}: line {line}: no UTF-8 ({error.reason}); save the file as UTF-8") from error
-
-
 def _read_table(path: Path, columns: int, dtype: type) -> tuple[list[str], np.ndarray]:
     """Lines of a file name, in composed Unicode, and then ``columns`` numbers."""
-    parts = [line.split(maxsplit=1) for line in _text(path).splitlines()]
+    parts = [line.split(maxsplit=1) for line in read_text(path).splitlines()]
     numbers = "\n".join(part[1] if len(part) == 2 else "x" if part else "" for part in parts)
     table = _load(path, numbers, columns, dtype)
-    return [unicodedata.normalize("NFC", part[0]) for part in parts if part], table
+    return [nfc(part[0]) for part in parts if part], table
 
 
 def _load(
-    path: Path, text: str, columns: int, dtype: type, delimiter: str | None = None, first_line: int = 1
+    path: Path, text: str | None, columns: int, dtype: type, delimiter: str | None = None, first_line: int = 1
 ) -> np.ndarray:
-    """``np.loadtxt`` of finite numbers, whose errors name file and line."""
-    try:
-        table = np.loadtxt(io.StringIO(text), dtype=dtype, ndmin=2, delimiter=delimiter, comments=None)
+    """``np.loadtxt`` of finite numbers, whose errors name file and line.
+
+    Args:
+        path: the file.
+        text: the numbers of it; None: the file as it is, which may have millions of lines.
+        columns, dtype, delimiter: of the table.
+        first_line: of ``text`` in the file.
+    """
+    with contextlib.suppress(ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there are no lines
+        source = path if text is None else io.StringIO(text)
+        table = np.loadtxt(source, dtype, comments=None, delimiter=delimiter, ndmin=2, encoding="utf-8-sig")
         if table.shape[1] == columns and len(table) and np.isfinite(table).all():
             return table
-    except ValueError:
-        pass
+    text = read_text(path) if text is None else text
     line, got = _first_fault(text.splitlines(), columns, dtype, delimiter)
     raise ValueError(
         f"{path}: line {line + first_line}: must have {columns} numbers, got {got!r}; is the file cut off?"

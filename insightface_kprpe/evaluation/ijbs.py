@@ -35,6 +35,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from ..files import user_file
 from .fusion import pool_templates
 from .ijb import identification_rates
 from .metrics import to_numpy
@@ -249,7 +250,7 @@ def _read_list(path: Path, subject_of_media: dict[int, int]) -> TemplateList:
 
 def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of each line below the header, which must name these columns."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with user_file(path).open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         try:
             head = [name.strip() for name in next(reader, [])]

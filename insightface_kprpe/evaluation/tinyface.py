@@ -6,16 +6,15 @@ import importlib.util
 import json
 import subprocess
 import sys
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..data.picture_files import list_pictures, nfc
 from .search import rank_k, search
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 DISTRACTOR_ID = -100
 # Prints the variables of a .mat file: argv[1] is the file, the others are the names. Cells come as lists.
 _PRINT_MAT = """
@@ -90,7 +89,7 @@ def read_tinyface(folder: str | Path) -> TinyFaceSet:
 
 
 def _images(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = list_pictures(folder) if folder.is_dir() else []
     if not paths:
         raise FileNotFoundError(f"no images in {folder}; expected Probe, Gallery_Match and Gallery_Distractor")
     return paths
@@ -104,9 +103,7 @@ def _read_list(folder: Path, images: str, name: str) -> tuple[list[Path], np.nda
         return paths, np.array([_identity(path) for path in paths])
     key = name.split("_")[0]
     names, ids = _read_mat_list(mat, f"{key}_set", f"{key}_ids")
-    by_stem = {
-        unicodedata.normalize("NFC", path.stem): path for path in paths
-    }  # aligned copies of the set may have another suffix
+    by_stem = {nfc(path.stem): path for path in paths}  # aligned copies of the set may have another suffix
     return [by_stem.get(Path(image).stem, folder / images / image) for image in names], ids
 
 
@@ -139,7 +136,7 @@ def _read_mat_list(path: Path, names_key: str, ids_key: str) -> tuple[list[str],
             raise ValueError(f"there must be one identity for each image, got {len(ids)} for {len(names)}")
     except ValueError as error:
         raise ValueError(f"{path} is not a list in MATLAB's format (version 5 to 7): {error}") from error
-    return [unicodedata.normalize("NFC", name) for (name,) in names], ids.astype(np.int64)
+    return [nfc(name) for (name,) in names], ids.astype(np.int64)
 
 
 def _identity(path: Path) -> int:

@@ -155,12 +155,14 @@ class OnnxEmbedder(Embedder):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()  # as many as torch's networks get
         asked = {"providers": providers, "sess_options": options}
+        metadata = read_metadata(path)
         try:
-            metadata = read_metadata(path)
             self.session = onnxruntime.InferenceSession(str(path), **settle_providers(asked))
-        except Exception as error:  # protobuf's and onnxruntime's have no common class
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise ValueError(f"{path} is no ONNX file that onnxruntime loads; is it cut off? ({reason})") from error
+        except Exception as error:  # onnxruntime's have no class in common
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{path} could not be loaded by onnxruntime ({reason}); copy or export it again"
+            ) from error
         self.inputs = self.session.get_inputs()
         self.needs_keypoints = metadata.get("inputs") == "images+keypoints"
         self.finds_keypoints = metadata.get("keypoint_source") == "dfa"
