@@ -91,7 +91,7 @@ def load_published(
     build = _build_aligner if LANDMARK_NETWORK in state else _build_recogniser
     net, facts = build(state, config, f"{weights} ({kind})")
     check_turned_once(net, content, str(weights))
-    if content.get("color_space") == "BGR":
+    if str(content.get("color_space")).upper() == "BGR":
         facts["color_order"] += " (the first layer was turned from BGR)"
     return net, Description(
         source=f"{name}, converted from {before['source']}" if "source" in before else name,
