@@ -19,11 +19,13 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..files import atomic_folder
+from ..files import atomic_folder, read_text
 from .face_dataset import LANDMARK_FILE
 from .image_codec import decode_image, encode_jpeg
-from .landmark_csv import read_landmark_csv, write_landmark_csv
+from .landmark_csv import known_keypoints, read_landmark_csv, write_landmark_csv
 from .picture_files import list_people
+from .record_checks import check_index, find_contradictions
+from .record_format import RecordError
 from .record_writer import write_face_records, write_shuffled_records
 from .recordio import RecordReader
 
@@ -118,6 +120,7 @@ def repack(source: str | Path, out: str | Path, *, shuffle: int | None = None, n
         ValueError: the source or its landmark file is damaged, or ``out`` is not empty.
     """
     reader = RecordReader(source)
+    check_index(reader)
     labels = reader.labels()
     order = np.argsort(labels, kind="stable")
     order = order[labels[order] >= 0]
@@ -128,12 +131,22 @@ def repack(source: str | Path, out: str | Path, *, shuffle: int | None = None, n
     if len(order) < len(labels):
         logger.warning("%d images have a negative label and are left out", len(labels) - len(order))
     keys = reader.image_keys[order]
-    size = decode_image(reader[int(keys[0])][1]).shape[0]
     images = _Items(len(keys), functools.partial(_copy_record, reader, keys))
+    size = _first_size(reader, keys)
     landmarks = _landmarks_of(reader.path.parent, len(labels), order)
     write = write_face_records if shuffle is None else write_shuffled_records
     packed = _write(Path(out), images, labels[order], landmarks, size, num_workers, write)
     return packed._replace(left_out=len(labels) - packed.images)
+
+
+def _first_size(reader: RecordReader, keys: np.ndarray) -> int:
+    """Height of the first image that can be read."""
+    for key in map(int, keys):
+        try:
+            return reader.read_image(key)[1].shape[0]
+        except RecordError as error:
+            first = error
+    raise RecordError(f"{reader.path} has no image that can be read; the last: {first}")
 
 
 def inspect_records(path: str | Path, check: int | None = 1000, num_workers: int = 0) -> dict[str, Any]:
@@ -145,7 +158,8 @@ def inspect_records(path: str | Path, check: int | None = 1000, num_workers: int
         num_workers: processes that decode; 0: this one.
 
     Returns:
-        Facts by name, for people to read; ``bad`` has the faults of all unreadable images that were met.
+        Facts by name, for people to read; ``bad`` has the faults of all unreadable images that were met,
+        ``contradictions`` what does not agree.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -169,10 +183,11 @@ def inspect_records(path: str | Path, check: int | None = 1000, num_workers: int
         "images an identity": f"{counts.min()} to {counts.max()}, median {np.median(counts):g}",
         "labels": ("0 to the last without gaps" if whole else "with gaps or negative; `rec repack` renumbers them")
         + ("" if (np.diff(labels) >= 0).all() else "; not in order"),
-        "property file": properties.read_text().strip() if properties.is_file() else "none",
+        "property file": _property(properties) if properties.is_file() else "none",
         "landmarks": _landmark_state(reader.path.with_name(LANDMARK_FILE), len(keys)),
         "decoded": len(shown),
         "formats": {_describe(look): count for look, count in found.most_common(8)},
+        "contradictions": find_contradictions(reader, labels),
         "bad": [result for result in results if isinstance(result, str)],
     }
 
@@ -320,6 +335,13 @@ def _table_weights() -> np.ndarray:
     return np.array([_table_weight(file.tobytes()) for file in files])
 
 
+def _property(file: Path) -> str:
+    try:
+        return read_text(file).strip()
+    except ValueError as error:
+        return f"damaged: {error}"
+
+
 def _has_header(reader: RecordReader) -> bool:
     return len(reader.image_keys) < len(reader)
 
@@ -328,7 +350,9 @@ def _landmark_state(path: Path, count: int) -> str:
     if not path.is_file():
         return f"none ({LANDMARK_FILE}); `insightface-kprpe landmarks` writes it"
     try:
-        scores = read_landmark_csv(path, count)[1]
+        keypoints, scores = read_landmark_csv(path, count)
     except ValueError as error:
         return f"damaged: {error}"
-    return f"{count} rows" + ("" if scores is None else f" with scores, mean {scores.mean():.3f}")
+    unknown = int((~known_keypoints(keypoints)).sum())
+    said = f", {unknown} of them no landmarks of a face" if unknown else ""
+    return f"{count} rows{said}" + ("" if scores is None else f" with scores, mean {scores.mean():.3f}")
