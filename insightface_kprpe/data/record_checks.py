@@ -95,9 +95,10 @@ def _beyond(reader: RecordReader, labels: np.ndarray) -> list[str]:
 
 def _identities(reader: RecordReader, labels: np.ndarray) -> list[str]:
     """Identity records that do not say where the images of one person are."""
-    faults, images = [], reader.image_keys
-    identity_keys = reader.keys[len(images) + 1 :] if reader.identities is not None else ()
-    expected = 1
+    faults, first_row, expected = [], len(reader.image_keys) + 1, 1
+    if reader.identities is None or len(reader) == first_row:
+        return faults
+    identity_keys = reader.keys[first_row : first_row + reader.identities]  # others may follow
     for key in map(int, identity_keys):
         bounds = reader[key][0].label
         if np.shape(bounds) != (2,):
@@ -110,7 +111,7 @@ def _identities(reader: RecordReader, labels: np.ndarray) -> list[str]:
         elif len(within) and (within != within[0]).any():
             faults.append(f"identity record {key} has images {first} to {end - 1}, whose labels differ")
         expected = end
-    if len(identity_keys) and reader.identities != len(identity_keys):
+    if reader.identities != len(identity_keys):
         faults.append(f"record 0 says that there are {reader.identities} people, identity records {len(identity_keys)}")
     return faults
 
