@@ -10,7 +10,8 @@ from insightface_kprpe.data.crops import open_crops
 from insightface_kprpe.data.face_dataset import open_faces
 from insightface_kprpe.data.landmark_csv import write_landmark_csv
 from insightface_kprpe.data.record_format import RecordError
-from insightface_kprpe.data.record_tools import inspect_records, repack
+from insightface_kprpe.data.record_inspection import inspect_records
+from insightface_kprpe.data.record_tools import repack
 from insightface_kprpe.data.record_writer import write_face_records
 from insightface_kprpe.data.recordio import RecordHeader, RecordReader, RecordWriter
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS

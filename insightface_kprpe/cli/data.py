@@ -116,7 +116,7 @@ def rec_inspect(
     num_workers: Workers = _WORKERS,
 ) -> None:
     """Counts, identities, image sizes, JPEG quality, landmarks; unreadable images and contradictions (exit 1)."""
-    from ..data.record_tools import inspect_records
+    from ..data.record_inspection import inspect_records
 
     facts = inspect_records(path, None if everything else 1000, num_workers)
     bad, formats, contradictions = (facts.pop(name) for name in ("bad", "formats", "contradictions"))
