@@ -6,8 +6,15 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_TEMPORARY, _OLD = ".tmp", ".old"
 
 
 def user_file(path: str | Path, kind: str = "file", remedy: str = "") -> Path:
@@ -75,12 +82,14 @@ def sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; renamed to it when the block ends well, removed when it raises."""
+    """A temporary path beside ``path`` to write to; renamed to it when the block ends well, removed when it raises.
+
+    What earlier writers of ``path``, killed meanwhile, left behind is removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(descriptor)
-    temporary = Path(name)
+    _sweep(path)
+    temporary, lock = _claim(path, _temporary_file)
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -90,6 +99,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(lock)
     sync_folder(path.parent)
 
 
@@ -101,10 +112,14 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside ``path``; takes its place when the block ends well, removed when it raises."""
+    """A temporary folder beside ``path``; takes its place when the block ends well, removed when it raises.
+
+    What earlier writers of ``path``, killed meanwhile, left behind is removed, or put back where it was the old folder.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    _sweep(path)
+    temporary, lock = _claim(path, tempfile.mkdtemp)
     try:
         yield temporary
         for file in temporary.rglob("*"):
@@ -114,16 +129,65 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         os.chmod(temporary, 0o777 & ~_umask())
         if path.exists():
             # A folder cannot replace a full one in one step: move the old one aside first.
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+            old, old_lock = _claim(path, tempfile.mkdtemp, _OLD)
             os.replace(path, old / path.name)
             os.replace(temporary, path)
             shutil.rmtree(old)
+            os.close(old_lock)
         else:
             os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
     sync_folder(path.parent)
+
+
+def _temporary_file(**where: object) -> str:
+    descriptor, name = tempfile.mkstemp(**where)
+    os.close(descriptor)
+    return name
+
+
+def _claim(path: Path, make: Callable[..., str], suffix: str = _TEMPORARY) -> tuple[Path, int]:
+    """Make a temporary file or folder beside ``path``, and a descriptor whose lock says that its writer lives."""
+    while True:
+        temporary = Path(make(dir=path.parent, prefix=f".{path.name}.", suffix=suffix))
+        if fcntl is None:
+            return temporary, os.open(os.devnull, os.O_RDONLY)
+        descriptor = os.open(temporary, os.O_RDONLY)
+        if _lock(descriptor, wait=True) and temporary.exists():
+            return temporary, descriptor
+        os.close(descriptor)  # another writer took it for a left-over before it was locked
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed writers of ``path`` left beside it; a folder that was moved aside for a new one comes back."""
+    for left in list(path.parent.iterdir()) if fcntl is not None else ():
+        if not left.name.startswith(f".{path.name}.") or left.suffix not in (_TEMPORARY, _OLD):
+            continue
+        with contextlib.suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY)
+            try:
+                if not _lock(descriptor, wait=False):
+                    continue
+                if left.suffix == _OLD and (left / path.name).exists() and not path.exists():
+                    os.replace(left / path.name, path)
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool) -> bool:
+    """Lock a file or folder, until it is closed or its process ends; False where another process holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return wait
+    return True
 
 
 def _umask() -> int:

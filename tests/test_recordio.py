@@ -205,7 +205,7 @@ def test_processes_share_a_reader(face_set, method):
 
 
 def test_missing_file_and_key(face_set):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.rec not found"):
+    with pytest.raises(FileNotFoundError, match=r"record file not found: .*nowhere\.rec; name a \.rec"):
         RecordReader(face_set / "nowhere")
     reader = RecordReader(face_set)
     for key in (17, -1):

@@ -11,6 +11,7 @@ import numpy as np
 
 from .face_dataset import LANDMARK_FILE
 from .picture_files import list_people, list_pictures, read_image_file
+from .record_checks import check_index
 from .recordio import RecordReader
 from .verification_bin import read_verification_bin
 
@@ -46,6 +47,7 @@ def open_crops(source: str | Path) -> Crops:
     source = Path(source)
     if source.suffix == ".rec" or (source / "train.rec").is_file():
         reader = RecordReader(source)
+        check_index(reader)
         read = functools.partial(_read_record, reader, reader.image_keys)
         return Crops(len(reader.image_keys), read, reader.path.parent / LANDMARK_FILE, container=reader.path)
     if source.suffix == ".bin" and source.is_file():

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from ..geometry import CANONICAL_KEYPOINTS
 from .landmark_csv import read_keypoints
 from .picture_files import list_people, read_image_file
+from .record_checks import check_records
 from .recordio import RecordReader
 from .synthetic import SyntheticFaces
 
@@ -76,6 +77,7 @@ class RecordFaces:
         self.folder, self.reader = Path(folder), RecordReader(folder)
         self.keys = self.reader.image_keys
         self.labels = self.reader.labels()
+        check_records(self.reader, self.labels)
         self.keypoints = _landmarks_beside(self.folder, len(self.keys))
         self.has_landmarks = self.keypoints is not None
 
