@@ -10,10 +10,12 @@ from insightface_kprpe.app import networks
 def test_a_row_says_family_size_cost_and_publisher():
     facts = networks.describe_network("ir_18")
     assert (facts.family, facts.parameters, facts.weights) == ("IResNet, BGR", 24_020_352, "AdaFace (for BGR)")
-    # By hand: 2 x 112^2 x 27 x 64 of the first convolution, and so on; 2.6 GMAC as published for ResNet-18 at 112.
-    assert facts.flops / 1e9 == pytest.approx(5.24, rel=0.01)
+    # By hand, convolutions and the last layer alone: 43.4 + 1618.5 + 3 x 1168.8 + 25.7 million.
+    assert facts.flops / 1e9 == pytest.approx(5.194, rel=1e-3)
     assert networks.describe_network("vit_n_kprpe").family == "ViT, KPRPE"
-    assert networks.describe_network("mbf").family == "MobileFaceNet"
+    mobile = networks.describe_network("mbf")
+    assert mobile.family == "MobileFaceNet"
+    assert mobile.flops / 2e9 == pytest.approx(0.45, abs=0.01)  # arcface_torch calls it mobilefacenet-0.45G
 
 
 def test_speed_is_of_the_median_batch(monkeypatch):

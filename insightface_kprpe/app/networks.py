@@ -25,7 +25,7 @@ _PUBLISHERS = (
     ("vit_b_dp005_mask_005", "arcface_torch; LVFace-B"),
     ("vit_l_dp005_mask_005", "arcface_torch; LVFace-L"),
     ("vit_[tsblh]", "arcface_torch"),
-    ("cvlface_*_dfa", "CVLface (network and DFA, loaded one after the other)"),
+    ("cvlface_*_dfa", "CVLface; its DFA as dfa_weights"),
     ("cvlface_*", "CVLface"),
     ("ir_*", "AdaFace (for BGR)"),
     ("r18", "arcface_torch; CVLface (iresnet_insightface)"),
