@@ -67,7 +67,7 @@ def torch_runs(batch: int, heads: int, side: int, width: int) -> dict[str, Calla
 
     def biases() -> None:
         slopes = offset_attention._slope_lines(slope, index)
-        for chunk in offset_attention._chunks(q):
+        for chunk in offset_attention.image_chunks(q):
             room = mask[: chunk.stop - chunk.start]
             offset_attention._fill(room, table[chunk], slopes, index, None)
 
