@@ -266,6 +266,16 @@ def test_a_best_model_that_cannot_be_written_does_not_end_the_run(tmp_path, monk
     assert list(accuracies(tmp_path / "run")) == [4]
 
 
+def test_a_validation_does_not_hide_a_checkpoint_that_failed_in_the_background(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    overrides = [*SHORT, "async_save=True", f"val_targets={write_pairs(tmp_path / 'pairs.bin')}"]
+    with pytest.raises(TrainingError, match="the checkpoint of step 4 could not be written"):
+        trainer.train(tiny_config(tmp_path / "run", *overrides))
+
+
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="error: the folder of the run could not be written to .*file: File exists"):
