@@ -199,6 +199,14 @@ def test_pairs_that_cannot_be_measured_are_refused_before_anything_is_embedded()
             run_pairs(unused, pairs, EmbedOptions())
 
 
+def test_lists_that_skipped_images_have_emptied_leave_the_rest(ijb_folder, embed, caplog):
+    for person in range(PEOPLE // 2):  # all images of the first gallery
+        for frame in (0, 1):
+            (ijb_folder / "loose_crop" / f"{FRAMES * person + frame}.png").unlink()
+    (result,) = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions(missing="skip"))
+    assert result.protocol == "IJB-C 1:1" and "1:N could not be measured" in caplog.text
+
+
 def test_a_gallery_of_everybody_has_no_open_set(ijb_folder, embed):
     (ijb_folder / "meta" / "ijbc_1N_gallery_G2.csv").unlink()
     rewrite(ijb_folder / "meta" / "ijbc_1N_gallery_G1.csv", lambda text: text + "6,3,x\n8,4,x\n10,5,x\n")

@@ -100,7 +100,11 @@ def run_ijb(
         if sheets is not None and fusion == fusions[0]:
             file = sheets / f"hardest_{embed.name}_{target.lower()}.png"
             write_hardest_pairs(file, crops, _stand_ins(images), scores, images.label)
-        results += [_verified(blank, scores, images), *_identified(blank, weights, images)]
+        results.append(_verified(blank, scores, images))
+        try:
+            results += _identified(blank, weights, images)
+        except ValueError as error:  # of lists that skipped images have emptied; 1:1 stands
+            logger.warning("%s, %s: 1:N could not be measured: %s", embed.name, fusion, error)
     return results
 
 
