@@ -163,6 +163,7 @@ def test_verify_runs_every_file(pack):
         json.dumps({"name": "x", "files": {"/etc/passwd": record}}),
         json.dumps({"name": "x", "files": {"a.onnx": record | {"evaluation": {"thresholds": {"x": 1}}}}}),
         json.dumps({"name": "x", "files": {"a.onnx": record | {"change": [1]}}}),
+        json.dumps({"name": "x", "files": {"a.onnx": record | {"colour_order": 1}}}),
     ):  # fmt: skip
         (pack / "pack.json").write_bytes(text.encode("latin-1"))
         for use in (installed_packs.verify, installed_packs.describe, installed_packs.remove):
