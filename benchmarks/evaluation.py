@@ -104,7 +104,7 @@ def plain_ijb(data: Data) -> dict[str, float]:
     result = {}
     for target in FPRS:
         nearest = np.abs(fpr - target).argmin()
-        result[f"tpr_at_fpr_{target}"] = float(100 * tpr[nearest])
+        result[f"tpr_at_fpr_{target}"] = float(tpr[nearest])
         result[f"thresh_at_fpr_{target}"] = float(thresholds[nearest])
     return result
 
@@ -132,7 +132,7 @@ def plain_tinyface(data: Data) -> dict[str, float]:
     ranked = np.empty_like(same)
     for row in range(len(same)):
         ranked[row] = same[row, order[row, ::-1]]
-    return {f"rank_{rank}": float(100 * ranked[:, :rank].any(1).mean()) for rank in RANKS}
+    return {f"rank_{rank}": float(ranked[:, :rank].any(1).mean()) for rank in RANKS}
 
 
 def our_ijb(data: Data) -> dict[str, float]:

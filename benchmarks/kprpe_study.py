@@ -16,6 +16,7 @@ import fcntl
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,9 +29,11 @@ import cv2
 import numpy as np
 import torch
 from study_tests import SetOfPairs, measure
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from insightface_kprpe.files import atomic_path, write_atomically
 from insightface_kprpe.inference.models import TorchEmbedder
+from insightface_kprpe.training.checkpoint import latest_checkpoint
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.trainer import train
 from insightface_kprpe.weights.network import load_run
@@ -46,7 +49,7 @@ MOVED = {"rotation": 40.0, "scale": 0.3, "translation": 0.1}
 MOVED_MORE = {"rotation": 20.0, "scale": 0.2, "translation": 0.08}
 COMMON = {
     "embedding_size": 128, "batch_size": 64, "lr": 0.002, "weight_decay": 0.05, "scheduler": "cosine",
-    "warmup_epoch": 0.5, "loss": "margin", "margin_list": (1.0, 0.0, 0.2), "precision": "fp32",
+    "warmup_epoch": 0.5, "loss": "margin", "margin_list": (1.0, 0.0, 0.1), "logit_scale": 16.0, "precision": "fp32",
     "num_workers": 0, "verbose": 10**9, "frequent": 50, "val_targets": (), "keep_checkpoints": 1,
 }  # fmt: skip
 
@@ -62,7 +65,7 @@ class Run:
         seed: of weights, order and augmentation.
         rec: folder in ``--data`` to train on.
         settings: of the config, beside ``COMMON``.
-        base: folder of the run whose weights this one starts from; None: random weights.
+        base: folder of the run whose weights and class centers this one starts from; None: random ones.
     """
 
     part: str
@@ -111,8 +114,23 @@ def train_run(run: Run, data: Path, out: Path) -> None:
     )  # fmt: skip
     config.update({key: value for key, value in run.settings.items() if key != "network_kwargs"})
     if run.base:
-        config.update(init_from=str(out / run.base), init_min_match=0.5)
+        config.update(init_from=str(weights_and_centers(out / run.base)), init_min_match=0.5)
     train(config)
+
+
+def weights_and_centers(folder: Path) -> Path:
+    """A folder to start from: the backbone of a run and its class centers, as arcface_torch's checkpoint has them."""
+    start = folder / "start" / "checkpoint_gpu_0.pt"
+    if not start.is_file():
+        with tempfile.TemporaryDirectory() as temporary:
+            dcp_to_torch_save(latest_checkpoint(folder), f"{temporary}/state.pt")
+            tensors = torch.load(f"{temporary}/state.pt", weights_only=True)
+        backbone = torch.load(folder / "model.pt", weights_only=True)
+        softmax = {"weight": tensors["loss.class_centers"]}
+        with atomic_path(start) as temporary:
+            states = {"state_dict_backbone": backbone, "state_dict_softmax_fc": softmax, "state_optimizer": {}}
+            torch.save({**states, "epoch": 0}, temporary)
+    return start.parent
 
 
 def finish_run(run: Run, folder: Path, tests: Sequence[SetOfPairs], started: float) -> None:
@@ -166,23 +184,45 @@ def rates(*lrs: float) -> dict[str, tuple[str, dict]]:
     return {f"ViT lr {lr:g}": ("ViT", {"lr": lr}) for lr in lrs}
 
 
+def kprpe(**settings: Any) -> tuple[str, dict]:
+    """KPRPE at a scale of 30; arguments of the network go to ``network_kwargs``."""
+    inner = {key: settings.pop(key) for key in ("kprpe_sharing", "num_keypoints") if key in settings}
+    return "KPRPE", {"position_lr_scale": 30.0, "network_kwargs": inner, **settings}
+
+
 # One plain ViT for each kind of faces, trained first; its weights are where the networks to compare start from.
 BASES = {
+    "real": Run("base", "real", "ViT", 0, "fiw_unaligned", {"num_epoch": 6, "augment": SLIGHTLY}),
     "drawn": Run("base", "drawn", "ViT", 0, "drawn_aligned", {"num_epoch": 7, "augment": SLIGHTLY}),
-    "real": Run("base", "real", "ViT", 0, "fiw_unaligned", {"num_epoch": 10, "augment": SLIGHTLY}),
 }
-REAL = {"num_epoch": 3, "augment": MOVED, "base": BASES["real"].folder}
+REAL = {"num_epoch": 8, "augment": MOVED, "base": BASES["real"].folder}
 DRAWN = {"num_epoch": 7, "augment": MOVED_MORE, "base": BASES["drawn"].folder}
+
+# The longest run on real faces: wider, from scratch, its crops moved less.
+BEST = {
+    "num_epoch": 20, "augment": MOVED_MORE, "warmup_epoch": 1.0, "embedding_size": 256, "position_lr_scale": 30.0,
+    "network_kwargs": {"embed_dim": 96, "depth": 4},
+}  # fmt: skip
 
 PARTS: dict[str, list[Run]] = {
     "base": list(BASES.values()),
-    # Each kind of network is tuned by three values, on the validation families alone.
-    "tuning": compare(
-        "real", "fiw_unaligned", 1, scaled("KPRPE", 30) | rates(0.002) | scaled("iRPE", 30, 10, 1) | rates(0.001, 0.004)
-        | scaled("KPRPE", 10, 100), **REAL,
+    "real": compare("real", "fiw_unaligned", 3, rates(0.002) | scaled("KPRPE", 30), **REAL),
+    "irpe": compare("real", "fiw_unaligned", 3, scaled("iRPE", 10), **REAL),
+    # What is the best scale, and has every network its own best rate?
+    "scale": compare("drawn", "drawn_loose", 1, rates(0.002) | scaled("KPRPE", 30, 1, 10, 100, 3), **DRAWN),
+    "tuning": compare("drawn", "drawn_loose", 1, rates(0.001, 0.004) | scaled("iRPE", 10, 1, 30), **DRAWN),
+    "drawn": compare("drawn", "drawn_loose", 3, rates(0.002) | scaled("KPRPE", 30) | scaled("iRPE", 10), **DRAWN),
+    # Trained on aligned crops that are not moved.
+    "aligned": compare(
+        "aligned", "fiw_aligned", 1, rates(0.002) | scaled("KPRPE", 30), **{**REAL, "augment": {}, "num_epoch": 3}
     ),
-    "real": compare("real", "fiw_unaligned", 3, rates(0.002) | scaled("KPRPE", 30) | scaled("iRPE", 10), **REAL),
-    "scale": compare("drawn", "drawn_loose", 2, rates(0.002) | scaled("KPRPE", 30, 1, 10, 100, 3), **DRAWN),
+    "best": [Run("best", "KPRPE best", "KPRPE", 0, "fiw_unaligned", BEST)],
+    "variants": compare(
+        "drawn", "drawn_loose", 1, {"KPRPE x30, no warm-up": kprpe(warmup_epoch=0.0)}
+        | {f"KPRPE x30, {what} shared": kprpe(kprpe_sharing=what) for what in ("layers", "heads", "both")}
+        | {f"KPRPE x30, {k} points": kprpe(num_keypoints=k) for k in (2, 3, 4)}, **DRAWN,
+    ),
+    "long": compare("long", "drawn_loose", 1, rates(0.002) | scaled("KPRPE", 1, 30), **{**DRAWN, "num_epoch": 28}),
 }  # fmt: skip
 
 

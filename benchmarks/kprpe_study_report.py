@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,21 +21,19 @@ import numpy as np
 from insightface_kprpe.evaluation.metrics import kfold_accuracy, tpr_at_fpr
 from insightface_kprpe.files import atomic_path, write_atomically
 
-# Of each part: the plain ViT, KPRPE and iRPE that are compared test by test.
-COMPARED = {
-    "real": ("ViT lr 0.002", "KPRPE x30", "iRPE x10"),
-    "drawn": ("ViT lr 0.002", "KPRPE x30", "iRPE x10"),
-}
+COMPARED = ("ViT lr 0.002", "KPRPE x30", "iRPE x10")  # test by test
 FPR = 0.01
 DRAWS = 1000  # of the bootstrap
 _COLOURS = {"ViT": "#0072B2", "iRPE": "#009E73", "KPRPE": "#D55E00"}
-_AXES = {
-    "rotation": "rotation of the crops, degrees",
-    "scale": "scale of the crops, times",
-    "shift": "shift of the crops, share of the side",
-    "px": "resolution of the crops, pixels",
-    "keypoint noise": "noise of the keypoints, share of the side",
-}
+# Panels of the curves: what is on the axis, the tests that belong there, and which amount changes nothing.
+_PANELS = (
+    ("rotation of the crops, degrees", r"rotation ([\d.]+)", 0.0),
+    ("scale of the crops, times", r"scale ([\d.]+)", 1.0),
+    ("shift of the crops, share of the side", r"shift ([\d.]+)", 0.0),
+    ("resolution of the crops, pixels", r"([\d.]+) px", 112.0),
+    ("noise of the keypoints, share of the side", r"keypoint noise ([\d.]+)", 0.0),
+)
+_ALIGNED = r"aligned first, keypoint noise ([\d.]+)"
 
 
 class Spread(NamedTuple):
@@ -90,7 +89,7 @@ class Result:
 
     def tpr(self, test: str) -> float:
         """TPR at an FPR of 1 %, percent."""
-        return tpr_at_fpr(self.scores[test], self.is_same(test), [FPR])[0].tpr
+        return 100 * tpr_at_fpr(self.scores[test], self.is_same(test), [FPR])[0].tpr
 
 
 def folds_of(test: str) -> int:
@@ -99,8 +98,15 @@ def folds_of(test: str) -> int:
 
 
 def read_results(out: Path) -> list[Result]:
-    """All runs that have ended."""
-    return [Result.read(path.parent) for path in sorted(out.glob("*/*/run.json"))]
+    """All runs that have ended but the bases, which are not compared."""
+    results = [Result.read(path.parent) for path in out.glob("*/*/run.json") if path.parts[-3] != "base"]
+    return sorted(results, key=lambda result: (result.run["part"], _rank(result.run["name"]), result.run["seed"]))
+
+
+def _rank(name: str) -> tuple:
+    """Where a network stands in tables: the plain ViT first, then by scale or learning rate."""
+    kind, *settings = name.split()
+    return list(_COLOURS).index(kind), [float(n) for n in re.findall(r"[0-9.]+", settings[0])], name
 
 
 def accuracies(results: Iterable[Result], name: str) -> dict[str, Spread]:
@@ -118,7 +124,7 @@ def gain(results: Sequence[Result], name: str, than: str, test: str) -> tuple[Sp
     """
     of = {key: {r.run["seed"]: r for r in results if r.run["name"] == key} for key in (name, than)}
     seeds = sorted(of[name].keys() & of[than].keys())
-    if not seeds or test not in of[than][seeds[0]].scores:
+    if not seeds or any(test not in of[key][seeds[0]].scores for key in of):
         return None
     differences = np.stack([100.0 * of[name][s].right(test) - 100.0 * of[than][s].right(test) for s in seeds])
     people = np.unique(of[name][seeds[0]].people(test), return_inverse=True)[1].reshape(-1, 2)
@@ -138,55 +144,68 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def comparison(results: Sequence[Result], names: Sequence[str], name: str, than: str) -> str:
-    """A table of all tests, and by how much one network is better than another."""
+    """A table of the tests that all have, and by how much one network is better than another."""
     columns = {each: accuracies(results, each) for each in names}
     rows = []
-    for test in dict.fromkeys(test for column in columns.values() for test in column):
+    for test in columns[than]:
         found = gain(results, name, than, test)
-        last = "" if found is None else f"{'+' * (found[0].mean >= 0)}{found[0]} ({found[1]:+.1f} to {found[2]:+.1f})"
-        rows.append([test, *(str(columns[each].get(test, "")) for each in names), last])
+        if found is not None:
+            seeds, low, high = found
+            last = f"{'+' * (seeds.mean >= 0)}{seeds} ({low:+.1f} to {high:+.1f})"
+            rows.append([test, *(str(columns[each].get(test, "")) for each in names), last])
     return table(["accuracy, %", *names, f"{name} - {than} (95 % of people)"], rows)
+
+
+def keypoint_table(results: Sequence[Result], name: str, than: str, test: str) -> str:
+    """What right and wrong keypoints are worth: to a network that sees them, and to align the crop by them first."""
+    seen, plain = accuracies(results, name), accuracies(results, than)
+    changes = [key.removeprefix(f"{test}, ") for key in seen if key.startswith(f"{test}, ") and "point" in key]
+    rows = [["as they are", str(plain[test]), str(plain[f"{test}, aligned first"]), str(seen[test])]]
+    for change in changes:
+        rows.append(
+            [change, "", str(plain.get(f"{test}, aligned first, {change}", "")), str(seen[f"{test}, {change}"])]
+        )
+    return table(["keypoints", than, f"{than}, crops aligned first", name], rows)
 
 
 def draw_curves(results: Sequence[Result], names: Sequence[str], path: Path, title: str) -> None:
     """One panel a kind of test, one curve a network, bars of one standard deviation, as PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 8.4), layout="constrained")
-    axes = figure.subplots(3, 2, sharey=True).flat
-    for axis, (kind, label) in zip(axes, _AXES.items(), strict=False):
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    axes = list(figure.subplots(2, 3, sharey=True).flat)
+    tests = {name: accuracies(results, name) for name in names}
+
+    def draw(axis, name: str, pattern: str, start: float, line: str, label: str) -> None:
+        points = curve(tests[name], pattern, start)
+        if points:
+            x, y, bars = zip(*((amount, value.mean, value.std or 0) for amount, value in points), strict=True)
+            axis.errorbar(x, y, bars, fmt=line, color=_COLOURS[name.split()[0]], label=label, capsize=3)
+
+    for (label, pattern, start), axis in zip(_PANELS, axes, strict=False):
         for name in names:
-            points = curve(accuracies(results, name), kind)
-            if points:
-                x, y, bars = zip(*((amount, value.mean, value.std or 0) for amount, value in points), strict=True)
-                axis.errorbar(x, y, bars, fmt="o-", color=_COLOURS[name.split()[0]], label=name, capsize=3)
+            draw(axis, name, pattern, start, "o-", name)
         axis.set_xlabel(label)
         axis.set_ylabel("verification accuracy, %")
         axis.grid(alpha=0.3)
+    draw(axes[4], names[0], _ALIGNED, 0.0, "s--", f"{names[0]}, crops aligned first")
+    for axis in axes[:5]:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-    for axis in axes:
-        axis.axis("off")
+    axes[5].axis("off")
     figure.suptitle(title)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=80)
+        figure.savefig(temporary, format="png", dpi=75)
 
 
-def curve(tests: Mapping[str, Spread], kind: str) -> list[tuple[float, Spread]]:
-    """(amount, accuracy) of the tests of one kind, with the unchanged set first where it was tested."""
-    points = []
-    for test, value in tests.items():
-        name, _, change = test.partition(", ")
-        if kind in change.split() or change.startswith(kind):
-            amount = float(next(part for part in change.split() if part[0].isdigit()))
-            points.append((amount, value))
-            start = (0.0 if kind != "scale" else 1.0) if kind != "px" else 112.0
-    return sorted([(start, tests[name_of(tests, kind)]), *points]) if points else []
-
-
-def name_of(tests: Mapping[str, Spread], kind: str) -> str:
-    """The set whose crops or keypoints a kind of test changes."""
-    return next(test for test in tests if kind in test).split(",")[0]
+def curve(tests: Mapping[str, Spread], pattern: str, start: float) -> list[tuple[float, Spread]]:
+    """(amount, accuracy) of the tests whose name after the set's matches, and of the test that changes nothing."""
+    found = {test: re.fullmatch(f"[^,]*, {pattern}", test) for test in tests}
+    points = [(float(match[1]), tests[test]) for test, match in found.items() if match]
+    if not points:
+        return []
+    unchanged = next(test for test, match in found.items() if match).rpartition(", ")[0]
+    return sorted([(start, tests[unchanged]), *points])
 
 
 def parts_of(results: Iterable[Result]) -> dict[str, list[Result]]:
@@ -228,9 +247,10 @@ def main() -> None:
             name: {test: value._asdict() for test, value in accuracies(results, name).items()}
             for name in dict.fromkeys(result.run["name"] for result in results)
         }
-        best = [name for name in summary[part] if name in COMPARED.get(part, ())]
+        best = [name for name in COMPARED if name in summary[part]]
         if len(best) > 1:
             text.append(comparison(results, best, best[1], best[0]))
+            text.append(keypoint_table(results, best[1], best[0], sets[0]))
             draw_curves(results, best, options.out / f"curves_{part}.png", f"{part}: mean and deviation over seeds")
     report = "\n\n".join(text) + "\n"
     write_atomically(options.out / "report.md", report.encode())

@@ -38,9 +38,9 @@ import numpy as np
 
 from insightface_kprpe.app.aligner import cut_box
 from insightface_kprpe.contact_sheet import arrange, face_cell, write_sheet
-from insightface_kprpe.data.face_dataset import list_people, read_image_file
 from insightface_kprpe.data.image_codec import encode_jpeg
 from insightface_kprpe.data.landmark_csv import write_landmark_csv
+from insightface_kprpe.data.picture_files import list_people, read_image_file
 from insightface_kprpe.data.record_tools import pack_drawn
 from insightface_kprpe.data.synthetic import SyntheticFaces
 from insightface_kprpe.data.verification_bin import write_verification_bin
@@ -179,7 +179,7 @@ def make_fiw(folder: Path, out: Path, detector: Path, processes: int) -> None:
     names = ("fiw_unaligned/train.rec", "fiw_aligned/train.rec", "fiw_val_unaligned.bin", "fiw_val_aligned.bin")
     if all((out / name).is_file() for name in names):
         return
-    people = list_people(folder)
+    people = list(list_people(folder).values())
     paths = [path for files in people for path in files]
     person = np.repeat(np.arange(len(people)), [len(files) for files in people])
     faces = find_faces(paths, PADDING["fiw"], detector, out / "detected" / "fiw", processes)

@@ -86,7 +86,7 @@ def measure(
 
     def test(name: str, tested: SetOfPairs) -> None:
         rows = embed_images(embed, tested.images, tested.keypoints, flip=False)[tested.pairs]
-        accuracy[name] = round(kfold_accuracy(rows[:, 0], rows[:, 1], tested.is_same, tested.folds).accuracy, 3)
+        accuracy[name] = round(100 * kfold_accuracy(rows[:, 0], rows[:, 1], tested.is_same, tested.folds).accuracy, 3)
         scores[name] = (unit_rows(rows[:, 0]) * unit_rows(rows[:, 1])).sum(1).astype(np.float32)
 
     for tested in tests:

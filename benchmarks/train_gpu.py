@@ -33,10 +33,11 @@ from insightface_kprpe.data.record_tools import pack_drawn
 from insightface_kprpe.data.sampler import EpochSampler
 from insightface_kprpe.data.synthetic import SyntheticFaces
 from insightface_kprpe.files import write_atomically
+from insightface_kprpe.training.build import margin_loss
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.loop import build_loader
 from insightface_kprpe.training.state import Plan, build_state
-from insightface_kprpe.training.trainer import margin_loss, prepare, train_step
+from insightface_kprpe.training.trainer import prepare, train_step
 
 NETWORKS = [f"vit_{size}{position}" for size in "sbl" for position in ("", "_kprpe")]
 PEOPLE = 205_990  # WebFace4M

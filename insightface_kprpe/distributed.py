@@ -16,6 +16,12 @@ def barrier() -> None:
         dist.barrier()
 
 
+def wait_for_rank_0() -> None:
+    """Wait until rank 0 has got here, if there are several ranks; over gloo, which waits longer than nccl."""
+    if rank_and_world_size()[1] > 1:
+        dist.broadcast(torch.zeros(1), 0)
+
+
 def rank_and_world_size() -> tuple[int, int]:
     """This process' rank and the number of ranks; (0, 1) where no process group was initialised."""
     if dist.is_available() and dist.is_initialized():

@@ -100,14 +100,14 @@ def description_beside(weights: str | Path) -> tuple[dict[str, Any], Path | None
     if weights.suffix == ".safetensors" and (header := _safetensors_header(weights)) is not None:
         return parse_json_object(header, f"{weights}: its header"), weights
     config = folder / "config.json"
-    said = read_json_object(config) if config.is_file() else {}
-    if "network" in said or "aggregator" in said:
-        return said, config
+    content = read_json_object(config) if config.is_file() else {}
+    if "network" in content or "aggregator" in content:
+        return content, config
     for path in (weights.with_suffix(".yaml"), folder / "pretrained_model" / "model.yaml", folder / "model.yaml"):
         if path.is_file():
             return read_yaml_mapping(path), path
-    if isinstance(said.get("conf"), dict):
-        return said["conf"], config
+    if isinstance(content.get("conf"), dict):
+        return content["conf"], config
     return {}, None
 
 

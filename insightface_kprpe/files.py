@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a kill at any moment, finds the old content or the new, never a half."""
+"""Files: whether a user's can be read, and writing so that a kill at any moment leaves the old content or the new."""
 
 from __future__ import annotations
 
@@ -6,8 +6,68 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_TEMPORARY, _OLD = ".tmp", ".old"
+
+
+def user_file(path: str | Path, kind: str = "file", remedy: str = "") -> Path:
+    """A file that a user named, which is there and can be read.
+
+    Args:
+        path: what was named.
+        kind: what to call it in an error, such as "gallery".
+        remedy: what to do where it is not there.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is a folder or no regular file, or may not be read.
+    """
+    path, remedy = Path(path), f"; {remedy}" if remedy else ""
+    try:
+        if not path.is_file() and path.exists():
+            raise ValueError(f"{path} must be a file ({kind}), got {'a folder' if path.is_dir() else 'something else'}")
+        with open(path, "rb"):
+            return path
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{kind} not found: {path}{remedy}") from error
+    except NotADirectoryError as error:
+        raise FileNotFoundError(f"{kind} not found: {path}; a part of the path is a file, not a folder") from error
+    except (OSError, RuntimeError) as error:  # pathlib calls a circle of links a RuntimeError in some versions
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} ({kind}) cannot be read: {why}") from error
+
+
+def read_text(path: str | Path, kind: str = "file", remedy: str = "") -> str:
+    """The text of a user's file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path, kind, remedy: see :func:`user_file`, which also says what is raised.
+
+    Raises:
+        ValueError: the text is not UTF-8.
+    """
+    content = user_file(path, kind, remedy).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, content, error.start) from error
+
+
+def not_utf8(path: str | Path, content: bytes, at: int) -> ValueError:
+    """The error for a text that is not UTF-8 from byte ``at`` of ``content`` on."""
+    line = content.count(b"\n", 0, at) + 1
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return ValueError(f"{path}: the text is UTF-16; save it as UTF-8")
+    return ValueError(
+        f"{path}: line {line}: byte 0x{content[at]:02x} is not UTF-8 (Latin-1, perhaps); save the file as UTF-8"
+    )
 
 
 def sync_folder(path: Path) -> None:
@@ -22,12 +82,14 @@ def sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; renamed to it when the block ends well, removed when it raises."""
+    """A temporary path beside ``path`` to write to; renamed to it when the block ends well, removed when it raises.
+
+    What earlier writers of ``path``, killed meanwhile, left behind is removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(descriptor)
-    temporary = Path(name)
+    _sweep(path)
+    temporary, lock = _claim(path, _temporary_file)
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -37,6 +99,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(lock)
     sync_folder(path.parent)
 
 
@@ -48,10 +112,14 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside ``path``; takes its place when the block ends well, removed when it raises."""
+    """A temporary folder beside ``path``; takes its place when the block ends well, removed when it raises.
+
+    What earlier writers of ``path``, killed meanwhile, left behind is removed, or put back where it was the old folder.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    _sweep(path)
+    temporary, lock = _claim(path, tempfile.mkdtemp)
     try:
         yield temporary
         for file in temporary.rglob("*"):
@@ -61,16 +129,65 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         os.chmod(temporary, 0o777 & ~_umask())
         if path.exists():
             # A folder cannot replace a full one in one step: move the old one aside first.
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+            old, old_lock = _claim(path, tempfile.mkdtemp, _OLD)
             os.replace(path, old / path.name)
             os.replace(temporary, path)
             shutil.rmtree(old)
+            os.close(old_lock)
         else:
             os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
     sync_folder(path.parent)
+
+
+def _temporary_file(**where: object) -> str:
+    descriptor, name = tempfile.mkstemp(**where)
+    os.close(descriptor)
+    return name
+
+
+def _claim(path: Path, make: Callable[..., str], suffix: str = _TEMPORARY) -> tuple[Path, int]:
+    """Make a temporary file or folder beside ``path``, and a descriptor whose lock says that its writer lives."""
+    while True:
+        temporary = Path(make(dir=path.parent, prefix=f".{path.name}.", suffix=suffix))
+        if fcntl is None:
+            return temporary, os.open(os.devnull, os.O_RDONLY)
+        descriptor = os.open(temporary, os.O_RDONLY)
+        if _lock(descriptor, wait=True) and temporary.exists():
+            return temporary, descriptor
+        os.close(descriptor)  # another writer took it for a left-over before it was locked
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed writers of ``path`` left beside it; a folder that was moved aside for a new one comes back."""
+    for left in list(path.parent.iterdir()) if fcntl is not None else ():
+        if not left.name.startswith(f".{path.name}.") or left.suffix not in (_TEMPORARY, _OLD):
+            continue
+        with contextlib.suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY)
+            try:
+                if not _lock(descriptor, wait=False):
+                    continue
+                if left.suffix == _OLD and (left / path.name).exists() and not path.exists():
+                    os.replace(left / path.name, path)
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool) -> bool:
+    """Lock a file or folder, until it is closed or its process ends; False where another process holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return wait
+    return True
 
 
 def _umask() -> int:

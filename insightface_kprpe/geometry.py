@@ -28,18 +28,16 @@ KEYPOINT_LIMIT = 4.0
 # Which keypoint each one becomes when the image is mirrored.
 MIRROR_ORDER = (1, 0, 2, 4, 3)
 
-# By number of landmarks: which ones each of the five points is the mean of.
-_FIVE_OF = {
-    5: ((0,), (1,), (2,), (3,), (4,)),
-    68: (range(36, 42), range(42, 48), (30,), (48,), (54,)),
-    98: ((96,), (97,), (57,), (76,), (82,)),
-}
+# How much of the template's shape five points must share (0 to 1, whatever their place, size and turn) to be a face's:
+# of 11,000 faces of the wild the least has 0.64, a full profile seen from below 0.46, half of all random points 0.2.
+_FACE_LIKENESS = 0.25
+_COINCIDE = 1e-3  # of a crop's side, or of the largest coordinate: points nearer to each other than this are one
 
 
 def similarity_transform(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Least-squares similarity (rotation, uniform scale, shift; no reflection) from one point set to another.
 
-    Closed form: with centred points as complex numbers, scale and rotation are one complex quotient.
+    Closed form: with centered points as complex numbers, scale and rotation are one complex quotient.
 
     Args:
         source: (..., P, 2) float, P >= 2 points.
@@ -151,6 +149,28 @@ def transform_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return np.asarray(points) @ matrix[:, :2].T + matrix[:, 2]
 
 
+def known_landmarks(landmarks: np.ndarray) -> np.ndarray:
+    """Where five points can be a face's, as against numbers that say "unknown": zeros, -1 and the like.
+
+    Args:
+        landmarks: (..., 5, 2) float in any unit.
+
+    Returns:
+        (...) bool; False where points coincide, are not finite, or lie as no face's points can.
+    """
+    points = np.asarray(landmarks, dtype=np.float64)
+    finite = np.isfinite(points).all((-2, -1))
+    points = np.where(finite[..., None, None], points, 0.0)
+    largest = np.abs(points).max((-2, -1))
+    template = ARCFACE_TEMPLATE_112.astype(np.float64)
+    points, template = ((values - values.mean(-2, keepdims=True)) @ np.array([1, 1j]) for values in (points, template))
+    spread = (np.abs(points) ** 2).sum(-1)
+    apart = spread > 5 * (_COINCIDE * np.maximum(largest, 1.0)) ** 2
+    # The squared correlation of the two shapes as complex numbers, which no turn, scale or shift changes.
+    shared = np.abs((points.conj() * template).sum(-1)) ** 2
+    return finite & apart & (shared >= _FACE_LIKENESS * spread * (np.abs(template) ** 2).sum())
+
+
 def mirror_keypoints(keypoints):
     """Keypoints of the mirrored crop: x becomes 1 - x, and left and right points change places.
 
@@ -163,23 +183,3 @@ def mirror_keypoints(keypoints):
     mirrored = keypoints[..., list(MIRROR_ORDER), :]  # advanced indexing copies
     mirrored[..., 0] = 1 - mirrored[..., 0]
     return mirrored
-
-
-def to_five_points(landmarks):
-    """The five points that KPRPE and alignment use, from the landmarks of other annotation schemes.
-
-    Args:
-        landmarks: (..., P, 2) float tensor or array in any unit. P = 68 (300-W: an eye is the mean of its six points),
-            98 (WFLW: points 96, 97, 57, 76, 82, as in the paper's supplementary section 6), or 5 already.
-
-    Returns:
-        (..., 5, 2) tensor or array of the same kind.
-
-    Raises:
-        ValueError: another number of points.
-    """
-    count = landmarks.shape[-2]
-    if count not in _FIVE_OF:
-        raise ValueError(f"landmarks must be (..., P, 2) with P = 5, 68 or 98, got shape {tuple(landmarks.shape)}")
-    points = [landmarks[..., list(group), :].mean(-2) for group in _FIVE_OF[count]]
-    return torch.stack(points, -2) if isinstance(landmarks, torch.Tensor) else np.stack(points, -2)

@@ -28,7 +28,9 @@ _LANDMARKS_OF_NETWORKS = (
     ("layer1.0.prelu.weight", "input_layer.0.weight", "conv_sep.layers.0.weight"),
 )
 # Prefixes that wrappers add, for networks of which nothing is known but that all their tensors have them.
-_WRAPPERS = ("model.net.", "net.", "backbone.", "module.", "_orig_mod.", "model.")
+_WRAPPERS = ("net.", "backbone.", "module.", "model.")
+# What torch's wrappers of single layers put into names.
+_INSERTED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 # Where training scripts put the state dict among other things.
 _CONTAINERS = ("state_dict", "model_state_dict", "state_dict_backbone", "model", "backbone", "net", "network")
 # Training-only, so files have it or not whatever the network was built with.
@@ -72,12 +74,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path} could not be read as weights ({_reason(error)}); expected a plain state dict"
         ) from error
-    while isinstance(content, Mapping) and not any(isinstance(value, torch.Tensor) for value in content.values()):
-        inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    state = dict(_tensors(content))
+    state = _tensors_in(content)
     if not state:
         raise ValueError(f"{path} holds no state dict (a mapping of names to tensors)")
     return _to_rgb(state, path)
@@ -117,14 +114,23 @@ def _reason(error: Exception) -> str:
     return lines[0]
 
 
-def _tensors(content: Any, prefix: str = "", depth: int = 5) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors in mappings of mappings, by their names joined with points."""
+def _tensors_in(content: Any) -> dict[str, torch.Tensor]:
+    """All tensors in mappings of mappings, by their names joined with points; of a checkpoint, those of its model."""
+    while isinstance(content, Mapping) and not any(isinstance(value, torch.Tensor) for value in content.values()):
+        inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    return {_INSERTED.sub("", name): value for name, value in _flat(content)}
+
+
+def _flat(content: Any, prefix: str = "", depth: int = 5) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(content, Mapping) and depth:
         for key, value in content.items():
             if isinstance(value, torch.Tensor):
                 yield f"{prefix}{key}", value
             else:
-                yield from _tensors(value, f"{prefix}{key}.", depth - 1)
+                yield from _flat(value, f"{prefix}{key}.", depth - 1)
 
 
 def _to_rgb(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
@@ -156,6 +162,7 @@ def find_weights(state: Mapping[str, torch.Tensor], names: Collection[str] = ())
     Raises:
         ValueError: there are two such networks in the file.
     """
+    state = _tensors_in(state)
     prefix = _prefix_of(state, set(names)) if names else None
     for landmarks in () if names else _LANDMARKS_OF_NETWORKS:
         prefix = _prefix_of(state, set(landmarks)) if prefix is None else prefix
@@ -216,7 +223,8 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, torch.Tensor]
     name = "state dict" if isinstance(source, Mapping) else str(source)
     if not isinstance(source, Mapping):
         check_turned_once(net, description_beside(source)[0], name)
-    wanted = net.state_dict()
+    inner = getattr(net, "_orig_mod", net)  # of torch.compile
+    wanted = inner.state_dict()
     tensors = source if isinstance(source, Mapping) else read_state_dict(source)
     try:
         found = find_weights(tensors, wanted)
@@ -233,13 +241,13 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, torch.Tensor]
     state = {key: wanted[key] for key in derived} | state
     if problems := _differences(wanted, state):
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"{name}{under} does not fit this {type(net).__name__}: {shown}")
+        raise ValueError(f"{name}{under} does not fit this {type(inner).__name__}: {shown}")
     check_finite(state, name)
     if found.others:
         logger.warning(
             "%s: the network's tensors are under %r; left out: %s", name, found.prefix, list_names(found.others)
         )
-    net.load_state_dict(state)
+    inner.load_state_dict(state)
     return net
 
 

@@ -1,6 +1,7 @@
 """Every key that a config may set, its default, meaning and unit. A config file states only what differs.
 
-A config is a python file with ``config = edict()``, as in arcface_torch; its own files work here unchanged.
+A config is a python file with ``config = edict()``, as in arcface_torch; its own files work here unchanged. It is code
+that runs: read one from somebody else before you use it.
 Values on the command line win: ``train_v2.py CONFIG lr=0.0005 val_targets="('lfw',)"``.
 """
 
@@ -15,7 +16,7 @@ config.num_image = 0  # images; synthetic data draws this many, other data is co
 config.num_workers = 2  # reader processes a rank
 config.max_bad_images = 0.001  # unreadable images are left out; above this share of them the run stops
 config.val_targets = ()  # names of .bin sets in the folder of `rec`, paths of .bin files, or "synthetic"
-config.verify_at_start = False  # also verify before the first step
+config.verify_at_start = False  # also verify before the first step that is to do
 
 # --- augmentation (mirroring is always on) ---------------------------------------------------------------------------
 config.augment = {}  # "paper": the paper's recipe | {}: mirroring alone | arguments of data.augmentation.Augmentation,
@@ -34,6 +35,7 @@ config.gradient_checkpointing = False  # less memory, about a third more time
 # --- loss -----------------------------------------------------------------------------------------------------------
 config.loss = "margin"  # "margin": ArcFace or CosFace, by margin_list | "adaface"
 config.margin_list = (1.0, 0.5, 0.0)  # (1, m2, 0): ArcFace with angle m2 in radians | (1, 0, m3): CosFace
+config.logit_scale = 64.0  # s of every margin; some thousand people want less (24): with 64 they teach nothing at first
 config.interclass_filtering_threshold = 0.0  # cosine above which another class is taken for label noise; 0: off
 config.adaface_m = 0.4  # margin
 config.adaface_h = 0.333  # how strongly the margin follows quality
@@ -41,14 +43,13 @@ config.adaface_t_alpha = 0.01  # weight of the newest batch in the norm statisti
 config.sample_rate = 1.0  # PartialFC: share of the class centers that take part in a step, in (0, 1]
 
 # --- optimisation ---------------------------------------------------------------------------------------------------
-config.batch_size = 128  # images a rank and forward pass
+config.batch_size = 128  # images a rank and forward pass; at least 2, as the head normalises over them
 config.gradient_acc = 1  # batches an optimizer step, which takes batch_size * ranks * gradient_acc images as one batch
 config.optimizer = "adamw"  # "adamw" | "sgd"
 config.lr = 0.001  # peak learning rate
-config.position_lr_scale = (
-    1.0  # KPRPE's and iRPE's tables learn this many times as fast; 1: as published. They start at
-)
-# zero and AdamW moves a weight by about lr a step, so that short runs need more: see docs/does_kprpe_help.md
+# KPRPE's and iRPE's tables learn this many times as fast; 1: as published. They start at zero and AdamW moves a weight
+# by about lr a step, so that short runs need more: see docs/does_kprpe_help.md
+config.position_lr_scale = 1.0
 config.momentum = 0.9  # SGD only
 config.weight_decay = 0.05
 config.scheduler = "polynomial"  # after warm-up: "polynomial" (linear to 0) | "cosine" | "step"
@@ -65,7 +66,7 @@ config.seed = 2048
 # --- run ------------------------------------------------------------------------------------------------------------
 config.output = None  # folder for logs, checkpoints and model.pt; None: work_dirs/<name of the config file>
 config.resume = False  # continue from the latest checkpoint in output, if there is one, on any number of ranks
-config.save_every = 0  # optimizer steps between checkpoints, beside those at the end of epochs; 0: only those
+config.save_every = 0  # steps between checkpoints; 0: only at the end of epochs and before validations, as always
 config.keep_checkpoints = 2  # how many newest checkpoints to leave, beside the best
 config.async_save = False  # write checkpoints in the background, from a copy of all states in main memory
 config.frequent = 10  # optimizer steps between log lines

@@ -41,7 +41,7 @@ config.seed = 2048
 # --- run ------------------------------------------------------------------------------------------------------------
 config.output = None  # folder for logs, checkpoints and model.pt; None: work_dirs/<name of the config file>
 config.resume = False  # continue from the latest checkpoint in output, if there is one, on any number of ranks
-config.save_every = 0  # optimizer steps between checkpoints, beside those at the end of epochs; 0: only those
+config.save_every = 0  # steps between checkpoints; 0: only at the end of epochs and before validations, as always
 config.keep_checkpoints = 2  # how many newest checkpoints to leave, beside the best
 config.async_save = False  # write checkpoints in the background, from a copy of all states in main memory
 config.frequent = 10  # steps between log lines

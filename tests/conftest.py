@@ -20,7 +20,7 @@ COMMITTED = Path(__file__).parent / "data" / "golden"
 
 @pytest.fixture(autouse=True)
 def log_reaches_caplog():
-    """Training takes the package's log for itself; give it back after every test."""
+    """Command lines take the package's log for themselves; give it back after every test."""
     yield
     log = logging.getLogger("insightface_kprpe")
     for handler in list(log.handlers):

@@ -4,7 +4,7 @@ import timm
 import torch
 
 import insightface_kprpe as ik
-from insightface_kprpe.backbones.relative_position import KeypointRelativePosition, bucket_index
+from insightface_kprpe.backbones.relative_position import KeypointRelativePosition, bucket_index, patch_centers
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "num_features": 16, "patch_size": 28}
 
@@ -95,7 +95,7 @@ def test_sharing_variants_equal_the_formula_written_out(sharing, tables):
     torch.nn.init.normal_(kprpe.weight)
     torch.nn.init.normal_(kprpe.bias)
     keypoints = torch.rand(3, 5, 2)
-    offsets = kprpe.centers[None, :, None] - keypoints[:, None]  # (B, N, K, 2)
+    offsets = patch_centers(4)[None, :, None] - keypoints[:, None]  # (B, N, K, 2)
     table = torch.nn.functional.linear(offsets.flatten(2), kprpe.weight, kprpe.bias)  # (B, N, tables * R)
     table = table.reshape(3, 16, kprpe.table_depth, kprpe.table_heads, 49)
     for layer in range(2):
@@ -242,6 +242,7 @@ PUBLISHED = {
     "vit_b_dp005_mask_005": (9, 512, 24, 8, 4, 0.05, 0.05),
     "vit_l": (9, 768, 24, 8, 4, 0.05, 0.05),
     "vit_l_dp005_mask_005": (9, 768, 24, 8, 4, 0.05, 0.05),
+    "vit_h": (9, 1024, 48, 8, 4, 0.1, 0),
     "cvlface_vit_s": (8, 512, 12, 8, 5, 0, 0),
     "cvlface_vit_b": (8, 512, 24, 16, 3, 0, 0),
 }

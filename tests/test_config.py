@@ -1,9 +1,11 @@
+import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from insightface_kprpe.training.config import ConfigError, configs_folder, dump_config, load_config
+from insightface_kprpe.training.config import _RANGES, ConfigError, configs_folder, dump_config, load_config
 
 ARCFACE_TORCH_STYLE = """
 from easydict import EasyDict as edict
@@ -96,12 +98,87 @@ def test_overrides_win_and_take_the_type_of_the_default(config_file):
         ("", ["gradient_acc=0"], "gradient_acc must be positive"),
         ("", ["scheduler=step"], "decay_epochs"),
         ("1 / 0", [], "ZeroDivisionError"),
-        ("del config", [], "must define"),
+        ("del config", [], "must define `config = edict\\(\\)`, with names of keys; got None"),
+        ("config = 3", [], "must define `config = edict.*got 3"),
+        ("config = ['lr']", [], r"must define `config = edict.*got \['lr'\]"),
+        ("config = {3: 4}", [], "with names of keys; got {3: 4}"),
     ],
 )
 def test_mistakes_are_named(config_file, text, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(config_file(text), overrides)
+
+
+OUT_OF_RANGE = {
+    "-1": "num_classes num_image num_workers save_every seed weight_decay momentum repeated_augmentation adaface_m "
+    "adaface_t_alpha max_bad_images init_min_match interclass_filtering_threshold",
+    "0": "batch_size gradient_acc num_epoch frequent verbose keep_checkpoints embedding_size lr clip_grad sample_rate "
+    "position_lr_scale adaface_h",
+    "2.0": "sample_rate momentum repeated_augmentation adaface_m max_bad_images init_min_match adaface_t_alpha",
+    "1e999": "warmup_epoch lr weight_decay clip_grad adaface_m adaface_h adaface_t_alpha position_lr_scale momentum",
+    "-2": "warmup_epoch",
+    "1.0": "momentum repeated_augmentation",
+    str(2**32): "seed",
+}
+
+
+@pytest.mark.parametrize(
+    ("value", "key"), [(value, key) for value, keys in OUT_OF_RANGE.items() for key in keys.split()]
+)
+def test_every_number_has_a_range(value, key):
+    with pytest.raises(ConfigError, match=f"^{key} must be .*, got {re.escape(str(ast.literal_eval(value)))}"):
+        load_config("base", [f"{key}={value}"])
+
+
+def test_numbers_in_a_file_may_not_be_nan(config_file):
+    for key in ("adaface_m", "lr", "warmup_epoch", "clip_grad", "sample_rate"):
+        with pytest.raises(ConfigError, match=f"{key} must be .*, got nan"):
+            load_config(config_file(f'config.{key} = float("nan")'))
+
+
+def test_every_number_of_the_bases_is_checked():
+    for base in ("base", "dfa_base"):
+        config = load_config("quickstart" if base == "base" else "dfa_small", base=base)
+        numbers = {key for key, value in config.items() if type(value) in (int, float)}
+        assert numbers <= _RANGES.keys()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("margin_list=(1,2)", "margin_list must be three numbers"),
+        ("margin_list=('a',0,0)", "margin_list must hold numbers"),
+        ("margin_list=(1.0,1e999,0.0)", "margin_list must hold finite numbers"),
+        ("decay_epochs=(3,0)", "decay_epochs must be positive"),
+        ("val_targets=(1,)", "val_targets must be names or paths"),
+        ("network_kwargs=[1]", r"network_kwargs must be dict, got list \[1\]"),
+        ("network_kwargs={'drop_path_rate': 1e999}", "network_kwargs must hold finite numbers"),
+        ("network_kwargs={1: 2}", "network_kwargs must have names for keys"),
+        ("augment={'rotation': 'a'}", "augment must hold numbers"),
+        ("rec=''", "rec must not be empty"),
+        ("output=''", "output must not be empty"),
+    ],
+)
+def test_values_that_are_no_single_number_are_checked_too(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("base", [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1]", r"must hold one object .*got \[1\]"), ("3", "got 3"), ("{", "is no JSON"), ("[" * 99999, "is no JSON")],
+)
+def test_a_config_json_that_is_none(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"config.json .*{message}"):
+        load_config(tmp_path / "config.json")
+
+
+def test_paths_that_are_no_file(tmp_path):
+    with pytest.raises(ConfigError, match=f"got the folder {tmp_path}; of a run it is {tmp_path}/config.json"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match="File name too long"):
+        load_config("a" * 5000)
 
 
 def test_a_missing_file_lists_the_shipped_configs():

@@ -8,9 +8,9 @@ from insightface_kprpe.data.augmentation import Augmentation, build_augmentation
 from insightface_kprpe.losses import AdaFace, CombinedMarginLoss
 from insightface_kprpe.partial_fc import PartialFC
 from insightface_kprpe.training import recipes
+from insightface_kprpe.training.build import margin_loss
 from insightface_kprpe.training.config import ConfigError, configs_folder, load_config
-from insightface_kprpe.training.state import Plan, build_state
-from insightface_kprpe.training.trainer import margin_loss
+from insightface_kprpe.training.state import Schedule, build_state
 
 FILES = [path for path in sorted(configs_folder().glob("[!_]*.py")) if not path.stem.startswith("dfa_")]
 NAMES = sorted({*recipes.names(), *(path.stem for path in FILES)})
@@ -29,7 +29,7 @@ def test_every_config_builds(name):
         loss = PartialFC(margin_loss(config), config.embedding_size, config.num_classes or 10, config.sample_rate)
     options = tuple(sorted({**config.network_kwargs, "num_features": config.embedding_size}.items()))
     net = backbone(config.network, options)
-    state = build_state(config, net, loss, Plan(100, config.num_epoch), torch.device("cpu"))
+    state = build_state(config, net, loss, Schedule(100, config.num_epoch), torch.device("cpu"))
     assert isinstance(build_augmentation(config.augment), Augmentation)
     decay = {id(p): group["weight_decay"] for group in state.optimizer.param_groups for p in group["params"]}
     spared = {key for key, parameter in net.named_parameters() if decay[id(parameter)] == 0}
@@ -65,6 +65,15 @@ def test_losses_by_name(end, kind, margins):
     loss = margin_loss(config)
     assert isinstance(loss, kind) and tuple(config.margin_list[1:]) == margins
     assert isinstance(margin_loss(load_config("ms1mv2_vit_b_kprpe")), AdaFace)
+    assert loss.scale == 64
+
+
+@pytest.mark.parametrize("loss", ["adaface", "margin"])
+def test_logits_have_the_scale_of_the_config(loss):
+    config = load_config("base", [f"loss={loss}", "logit_scale=24"])
+    assert margin_loss(config).scale == 24
+    with pytest.raises(ConfigError, match="logit_scale must be positive, got 0"):
+        load_config("base", ["logit_scale=0"])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -169,6 +169,10 @@ def test_networks_that_do_not_fit_the_layout_are_refused(dfa, tmp_path, monkeypa
         export_detector(RetinaFaceNet(), tmp_path / "net.onnx")
     with pytest.raises(ValueError, match="multiple of 32"):
         export_detector(DFA(image_size=150), tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match=r"net\.float\(\) first"):
+        export_detector(DFA().half(), tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match=r"must be a .*RetinaFaceNet or derive from it, got Linear"):
+        export_detector(torch.nn.Linear(3, 3), tmp_path / "net.onnx")
     monkeypatch.setattr(detector_export, "save_graph", lambda *args: args[2].write_bytes(b""))
     monkeypatch.setattr(detector_export, "_difference", lambda *args: 0.7)
     with pytest.raises(ExportError, match=r"differ from torch by 0\.70 pixels"):
@@ -277,9 +281,12 @@ def embed(net, image, keypoints):
     return net(images, torch.tensor(keypoints)[None]).detach().numpy()[0]
 
 
-def test_a_pack_with_dfa_as_detector_serves_crops_without_plugin(recognition, file, dfa, tmp_path):
+def test_a_pack_with_dfa_as_detector_serves_crops_without_plugin(recognition, file, dfa, tmp_path, caplog):
     net, folder = recognition
-    model_pack.build(folder / "one.onnx", file, root=tmp_path, name="crops")
+    model_pack.build(recognition=folder / "one.onnx", detector=file, root=tmp_path, name="crops")
+    assert "outputs with a batch dimension, which insightface before 1.0.1 cannot read" in caplog.text
+    manifest = json.loads((tmp_path / "models" / "crops" / "pack.json").read_text())
+    assert manifest["files"]["detection.onnx"]["insightface"] == ">= 1.0.1"
     app = FaceAnalysis(name="crops", root=str(tmp_path), **CPU)
     app.prepare(ctx_id=-1, det_size=(640, 640), det_thresh=0.1)
     assert type(app.det_model).__name__ == "SCRFD"
@@ -297,7 +304,7 @@ def test_a_pack_with_dfa_as_detector_serves_crops_without_plugin(recognition, fi
 def refining(recognition, file, tmp_path, registered):
     """FaceAnalysis with a pack whose keypoints DFA refines."""
     _, folder = recognition
-    pack = model_pack.build(folder / "one.onnx", file, folder / "two.onnx", root=tmp_path, aligner=file)
+    pack = model_pack.build(recognition=folder / "two.onnx", detector=file, root=tmp_path, aligner=file)
     assert (pack / "keypoints" / "dfa.onnx").is_file()
     app = FaceAnalysis(name="kprpe", root=str(tmp_path), **CPU)
     app.prepare(ctx_id=-1)
@@ -330,9 +337,9 @@ def test_an_aligner_must_be_a_dfa_and_of_use(recognition, file, tmp_path):
     _, folder = recognition
     one, two = folder / "one.onnx", folder / "two.onnx"
     with pytest.raises(model_pack.PackError, match="aligner must be a DFA exported as a detector"):
-        model_pack.build(one, file, two, root=tmp_path, aligner=one)
-    with pytest.raises(model_pack.PackError, match="keypoint_recognition, which is not given"):
-        model_pack.build(one, file, root=tmp_path, aligner=file)
+        model_pack.build(recognition=two, detector=file, root=tmp_path, aligner=one)
+    with pytest.raises(model_pack.PackError, match="keypoints, which this recognition model does not take"):
+        model_pack.build(recognition=one, detector=file, root=tmp_path, aligner=file)
 
 
 def test_command_line_export_knows_a_landmark_network(tmp_path, monkeypatch):

@@ -22,10 +22,11 @@ from insightface_kprpe.dfa import DFALoss, RetinaFaceNet
 from insightface_kprpe.dfa.weights import load_dfa, start_from
 from insightface_kprpe.evaluation.landmarks import evaluate_landmarks
 from insightface_kprpe.training.callbacks import StopSignal
-from insightface_kprpe.training.checkpoint import list_checkpoints
+from insightface_kprpe.training.checkpoint_files import list_checkpoints
 from insightface_kprpe.training.config import ConfigError, configs_folder, load_config
 from insightface_kprpe.training.landmark_trainer import main, train_dfa, train_landmarks
-from insightface_kprpe.training.loop import EXIT_STOPPED, TrainingError
+from insightface_kprpe.training.loop import EXIT_INTERRUPTED, EXIT_STOPPED
+from insightface_kprpe.training.run_folder import TrainingError
 
 SIZE = 32  # pixels; 42 anchors
 TINY_RUN = [
@@ -93,16 +94,17 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(faces, tmp_path, monkeyp
         assert torch.equal(value, expected[key]), key
 
 
-def test_what_a_run_leaves(faces, tmp_path):
-    results = train_dfa(tiny_config(faces, tmp_path, f"val={faces / 'val'}", "num_epoch=1"))
+def test_what_a_run_leaves(faces, tmp_path, caplog):
+    with caplog.at_level("INFO", "insightface_kprpe"):
+        results = train_dfa(tiny_config(faces, tmp_path, f"val={faces / 'val'}", "num_epoch=1"))
     assert {path.name for path in tmp_path.iterdir()} == {
-        "best_model.pt", "checkpoints", "config.json", "metrics.jsonl", "model.pt", "training.log",
+        "best_model.pt", "checkpoints", "config.json", "metrics.jsonl", "model.pt",
     }  # fmt: skip
-    log = (tmp_path / "training.log").read_text()
+    log = caplog.text
     assert "with aggregator" in log and "35 faces" in log and "left" in log and "5 faces: NME" in log
     assert "aggregator.3.weight" in weights(tmp_path)  # the published names
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last == {"step": 4, **results} and results["nme"] > 0
+    assert last == {"step": 4, **results, "failure_rate": 100 * results["failure_rate"]} and results["nme"] > 0
 
     dfa = load_dfa(tmp_path)
     assert dfa.aggregator is not None and dfa.image_size == SIZE and not dfa.training
@@ -301,12 +303,13 @@ def test_two_processes_under_torchrun(faces, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_all_processes_saves_and_exits(faces, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, EXIT_STOPPED), (signal.SIGINT, EXIT_INTERRUPTED)])
+def test_a_signal_to_all_processes_saves_and_exits(faces, tmp_path, number, status):
     run = launch(faces, tmp_path, "num_epoch=10000", "num_workers=2")
     deadline = time.monotonic() + 120
     while not (tmp_path / "checkpoints").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(run.pid, signal.SIGTERM)  # as a job scheduler does: the readers too
+    os.killpg(run.pid, number)  # as a job scheduler or a terminal does: the readers too
     output = run.communicate(timeout=60)[0]
-    assert run.returncode == EXIT_STOPPED, output
+    assert run.returncode == status, output
     assert "stopped by a signal" in output and list_checkpoints(tmp_path)

@@ -191,7 +191,9 @@ def test_packs_that_cannot_be_used(tmp_path):
 
 def test_a_pack_of_ours_is_verified(tmp_path):
     source = tiny.write_pack(tmp_path, "source")
-    folder = model_pack.build(source / "recognition.onnx", source / "detection.onnx", name="ours", root=tmp_path / "r")
+    folder = model_pack.build(
+        recognition=source / "recognition.onnx", detector=source / "detection.onnx", name="ours", root=tmp_path / "r"
+    )
     *_, listed = run_packs(tmp_path / "r")
     assert listed.status == OK and "the files are those that pack.json lists" in listed.found
     with open(folder / "recognition.onnx", "ab") as file:
@@ -204,7 +206,9 @@ def test_a_pack_of_ours_is_verified(tmp_path):
 
 def test_files_that_were_added_are_said_once(tmp_path):
     source = tiny.write_pack(tmp_path, "source")
-    folder = model_pack.build(source / "recognition.onnx", source / "detection.onnx", name="ours", root=tmp_path / "r")
+    folder = model_pack.build(
+        recognition=source / "recognition.onnx", detector=source / "detection.onnx", name="ours", root=tmp_path / "r"
+    )
     tiny.write_detector(folder / "a.onnx")  # comes first, so InsightFace takes it
     (folder / "extra.onnx").write_bytes((folder / "recognition.onnx").read_bytes())
     tiny.write_aligner(folder / "keypoints" / "dfa.onnx")

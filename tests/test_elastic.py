@@ -13,7 +13,7 @@ from distributed import run_on_ranks
 from test_trainer import ROOT, TINY_RUN, losses, tiny_config, weights
 
 from insightface_kprpe.training import trainer
-from insightface_kprpe.training.checkpoint import list_checkpoints
+from insightface_kprpe.training.checkpoint_files import list_checkpoints
 
 pytestmark = pytest.mark.slow
 

@@ -118,12 +118,36 @@ def test_arcface_files_as_insightface_feeds_them(tmp_path, faces, batch, preproc
     assert got.shape == (3, 4) and not embed.needs_keypoints
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[:-2000], lambda b: b[:40], lambda b: b"", lambda b: b"no protobuf at all", lambda b: b[2000:]],
+    ids=["cut", "head only", "empty", "text", "tail only"],
+)
+def test_damaged_onnx_files_are_one_sentence(tmp_path, files, damage):
+    for name, place in (("one.onnx", "one.onnx"), ("two.onnx", "two.onnx")):
+        (tmp_path / place).write_bytes(damage((files / name).read_bytes()))
+        with pytest.raises(ValueError, match=rf"{name}.*(could not be|must take)") as caught:
+            open_model(tmp_path / place)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_does_not_say_how_to_feed_it_is_named(tmp_path, files):
+    model = onnx.load(str(files / "one.onnx"))
+    kept = [entry for entry in model.metadata_props if not entry.key.endswith(".mean")]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    onnx.save(model, str(tmp_path / "net.onnx"))
+    with pytest.raises(ValueError, match=r"net\.onnx does not say how to feed it"):
+        open_model(tmp_path / "net.onnx")
+
+
 def test_packs_by_folder_and_by_name(tmp_path, files, net, faces, monkeypatch):
     monkeypatch.setattr(models, "PACKS", str(tmp_path))
     ours = tmp_path / "kprpe"
     (ours / KEYPOINT_RECOGNITION).parent.mkdir(parents=True)
     (ours / KEYPOINT_RECOGNITION).write_bytes((files / "two.onnx").read_bytes())
-    (ours / MANIFEST).write_text(json.dumps({"name": "kprpe", "files": {KEYPOINT_RECOGNITION: {}}}))
+    record = {"sha256": "0", "source": "run", "licence": "MIT"}
+    (ours / MANIFEST).write_text(json.dumps({"name": "kprpe", "files": {KEYPOINT_RECOGNITION: record}}))
     embed = open_model("kprpe")
     assert isinstance(embed, OnnxEmbedder) and embed.needs_keypoints and embed.name == "kprpe"
     other = tmp_path / "buffalo"
@@ -147,7 +171,7 @@ def test_weights_alone(tmp_path, files, net, faces):
     with pytest.raises(ValueError, match=r"weights\.pt.* is said to be vit_n_kprpe"):
         open_model(tmp_path / "weights.pt", network="vit_n_kprpe")
     torch.save(net.state_dict(), tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="give network="):
+    with pytest.raises(ValueError, match=r"other\.pt .*holds a ViT with KPRPE"):
         open_model(tmp_path / "other.pt")
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import tiny_packs as tiny
 from insightface.app import FaceAnalysis
+from insightface.app.common import Face
 
 import insightface_kprpe as ik
 from insightface_kprpe.app import face_analysis, registration
@@ -170,6 +171,19 @@ def test_what_is_no_picture_is_refused(tmp_path, picture, message):
         app.get_batch([PICTURES[0], picture])
 
 
+def test_a_subclass_with_a_narrower_get(tmp_path):
+    class Narrow(FaceAnalysis):
+        def get(self, img, max_num=0):
+            return super().get(img, max_num=max_num)[:2]
+
+    tiny.write_pack(tmp_path)
+    app = Narrow(name="tiny", root=str(tmp_path), **tiny.CPU)
+    app.prepare(ctx_id=-1)
+    assert [len(faces) for faces in app.get_batch(PICTURES[:2])] == [2, 0]
+    assert [len(faces) for faces in app.get_batch(PICTURES[:2], max_num=1)] == [1, 0]
+    assert [len(faces) for faces in app.get_batch(PICTURES[:2], 1)] == [1, 0]
+
+
 def test_as_bgr_leaves_a_picture_alone_and_rounds_16_bit():
     picture = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
     assert as_bgr(picture) is picture
@@ -179,6 +193,7 @@ def test_as_bgr_leaves_a_picture_alone_and_rounds_16_bit():
 
 def test_unregister_takes_everything_back():
     ik.unregister()
+    assert "__reduce_ex__" not in vars(FaceAnalysis) and "__reduce_ex__" not in vars(Face)
     assert not hasattr(FaceAnalysis, "get_batch") and not hasattr(FaceAnalysis, "embed_aligned")
     assert FaceAnalysis.get is registration._stock_get
     ik.unregister()

@@ -89,6 +89,13 @@ def test_pooling_equals_plain_form_in_any_order():
         np.testing.assert_allclose(shuffled, pooled, atol=1e-12)
 
 
+def test_a_media_number_that_ends_one_template_and_begins_the_next():
+    embeddings = np.random.default_rng(0).normal(size=(6, 4))
+    templates, medias = np.array([1, 1, 1, 2, 2, 2]), np.array([4, 5, 5, 5, 5, 6])
+    pooled, _ = pool_templates(embeddings, templates, medias)
+    np.testing.assert_allclose(pooled, list(plain.pool(embeddings, templates, medias).values()), atol=1e-12)
+
+
 def test_norm_weights_are_the_raw_embeddings():
     embeddings = np.random.default_rng(0).normal(size=(20, 8))
     templates, medias = np.arange(20) // 5, np.arange(20) // 2

@@ -2,6 +2,7 @@ import logging
 import os
 import signal
 import threading
+import zipfile
 
 import cv2
 import numpy as np
@@ -11,9 +12,10 @@ from typer.testing import CliRunner
 
 import insightface_kprpe as ik
 from insightface_kprpe import cli
-from insightface_kprpe.app import recognition
+from insightface_kprpe.app import enrolment, recognition
 from insightface_kprpe.app.gallery import Gallery, Match, editing
-from insightface_kprpe.app.pictures import list_pictures, read_picture, write_picture
+from insightface_kprpe.app.pictures import read_picture, write_picture
+from insightface_kprpe.data.picture_files import list_pictures
 from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112
 
 rng = np.random.default_rng(0)
@@ -99,6 +101,77 @@ def test_other_files_are_no_galleries(tmp_path, content):
         Gallery.load(tmp_path / "absent.npz")
 
 
+def write_gallery(path, save=np.savez, **changed):
+    fields = {
+        "model": np.array("model"),
+        "names": np.array(["Ann", "Bob"]),
+        "sources": np.array(["a", "b"]),
+        "embeddings": np.float32([[1, 0], [0, 1]]),
+        "qualities": np.float32([1, 0.5]),
+    }
+    save(path, **(fields | changed))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"names": np.array("Ann")}, r"names must be \(2,\), one for each embedding, got \(\) <U3"),
+        ({"names": np.array([["Ann"], ["Bob"]])}, r"names must be \(2,\)"),
+        ({"names": np.array([1, 2])}, "names must be .* int64"),
+        ({"sources": np.array(["a"])}, r"sources must be \(2,\)"),
+        ({"embeddings": np.float32(1)}, "names must be"),
+        ({"embeddings": np.float32([1, 1])}, r"embeddings must be \(N, D\) float32, got \(2,\)"),
+        ({"embeddings": np.float64([[1, 0], [0, 1]])}, r"embeddings must be \(N, D\) float32"),
+        (
+            {"embeddings": np.float32([[1, 0], [0, np.nan]])},
+            "embedding 1 must be finite and of length 1, got length nan",
+        ),
+        (
+            {"embeddings": np.float32([[np.inf, 0], [0, 1]])},
+            "embedding 0 must be finite and of length 1, got length inf",
+        ),
+        ({"embeddings": np.float32([[1, 0], [0, 0]])}, "embedding 1 must be finite and of length 1, got length 0"),
+        ({"qualities": np.float32([1, np.nan])}, r"qualities must be in \[0, 1\]"),
+        ({"qualities": np.float32([1, 7])}, r"qualities must be in \[0, 1\]"),
+        ({"save": np.savez_compressed}, r"model\.npy is compressed"),
+    ],
+)
+def test_damaged_galleries_say_what_is_wrong(tmp_path, changed, message):
+    path = write_gallery(tmp_path / "people.npz", **changed)
+    with pytest.raises(ValueError, match=r"people\.npz is no gallery, or a damaged one: " + message):
+        Gallery.load(path)
+
+
+def test_a_gallery_that_claims_more_than_it_holds_is_not_unpacked(tmp_path):
+    header = {"descr": "<f4", "fortran_order": False, "shape": (10**9, 512)}
+    archive = zipfile.ZipFile(write_gallery(tmp_path / "people.npz"), "a")
+    with archive, archive.open("embeddings.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(ValueError, match=r"embeddings\.npy does not hold \(1000000000, 512\) of float32"):
+        Gallery.load(tmp_path / "people.npz")
+
+
+def test_galleries_at_impossible_places_are_named(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"must be a file \(gallery\), got a folder"):
+        Gallery.load(tmp_path)
+    with pytest.raises(ValueError, match=r"loop \(gallery\) cannot be read"):
+        Gallery.load(tmp_path / "loop")
+    with pytest.raises(FileNotFoundError, match="gallery not found: .* a part of the path is a file"):
+        Gallery.load(tmp_path / "file" / "people.npz")
+
+
+def test_what_cannot_be_compared_is_not_added(gallery):
+    for row, message in ((np.nan, "must be finite"), (0, "must have a length")):
+        with pytest.raises(ValueError, match=message):
+            gallery.add(["Eve"], np.float32([[row, 0, 0]]), [1.0], ["e"])
+    with pytest.raises(ValueError, match=r"qualities must be in \[0, 1\]"):
+        gallery.add(["Eve"], np.float32([[1, 0, 0]]), [1.5], ["e"])
+    assert gallery.people() == {"Ann": 2, "Bob": 1}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process to kill")
 def test_a_kill_while_saving_leaves_the_old_gallery(gallery, tmp_path):
     gallery.save(tmp_path / "people.npz")
@@ -175,36 +248,39 @@ def people(tmp_path):
 
 
 def test_people_of_a_folder(people, tmp_path):
-    found = recognition.people_of_folder(people)
+    found = enrolment.people_of_folder(people)
     assert [(name, path.name) for name, path in found] == [
         ("Ann", "0.png"), ("Ann", "1.png"), ("Ann", "2.png"), ("Ann", "dark.png"),
         ("Bob", "0.png"), ("Bob", "1.png"), ("Bob", "2.png"), ("Cid", "Cid.png"),
     ]  # fmt: skip
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no pictures"):
-        recognition.people_of_folder(tmp_path / "empty")
+        enrolment.people_of_folder(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="folder of people not found"):
-        recognition.people_of_folder(tmp_path / "absent")
+        enrolment.people_of_folder(tmp_path / "absent")
 
 
 def test_enrolled_people_are_named(people, tmp_path, monkeypatch):
     app = recognition.open_pack("tiny", tmp_path, **tiny.CPU)
     gallery = Gallery()
     saved = []
-    monkeypatch.setattr(recognition, "_PICTURES_AT_A_TIME", 3)
-    monkeypatch.setattr(recognition, "_PICTURES_A_SAVE", 4)
+    monkeypatch.setattr(enrolment, "_PICTURES_AT_A_TIME", 3)
+    monkeypatch.setattr(enrolment, "_PICTURES_A_SAVE", 4)
     monkeypatch.setattr(Gallery, "save", lambda self, path: saved.append(len(self.names)))
-    pictures = recognition.people_of_folder(people)
+    pictures = enrolment.people_of_folder(people)
     (people / "Bob" / "torn.png").write_bytes((people / "Bob" / "0.png").read_bytes()[:30])
-    left_out = {
-        people / "Ann" / "dark.png": "no face found",
-        people / "Bob" / "torn.png": "could not be read as a picture; expected JPEG, PNG, BMP, WebP or TIFF",
-    }
+    unreadable = (
+        "could not be read as a picture: 30 bytes of PNG are not a readable image: damaged, or of a kind that the "
+    )
+    unreadable += f"installed OpenCV {cv2.__version__} does not read; remove or replace it"
+    left_out = {people / "Ann" / "dark.png": "no face found", people / "Bob" / "torn.png": unreadable}
     pictures.append(("Bob", people / "Bob" / "torn.png"))
-    assert recognition.enrol(app, gallery, pictures, tmp_path / "index") == (7, {}, left_out)
+    first = enrolment.enrol(app, gallery, pictures, tmp_path / "index")
+    assert first == enrolment.Enrolled(added=7, left_out=left_out)
     assert saved == [5, 7] and gallery.people() == {"Ann": 3, "Bob": 3, "Cid": 1}
     passed_over = {path: name for name, path in pictures if path not in left_out}
-    assert recognition.enrol(app, gallery, pictures, tmp_path / "index") == (0, passed_over, left_out)
+    again = enrolment.enrol(app, gallery, pictures, tmp_path / "index")
+    assert again == enrolment.Enrolled(passed_over=passed_over, left_out=left_out)
     assert len(gallery.names) == 7 and saved == [5, 7]  # none twice
 
     photo = read_picture(people / "Bob" / "1.png")
@@ -219,7 +295,7 @@ def test_enrolled_people_are_named(people, tmp_path, monkeypatch):
 
 def test_a_gallery_belongs_to_a_model(people, tmp_path):
     gallery = Gallery()
-    recognition.enrol(recognition.open_pack("tiny", tmp_path, **tiny.CPU), gallery, [("Cid", people / "Cid.png")])
+    enrolment.enrol(recognition.open_pack("tiny", tmp_path, **tiny.CPU), gallery, [("Cid", people / "Cid.png")])
     unaligned = recognition.open_pack("tiny", tmp_path, aligned=False, **tiny.CPU)
     tiny.write_pack(tmp_path, "plain", twin=False)
     plain = recognition.open_pack("plain", tmp_path, **tiny.CPU)

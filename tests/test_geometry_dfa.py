@@ -1,8 +1,17 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112, similarity_transform, theta_from_similarity, to_five_points
+from insightface_kprpe.geometry import (
+    ARCFACE_TEMPLATE_112,
+    CANONICAL_KEYPOINTS,
+    MIRROR_ORDER,
+    known_landmarks,
+    similarity_transform,
+    theta_from_similarity,
+)
 
 
 def test_theta_is_the_reference_one(golden):
@@ -27,22 +36,34 @@ def test_theta_without_a_scale_is_finite():
     assert theta_from_similarity(torch.zeros(2, 3), 160, 112).isfinite().all()
 
 
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_to_five_points(as_tensor):
-    def points(count):
-        values = np.arange(2 * 3 * count, dtype=np.float32).reshape(3, count, 2)
-        return torch.tensor(values) if as_tensor else values
+@pytest.mark.parametrize("scale", [1, 112, 4000])
+def test_faces_in_any_pose_and_unit_are_known(scale):
+    """A drawn head, turned by up to 85 degrees aside and 40 up and down, and rolled."""
+    head = np.array([[-0.16, -0.18, 0], [0.16, -0.18, 0], [0, 0, 0.14], [-0.13, 0.185, 0.02], [0.13, 0.185, 0.02]])
+    seen = []
+    for yaw, pitch, roll in itertools.product((-85, -45, 0, 45, 85), (-40, 0, 40), (0, 90, 180)):
+        (sy, sp, sr), (cy, cp, cr) = (function(np.radians([yaw, pitch, roll])) for function in (np.sin, np.cos))
+        turned = (
+            head
+            @ np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]).T
+            @ np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]]).T
+        )
+        seen.append(turned[:, :2] @ np.array([[cr, -sr], [sr, cr]]).T)
+    assert known_landmarks(scale * (np.stack(seen) + 0.5)).all()
 
-    of68, of98 = to_five_points(points(68)), to_five_points(points(98))
-    assert isinstance(of68, torch.Tensor if as_tensor else np.ndarray) and of68.shape == of98.shape == (3, 5, 2)
-    np.testing.assert_allclose(
-        of68[:, :2], [[face[36:42].mean(0), face[42:48].mean(0)] for face in np.asarray(points(68))]
+
+@pytest.mark.parametrize("number", [0, -1, 0.5, 3.7])
+@pytest.mark.parametrize("scale", [1, 4000])
+def test_points_that_coincide_are_unknown(number, scale):
+    points = np.full((5, 2), scale * number) + 1e-4 * np.arange(10).reshape(5, 2)
+    assert not known_landmarks(points)
+
+
+def test_numbers_that_no_face_has_are_unknown():
+    face = CANONICAL_KEYPOINTS
+    odd = np.stack(
+        [face, face[list(MIRROR_ORDER)], np.where(face > 0.6, np.nan, face), face[:, ::-1], face + [[9, 0]] * 5]
     )
-    np.testing.assert_array_equal(of68[:, 2:], points(68)[:, [30, 48, 54]])
-    np.testing.assert_array_equal(of98, points(98)[:, [96, 97, 57, 76, 82]])
-    np.testing.assert_array_equal(to_five_points(points(5)), points(5))
-
-
-def test_to_five_points_refuses_other_schemes():
-    with pytest.raises(ValueError, match="P = 5, 68 or 98, got shape"):
-        to_five_points(np.zeros((106, 2)))
+    assert known_landmarks(odd).tolist() == [True, False, False, False, True]
+    random = np.random.default_rng(0).uniform(-1, 1, (2000, 5, 2))
+    assert 0.4 < 1 - known_landmarks(random).mean() < 0.7  # half of what is drawn by chance

@@ -6,8 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
+from reference import metrics as plain
 
-from insightface_kprpe.evaluation import ijb
+from insightface_kprpe.evaluation import ijb, pair_scores
 from insightface_kprpe.evaluation.fusion import norm_weights, pool_templates
 from insightface_kprpe.evaluation.metrics import tpr_at_fpr
 
@@ -26,8 +27,8 @@ def test_golden(golden, variant):
     result = ijb.verification(embeddings, *arguments, weights=weights)
     assert {f"{variant}_{key}" for key in result} == {key for key in expected if key.startswith(variant)}
     for key, value in result.items():
-        tolerance = 1e-6 if "thresh" in key else 1e-9
-        assert value == pytest.approx(expected[f"{variant}_{key}"], abs=tolerance), key
+        wanted, tolerance = expected[f"{variant}_{key}"], 1e-6 if "thresh" in key else 1e-9
+        assert value == pytest.approx(wanted if "thresh" in key else wanted / 100, abs=tolerance), key
 
 
 @pytest.fixture
@@ -69,11 +70,11 @@ def test_scores_of_every_pair_layout(small, layout, monkeypatch):
     elif layout == "few pairs":
         small["p1"], small["p2"] = small["p1"][:5], small["p2"][:5]
     elif layout == "small blocks":
-        monkeypatch.setattr(ijb, "SCORE_BLOCK_BYTES", 1)
+        monkeypatch.setattr(pair_scores, "SCORE_BLOCK_BYTES", 1)
     elif layout == "wide numbers":
-        monkeypatch.setattr(ijb, "LOOKUP_SPAN", 0)
+        monkeypatch.setattr(pair_scores, "LOOKUP_SPAN", 0)
     scores = ijb.verification_scores(**{key: value for key, value in small.items() if key != "label"})
-    np.testing.assert_allclose(scores, plain_scores(small), atol=1e-12)
+    np.testing.assert_allclose(scores, plain_scores(small), atol=1e-10)
 
 
 def test_equal_pairs_have_equal_scores(small):
@@ -94,7 +95,7 @@ def test_tied_scores():
     for threshold in (1.0, 0.8, 0.6):
         fpr = (cosine[~label] >= threshold).mean()
         result = ijb.verification(embeddings, templates, templates, p1, p2, label, fprs=(fpr,))
-        assert result[f"tpr_at_fpr_{fpr}"] == pytest.approx(100 * (cosine[label] >= threshold).mean())
+        assert result[f"tpr_at_fpr_{fpr}"] == pytest.approx((cosine[label] >= threshold).mean())
         assert result[f"thresh_at_fpr_{fpr}"] == pytest.approx(threshold)
 
 
@@ -118,7 +119,7 @@ def test_verification_does_not_change_its_arguments(small):
 
 @pytest.mark.parametrize("span", [1 << 24, 0])
 def test_unknown_template(small, span, monkeypatch):
-    monkeypatch.setattr(ijb, "LOOKUP_SPAN", span)
+    monkeypatch.setattr(pair_scores, "LOOKUP_SPAN", span)
     unknown = np.setdiff1d(np.arange(10_000), small["templates"])[3]
     for wrong in (unknown, -5, 99_999):
         small["p2"] = np.array([small["p1"][0]] * 2999 + [wrong])
@@ -135,7 +136,71 @@ def test_verification_bad_input(small):
         ijb.verification(**(small | {"p1": small["p1"].astype(float)}))
 
 
-def test_identification_by_hand():
+def draw_ties(kind, seed, dim=32):
+    """Templates of few images, of which many are alike, and pairs of them."""
+    rng = np.random.default_rng(seed)
+    person = rng.integers(0, 8, 30)
+    templates = np.concatenate([np.arange(30), rng.integers(0, 30, 30)]) if seed % 2 else np.arange(30)
+    centers = rng.normal(size=(30, dim))
+    if kind == "signs":
+        embeddings = np.sign(centers[person[templates]] + rng.normal(size=(len(templates), dim)))
+    else:
+        other = rng.random(len(templates)) < 0.3
+        embeddings = centers[np.where(other, rng.integers(0, 8, len(templates)), person[templates])]
+    p1 = rng.integers(0, 30, 400)
+    p2 = (p1 + rng.integers(1, 30, 400)) % 30
+    pairs = {"p1": p1, "p2": p2, "label": person[p1] == person[p2]}
+    return {"embeddings": embeddings, "templates": templates, "medias": rng.integers(0, 3, len(templates)), **pairs}
+
+
+@pytest.mark.parametrize("kind", ["signs", "duplicates"])
+@pytest.mark.parametrize("fusion", [None, "average"])
+def test_scores_that_are_equal_mathematically(kind, fusion):
+    """Against the reference rule on scores of which rounding errors are taken away.
+
+    Whatever the order in which numbers are added: the dimensions are shuffled.
+    """
+    infinite = 0
+    for seed in range(20):
+        drawn = draw_ties(kind, seed)
+        weights = None if fusion is None else np.ones(len(drawn["templates"]))
+        pooled, known = pool_templates(drawn["embeddings"], drawn["templates"], drawn["medias"], weights)
+        a, b = (pooled[np.searchsorted(known, drawn[side])] for side in ("p1", "p2"))
+        scores = np.round((a * b).sum(1), 8)
+        result = ijb.verification(**drawn, weights=weights)
+        shuffled = drawn["embeddings"][:, np.random.default_rng(seed).permutation(32)]
+        assert ijb.verification(**(drawn | {"embeddings": shuffled}), weights=weights) == result
+        for target in ijb.FPRS:
+            _, tpr, threshold = plain.nearest_on_roc(scores, drawn["label"], target)
+            assert result[f"tpr_at_fpr_{target}"] == pytest.approx(tpr, abs=1e-12), (seed, target)
+            assert result[f"thresh_at_fpr_{target}"] == pytest.approx(threshold, abs=1e-8)
+            infinite += np.isinf(threshold)
+    assert infinite if kind == "duplicates" else True  # such points are rare, but they are there
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_identification_equals_insightfaces_rule(ties):
+    """Two galleries joined, several probes a person, and some whom no gallery holds."""
+    rng = np.random.default_rng(0)
+    people = rng.permutation(40)
+    galleries = {"G1": ijb.Subjects(np.arange(20), people[:20]), "G2": ijb.Subjects(np.arange(20, 38), people[20:38])}
+    probe = ijb.Subjects(np.arange(100, 250), rng.integers(0, 40, 150))
+    templates = np.concatenate([np.arange(38), probe.templates])
+    who = np.concatenate([people[:38], probe.subjects])
+    embeddings = rng.normal(size=(40, 16))[who] + (0 if ties else 0.9 * rng.normal(size=(188, 16)))
+    found = ijb.identification(embeddings, templates, templates, probe, galleries, fars=(0.01, 0.1, 0.5))
+    known = np.isin(probe.subjects, people[:38])
+    expected = plain.insightface_1n(
+        embeddings[38:][known], embeddings[:38], probe.subjects[known], people[:38], (0.01, 0.1, 0.5)
+    )
+    assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-9)
+    assert found["rank_1"] <= found["rank_5"] <= found["rank_10"]
+    assert ties or 0 < found["tpir_at_far_0.01"] < found["tpir_at_far_0.5"] < 1
+    nist = ijb.nist_identification(embeddings, templates, templates, probe, galleries)["mean"]
+    assert ties or nist["rank_1"] > found["rank_1"]  # smaller galleries are easier
+
+
+def test_nist_identification_by_hand():
     # Template 10 * subject is the gallery image, 10 * subject + 1 the probe; subject 3's probe looks like subject 1.
     embeddings = np.eye(5)[[0, 0, 1, 1, 2, 0, 3, 3, 4]] + 0.01 * np.eye(9, 5)
     templates = np.array([10, 11, 20, 21, 30, 31, 40, 41, 51])
@@ -144,12 +209,14 @@ def test_identification_by_hand():
         "G2": ijb.Subjects(np.array([20, 40]), np.array([2, 4])),
     }
     probe = ijb.Subjects(np.array([11, 21, 31, 41, 51]), np.array([1, 2, 3, 4, 5]))
-    result = ijb.identification(embeddings, templates, templates, probe, galleries, ranks=(1, 2), fpirs=(0.1, 1.0))
-    assert result["G1"]["rank_1"] == 50 and result["G1"]["rank_2"] == 100
-    assert result["G2"] == {"rank_1": 100, "rank_2": 100, "tpir_at_fpir_0.1": 100, "tpir_at_fpir_1.0": 100}
-    assert result["mean"]["rank_1"] == 75
+    result = ijb.nist_identification(embeddings, templates, templates, probe, galleries, ranks=(1, 2), fpirs=(0.1, 1.0))
+    assert result["G1"]["rank_1"] == 0.5 and result["G1"]["rank_2"] == 1
+    assert result["G2"] == {"rank_1": 1, "rank_2": 1, "tpir_at_fpir_0.1": 1, "tpir_at_fpir_1.0": 1}
+    assert result["mean"]["rank_1"] == 0.75
     with pytest.raises(ValueError, match=r"gallery G1 names templates that have no images .*: 99"):
-        ijb.identification(embeddings, templates, templates, probe, {"G1": ijb.Subjects(np.array([99]), np.array([1]))})
+        ijb.nist_identification(
+            embeddings, templates, templates, probe, {"G1": ijb.Subjects(np.array([99]), np.array([1]))}
+        )
 
 
 @pytest.fixture
@@ -180,22 +247,39 @@ def test_read_meta(meta):
     ("name", "text", "message"),
     [
         ("template_pair_label", "1 7 0\n1 1", "template_pair_label.txt: .*cut off"),
-        ("template_pair_label", "1 7 0\n1 x 1\n", "template_pair_label.txt: .*'x'"),
+        ("template_pair_label", "1 7 0\n1 x 1\n", "template_pair_label.txt: line 2: must have 3 numbers, got '1 x 1'"),
         ("template_pair_label", "1 7 5\n", "third column"),
         ("template_pair_label", "1 7\n", "must have 3 numbers"),
         ("face_tid_mid", "1.jpg 1 101\n", "2 and 1 lines"),
         ("face_tid_mid", "1.jpg 1 101\n3.jpg 7 102\n", "line 2 differs"),
         ("name_5pts_score", "1.jpg 1 2 3\n", "must have 11 numbers"),
+        ("name_5pts_score", f"1.jpg{11 * ' 1'}\n2.jpg\n", "name_5pts_score.txt: line 2: must have 11 numbers"),
+        ("name_5pts_score", f"1.jpg{10 * ' 1'} nan\n", "name_5pts_score.txt: line 1: must have 11 numbers"),
+        ("face_tid_mid", "1.jpg 1 101\n\n2.jpg 7\n", "face_tid_mid.txt: line 3: must have 2 numbers, got '7'"),
+        ("face_tid_mid", "", "face_tid_mid.txt: line 1: must have 2 numbers, got ''"),
+        ("template_pair_label", "1 7 0\n\xe9 7 1\n".encode("latin-1"), "template_pair_label.txt: line 2: .* UTF-8"),
+        ("template_pair_label", "1 7 0\n".encode("utf-16"), "template_pair_label.txt.* UTF-16; save it as UTF-8"),
     ],
 )
 def test_read_meta_bad_files(meta, name, text, message):
     path = meta / "meta" / f"ijbb_{name}.txt"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         ijb.read_meta(meta, "IJBB")
     path.unlink()
     with pytest.raises(FileNotFoundError):
         ijb.read_meta(meta, "IJBB")
+
+
+def test_read_meta_from_windows(meta):
+    """A mark before the text, and lines that end otherwise."""
+    expected = ijb.read_meta(meta, "IJBB")
+    for path in (meta / "meta").iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    found = ijb.read_meta(meta, "IJBB")
+    assert found.names == expected.names
+    for got, wanted in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_read_subjects(tmp_path):
@@ -207,7 +291,7 @@ def test_read_subjects(tmp_path):
     with pytest.raises(ValueError, match="template 5 has more than one subject"):
         ijb.read_subjects(path)
     path.write_text("TEMPLATE_ID,SUBJECT_ID\n5,9\n5\n")
-    with pytest.raises(ValueError, match=r"G1\.csv: "):
+    with pytest.raises(ValueError, match=r"G1\.csv: line 3: must have 2 numbers, got '5'"):
         ijb.read_subjects(path)
 
 

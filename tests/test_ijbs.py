@@ -7,8 +7,7 @@ import pytest
 
 from insightface_kprpe.evaluation import ijb, ijbs
 from insightface_kprpe.evaluation.fusion import pool_templates
-from insightface_kprpe.evaluation.metrics import Matches, rank_k, tpir_at_fpir
-from insightface_kprpe.evaluation.search import match_scores
+from insightface_kprpe.evaluation.search import Matches, match_scores, rank_k, tpir_at_fpir
 
 
 def template_list(*rows):
@@ -66,9 +65,9 @@ def test_search_equals_plain_form(drawn, images_at_once, weighted, monkeypatch, 
     found = ijbs.search_protocol(mapped, medias, protocol, weights)
     for name, expected in plain_search(embeddings, medias, protocol, weights).items():
         np.testing.assert_array_equal(found[name].rank, expected.rank)
-        np.testing.assert_allclose(found[name].mate_score, expected.mate_score, atol=1e-6)
-        np.testing.assert_allclose(found[name].other_score, expected.other_score, atol=1e-6)
-    assert 0 < rank_k(found["G1"], (1,))[1] < 100  # the case is neither trivial nor hopeless
+        np.testing.assert_allclose(found[name].mated_score, expected.mated_score, atol=1e-6)
+        np.testing.assert_allclose(found[name].nonmated_score, expected.nonmated_score, atol=1e-6)
+    assert 0 < rank_k(found["G1"], (1,))[1] < 1  # the case is neither trivial nor hopeless
 
 
 def test_identification_is_open_where_a_gallery_lacks_people(drawn):
@@ -92,7 +91,7 @@ def test_open_set_numbers_are_those_of_the_reference(golden):
     truth = golden("open_set.npz")
     found = match_scores(truth["scores"], truth["labels"])
     rates = ijb.identification_rates({"G1": found}, ranks=(1,), fpirs=(0.01, 0.1))["G1"]
-    np.testing.assert_allclose([rates["tpir_at_fpir_0.01"], rates["tpir_at_fpir_0.1"]], 100 * truth["dir"], atol=1e-9)
+    np.testing.assert_allclose([rates["tpir_at_fpir_0.01"], rates["tpir_at_fpir_0.1"]], truth["dir"], atol=1e-9)
 
 
 def test_identification_by_hand():
@@ -101,10 +100,10 @@ def test_identification_by_hand():
     medias = np.array([70, 90, 71, 71, 71, 80])
     protocol = ijbs.Protocol(template_list((1, 7, 71), (2, 8, 80)), {"G1": template_list((5, 7, 70), (6, 9, 90))})
     rates = ijbs.identification(embeddings, medias, protocol, ranks=(1, 2), fpirs=(0.0,))
-    assert rates["G1"] == {"rank_1": 100, "rank_2": 100, "tpir_at_fpir_0.0": 100}
+    assert rates["G1"] == {"rank_1": 1, "rank_2": 1, "tpir_at_fpir_0.0": 1}
     only_bad = np.array([1, 1, 0, 0, 1, 1.0])
     rates = ijbs.identification(embeddings, medias, protocol, only_bad, ranks=(1, 2), fpirs=(0.0,))
-    assert rates["mean"] == {"rank_1": 0, "rank_2": 100, "tpir_at_fpir_0.0": 0}
+    assert rates["mean"] == {"rank_1": 0, "rank_2": 1, "tpir_at_fpir_0.0": 0}
 
 
 def test_ties_count_against_the_mate(drawn):
@@ -153,7 +152,7 @@ def test_reads_files(folder):
     assert [column.tolist() for column in found.protocols["uav"].galleries["G1"]] == [[5, 6], [7, 9], [70, 90]]
     embeddings = np.array([[1, 0], [1, 0.2], [1, 0.1], [0, 1]])
     rates = ijbs.identification(embeddings, found.medias, found.protocols["uav"], ranks=(1,))
-    assert rates["mean"] == {"rank_1": 100}
+    assert rates["mean"] == {"rank_1": 1}
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from insightface_kprpe.training.arcface_torch_checkpoint import find, load_cente
 from insightface_kprpe.training.checkpoint import Checkpointer
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.initialization import compare, initialize
-from insightface_kprpe.training.state import Plan, build_state
+from insightface_kprpe.training.state import Schedule, build_state
 
 CLASSES, SIZE = 7, 16
-PLAN = Plan(5, 4)
+SCHEDULE = Schedule(5, 4)
 
 
 def make_net(**changes):
@@ -53,7 +53,7 @@ def write_arcface_torch(folder, ranks, optimizer="adamw"):
         mine = {k: v[first : first + count] if v.ndim else v for k, v in state["state"][index].items()}
         content = {
             "epoch": 2,
-            "global_step": 2 * PLAN.steps_per_epoch,
+            "global_step": 2 * SCHEDULE.steps_per_epoch,
             "state_dict_backbone": net.state_dict(),
             "state_dict_softmax_fc": {"weight": partial_fc.class_centers.detach()[first : first + count]},
             "state_optimizer": {**state, "state": {**state["state"], index: mine}},
@@ -83,8 +83,8 @@ def resume_on_rank(rank, folder, optimizer):
     torch.manual_seed(5 + rank)
     overrides = [f"optimizer={optimizer}", "scheduler=step", "decay_epochs=(99,)", "weight_decay=0", "warmup_epoch=0"]
     config = load_config("quickstart", [*overrides, f"lr={0.1 if optimizer == 'sgd' else 0.01}"])
-    state = build_state(config, make_net(), PartialFC(ArcFace(), SIZE, CLASSES), PLAN, torch.device("cpu"))
-    assert Checkpointer(folder).resume(state, PLAN) == 2 * PLAN.steps_per_epoch
+    state = build_state(config, make_net(), PartialFC(ArcFace(), SIZE, CLASSES), SCHEDULE, torch.device("cpu"))
+    assert Checkpointer(folder).resume(state, SCHEDULE) == 2 * SCHEDULE.steps_per_epoch
     if state.loss.world_size == 1:
         return losses_of(state.model, state.loss, state.optimizer, range(3, 5))
     images = torch.randn(6, 3, 112, 112, generator=torch.Generator().manual_seed(3))
@@ -160,9 +160,9 @@ def test_an_aligner_that_the_file_lacks_does_not_count():
 
     net = Aligned()
     match = compare(net, {"head.weight": torch.zeros(2, 2), "head.bias": torch.zeros(2)})
-    assert match.share == 1 and not match.missing
-    assert compare(net, net.state_dict()).share == 1
-    assert compare(net, {"head.weight": torch.zeros(2, 2), "dfa.weight": torch.zeros(2, 2)}).share == 0.5
+    assert match.fraction == 1 and not match.missing
+    assert compare(net, net.state_dict()).fraction == 1
+    assert compare(net, {"head.weight": torch.zeros(2, 2), "dfa.weight": torch.zeros(2, 2)}).fraction == 0.5
 
 
 def test_fine_tuning_starts_with_the_class_centers_of_the_same_people(tmp_path):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from insightface_kprpe.data.landmark_csv import read_landmark_csv, write_landmark_csv
+from insightface_kprpe.data.landmark_csv import read_keypoints, read_landmark_csv, write_landmark_csv
+from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, MIRROR_ORDER
 
 HEADER = "idx," + ",".join(f"ldmk_{i}" for i in range(10))
 ROW = "0.3,0.4,0.7,0.4,0.5,0.6,0.35,0.8,0.65,0.8"
@@ -33,8 +34,8 @@ def test_round_trip(tmp_path, scored):
     keypoints = rng.uniform(-0.2, 1.2, (70000, 5, 2)).astype(np.float32)
     scores = rng.random(70000, dtype=np.float32) if scored else None
     write_landmark_csv(tmp_path / "a.csv", keypoints, scores)
-    read_keypoints, read_scores = read_landmark_csv(tmp_path / "a.csv", 70000)
-    np.testing.assert_allclose(read_keypoints, keypoints, atol=1e-6)
+    found, read_scores = read_landmark_csv(tmp_path / "a.csv", 70000)
+    np.testing.assert_allclose(found, keypoints, atol=1e-6)
     assert (read_scores is None) is not scored
     if scored:
         assert read_scores.dtype == np.float32
@@ -98,3 +99,43 @@ def test_bad_landmarks_are_not_written(tmp_path, keypoints, scores, message):
     with pytest.raises(ValueError, match=message):
         write_landmark_csv(tmp_path / "a.csv", keypoints, scores)
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_say_unknown_are_named_and_replaced(tmp_path, caplog):
+    face = CANONICAL_KEYPOINTS + 0.02
+    rows = np.stack([face, np.zeros((5, 2)), np.full((5, 2), -1.0), face, np.full((5, 2), 0.5), face])
+    write_landmark_csv(tmp_path / "a.csv", rows, np.array([1, 1, 1, 0.2, 1, 1]))
+    keypoints, absent = read_keypoints(tmp_path / "a.csv", 6)
+    assert absent.tolist() == [False, True, True, True, True, False]
+    np.testing.assert_allclose(keypoints[absent], np.tile(CANONICAL_KEYPOINTS, (4, 1, 1)))
+    np.testing.assert_allclose(keypoints[~absent], [face, face], atol=1e-6)
+    assert caplog.messages == [
+        f"{tmp_path / 'a.csv'}: 3 of 6 rows are no landmarks of a face (first: idx 1); the canonical template stands "
+        "in for them"
+    ]
+
+
+def test_left_and_right_exchanged_is_suspected(tmp_path, caplog):
+    write_landmark_csv(tmp_path / "a.csv", np.tile(CANONICAL_KEYPOINTS[list(MIRROR_ORDER)], (3, 1, 1)))
+    assert read_keypoints(tmp_path / "a.csv", 3)[1].all()
+    assert "are left and right, as seen in the image, exchanged in 3 of them?" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"{HEADER}\n0,{ROW}\n1,{ROW}".encode("utf-16"), "the text is UTF-16; save it as UTF-8"),
+        (f"{HEADER},ë\n".encode("latin-1"), "line 1: byte 0xeb is not UTF-8"),
+        (f"{HEADER}\n0,{ROW}\n1,ë{ROW}\n".encode("latin-1"), "line 3: expected idx and 10 numbers"),
+        (b"\0" * 100, "line 1: columns must be"),
+    ],
+)
+def test_other_encodings_are_named(tmp_path, content, message):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.csv: {message}"):
+        read_landmark_csv(tmp_path / "a.csv", 2)
+
+
+def test_a_folder_in_the_place_of_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"must be a file \(landmark file\), got a folder"):
+        read_landmark_csv(tmp_path, 2)

@@ -1,3 +1,5 @@
+import unicodedata
+
 import cv2
 import numpy as np
 import pytest
@@ -114,6 +116,9 @@ def test_real_labels(shared):
         ("# b.png\n1 2 3 4 5\n", r"line 2: a face is 4, 19 or 20 numbers .* got '1 2 3 4 5'"),
         ("# b.png\n1 2 three 4\n", "line 2: a face is"),
         ("# b.png\n1 2 nan 4\n", "line 2: a face is"),
+        (f"# b.png\n{' '.join(LINE.split()[:6] + LINE.split()[7:])}\n", "line 2: the flag after each point must be"),
+        (f"# b.png\n{' '.join([*BOX_LINE.split()[:-2], '0.3'])}\n", "line 2: the flag after each point must be"),
+        ("0--Parade/a.png\n1\n1 2 3 4 0 0 0 0 0 0\n", "line 1: .* is it WIDER FACE's own wider_face_"),
         ("# b.png\n", "holds no face"),
         ("# b.png\n1 2 0 4\n", "holds no face"),
     ],
@@ -134,8 +139,43 @@ def test_missing_files(folder):
 
 def test_unreadable_picture_and_no_landmarks(folder):
     (folder / "images" / "b.png").write_bytes(b"not an image")
-    with pytest.raises(ValueError, match=r"b\.png could not be read as an image"):
-        LandmarkDataset(folder)[2]
-    (folder / "label.txt").write_text("# b.png\n1 2 3 4\n")
+    with pytest.raises(ValueError, match=r"b\.png is not a readable image; restore the file"):
+        LandmarkDataset(folder)
+    (folder / "label.txt").write_text("# 0--Parade/a.png\n1 2 3 4\n")
     with pytest.raises(ValueError, match="no face has landmarks"):
         LandmarkDataset(folder, labelled_only=True)
+
+
+def line(box, points):
+    return " ".join(str(value) for value in (*box, *(v for x, y in points for v in (x, y, 0)), 0.9))
+
+
+ASIDE = [(x + 300, y) for x, y in POINTS]
+
+
+@pytest.mark.parametrize("points", [[(0, 0)] * 5, [(100, 90)] * 5, [POINTS[i] for i in (1, 0, 2, 4, 3)], ASIDE])
+def test_landmarks_that_cannot_be_the_faces_are_none(folder, points, caplog):
+    (folder / "label.txt").write_text(f"# b.png\n{LINE}\n{line(BOX, points)}\n")
+    known, unknown = read_labels(folder)
+    assert (known.landmarks == POINTS).all() and (unknown.landmarks == -1).all()
+    assert "1 faces have landmarks that cannot be theirs (first: line 3); taken as faces without" in caplog.text
+
+
+def test_boxes_outside_their_picture_are_left_out(folder, caplog):
+    (folder / "label.txt").write_text("# b.png\n1 2 3 4\n500 20 30 30\n-60 20 30 30\n-20 20 30 30\n")
+    assert [label.box[0] for label in read_labels(folder)] == [1, -20]
+    assert "2 boxes outside their picture left out (first: line 3)" in caplog.text
+
+
+def test_names_in_either_form_of_unicode(folder):
+    for written, on_disk in (("NFC", "NFD"), ("NFD", "NFC")):
+        written, on_disk = (unicodedata.normalize(form, f"Zoë{written}.png") for form in (written, on_disk))
+        picture(folder / "images" / on_disk)
+        (folder / "label.txt").write_text(f"\ufeff# {written}\n1 2 3 4\n", encoding="utf-8")
+        assert len(read_labels(folder)) == 1
+
+
+def test_a_label_file_in_latin_1_is_named_with_its_line(folder):
+    (folder / "label.txt").write_bytes("# b.png\n1 2 3 4\n# Zoë.png\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"label\.txt: line 3: byte 0xeb is not UTF-8 .* save the file as UTF-8"):
+        read_labels(folder)

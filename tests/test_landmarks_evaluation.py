@@ -56,15 +56,15 @@ def test_nme_of_known_errors():
     assert result.nme == pytest.approx(0.06) and result.score == 0.75 and result.images == 2
     np.testing.assert_allclose(result.point_errors, [0.05, 0.05, 0.1, 0.05, 0.05])
     assert result.failure_rate == 0  # 0.1 itself is no failure
-    assert result.curve[0] == 0 and result.curve[30] == 50 and result.curve[-1] == 100
-    assert result.auc == pytest.approx(40.5, abs=0.5)
+    assert result.curve[0] == 0 and result.curve[30] == 0.5 and result.curve[-1] == 1
+    assert result.auc == pytest.approx(0.405, abs=0.005)
 
 
 def test_failures_and_nothing_wrong():
     boxes = np.tile([0.0, 0, 1, 1], (4, 1))
     errors = nme(np.zeros((4, 5, 2)), np.full((4, 5, 2), [0.3, 0.0]), boxes)
-    assert summarize(errors, np.ones(4)).failure_rate == 100 and summarize(errors, np.ones(4)).auc == 0
-    assert summarize(errors * 0, np.ones(4)).auc == 100
+    assert summarize(errors, np.ones(4)).failure_rate == 1 and summarize(errors, np.ones(4)).auc == 0
+    assert summarize(errors * 0, np.ones(4)).auc == 1
 
 
 def test_evaluation_takes_any_callable(dataset, truth):
@@ -101,6 +101,7 @@ def test_report(dataset, truth, tmp_path):
     document = json.loads((tmp_path / "new" / "report" / "landmarks.json").read_text())
     assert document["models"]["good"]["nme"] < 1e-6 and list(document["robustness"]["good"]) == ["clean"]
     assert tuple(document["models"]["other"]["point_errors"]) == POINT_NAMES
+    assert document["models"]["good"]["curve"][-1] == 100  # percent
     assert len(document["models"]["good"]["curve"]) == len(document["curve_thresholds"]) == 101
     assert cv2.imread(str(tmp_path / "new" / "report" / "landmarks.png")).shape[1] == 900
     assert len(list((tmp_path / "new" / "report").iterdir())) == 2

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from reference import metrics as plain
 
 from insightface_kprpe.evaluation.metrics import (
-    Matches,
     inverse_norms,
     kfold_accuracy,
-    rank_k,
     roc,
-    tpir_at_fpir,
     tpr_at_fpr,
     unit_rows,
+    val_at_far,
 )
-from insightface_kprpe.evaluation.search import match_scores
+from insightface_kprpe.evaluation.search import Matches, match_scores, rank_k, search, tpir_at_far, tpir_at_fpir
 
 
 def draw_pairs(rng, count, noise=0.8, dim=16):
@@ -32,9 +31,9 @@ def test_kfold_equals_plain_form(count, folds):
     a, b, is_same = draw_pairs(np.random.default_rng(count), count)
     result = kfold_accuracy(a, b, is_same, folds)
     accuracies, thresholds = plain.kfold_accuracy(a, b, is_same, folds)
-    np.testing.assert_allclose(result.fold_accuracies, 100 * accuracies)
+    np.testing.assert_allclose(result.fold_accuracies, accuracies)
     np.testing.assert_allclose(result.fold_thresholds, thresholds)
-    summary = 100 * accuracies.mean(), 100 * accuracies.std(), thresholds.mean()
+    summary = accuracies.mean(), accuracies.std(), thresholds.mean()
     np.testing.assert_allclose(result[:3], summary, atol=1e-9)
     assert result.cosine_threshold == pytest.approx(1 - result.threshold / 2)
 
@@ -45,7 +44,7 @@ def test_kfold_distances_on_thresholds():
     is_same = rng.random(60) < 0.5
     result = kfold_accuracy(a, b, is_same)
     accuracies, thresholds = plain.kfold_accuracy(a, b, is_same, 10)
-    np.testing.assert_allclose(result.fold_accuracies, 100 * accuracies)
+    np.testing.assert_allclose(result.fold_accuracies, accuracies)
     np.testing.assert_allclose(result.fold_thresholds, thresholds)
 
 
@@ -54,14 +53,14 @@ def test_kfold_zero_embedding_is_equally_unlike_everything():
     result = kfold_accuracy(np.zeros_like(a), b, is_same, 2)  # every distance is 1: all are called the same or none
     assert set(result.fold_thresholds.round(2)) <= {0.0, 1.01}
     called = result.fold_thresholds > 1
-    right = [100 * (half == call).mean() for half, call in zip(np.split(is_same, 2), called, strict=True)]
+    right = [(half == call).mean() for half, call in zip(np.split(is_same, 2), called, strict=True)]
     np.testing.assert_allclose(result.fold_accuracies, right)
 
 
 def test_perfect_and_blind_models():
     a, _, is_same = draw_pairs(np.random.default_rng(1), 200)
-    assert kfold_accuracy(a, np.where(is_same[:, None], a, -a), is_same).accuracy == 100
-    assert kfold_accuracy(np.ones((200, 4)), np.ones((200, 4)), np.arange(200) % 2).accuracy == pytest.approx(50)
+    assert kfold_accuracy(a, np.where(is_same[:, None], a, -a), is_same).accuracy == 1
+    assert kfold_accuracy(np.ones((200, 4)), np.ones((200, 4)), np.arange(200) % 2).accuracy == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +84,40 @@ def test_kfold_bad_input(change, message):
         kfold_accuracy(*change(*draw_pairs(np.random.default_rng(0), 20)))
 
 
+@pytest.mark.parametrize(("count", "folds", "noise"), [(300, 10, 0.8), (903, 10, 1.5), (60, 3, 0.5)])
+def test_val_at_far_equals_plain_form(count, folds, noise):
+    a, b, is_same = draw_pairs(np.random.default_rng(count), count, noise, dim=6)
+    for far in (1e-3, 0.05, 1.0):
+        val, reached = plain.val_at_far(a, b, is_same, far, folds)
+        found = val_at_far(a, b, is_same, far, folds)
+        assert found == pytest.approx((val.mean(), val.std(), reached.mean(), far), abs=1e-12)
+    assert val_at_far(a, b, is_same, 0.05, folds).val > val_at_far(a, b, is_same, 0.001, folds).val
+
+
+def test_val_at_far_where_no_threshold_reaches_it_or_folds_have_one_kind():
+    opposite = np.tile([[1.0, 0]], (20, 1))  # different pairs at distance 4, beyond the last threshold
+    is_same = np.arange(20) % 2 == 0
+    assert val_at_far(opposite, np.where(is_same[:, None], opposite, -opposite), is_same, 0.1).val == 0
+    a, b, _ = draw_pairs(np.random.default_rng(0), 40)
+    assert np.isnan(val_at_far(a, b, np.arange(40) < 20, folds=4).val)  # each fold is of one kind
+    with pytest.raises(ValueError, match=r"far must be a fraction in \[0, 1\], got 10"):
+        val_at_far(a, b, np.arange(40) % 2, 10)
+
+
+def test_tensors_with_gradients_are_taken_as_they_are():
+    a, b, is_same = draw_pairs(np.random.default_rng(0), 60)
+    expected = kfold_accuracy(a, b, is_same)
+    tensors = [torch.tensor(values, requires_grad=True) for values in (a, b)]
+    assert kfold_accuracy(*tensors, torch.tensor(is_same)).accuracy == expected.accuracy
+    scores = torch.nn.functional.cosine_similarity(*tensors)
+    assert tpr_at_fpr(scores, torch.tensor(is_same), [0.1]) == tpr_at_fpr(scores.detach().numpy(), is_same, [0.1])
+    half = scores.bfloat16()
+    assert tpr_at_fpr(half, is_same, [0.1]) == tpr_at_fpr(half.float().detach().numpy(), is_same, [0.1])
+    assert search(tensors[0], tensors[1], torch.arange(60), torch.arange(60)).rank.tolist() == (
+        search(a, b, np.arange(60), np.arange(60)).rank.tolist()
+    )
+
+
 @pytest.mark.parametrize("steps", [3, 30, None])
 @pytest.mark.parametrize("share", [0.03, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -99,11 +132,11 @@ def test_tpr_at_fpr_equals_plain_form(steps, share, dtype):
     np.testing.assert_allclose(curve.true_positives[curve.is_corner] / labels.sum(), [row[1] for row in corners])
     np.testing.assert_array_equal(curve.thresholds[curve.is_corner], [row[2] for row in corners])
     for target in (0.0, 1e-4, 0.013, 0.1, 0.5, 1.0):
-        nearest = min(reversed(corners), key=lambda row: abs(row[0] - target))
+        nearest = plain.nearest_on_roc(scores, labels, target)
         for rule, expected in (("insightface", nearest), ("at_most", plain.tpr_at_fpr(scores, labels, target))):
             point = tpr_at_fpr(scores, labels, [target], rule)[0]
             assert point.target == target
-            np.testing.assert_allclose((point.fpr, point.tpr / 100, point.threshold), expected, rtol=1e-12)
+            np.testing.assert_allclose((point.fpr, point.tpr, point.threshold), expected, rtol=1e-12)
 
 
 def test_the_default_rule_never_exceeds_the_target():
@@ -114,19 +147,20 @@ def test_the_default_rule_never_exceeds_the_target():
 @pytest.mark.parametrize("rule", ["at_most", "insightface"])
 def test_tpr_at_fpr_sorts_only_the_head_and_finds_the_same(rule):
     rng = np.random.default_rng(0)
-    labels = rng.random(60_000) < 0.002  # long runs of negatives, so that the first cut may not settle the point
-    scores = np.where(labels, rng.uniform(0.2, 1, 60_000), rng.random(60_000))
+    labels = rng.random(200_000) < 0.002  # long runs of negatives, so that the first cut may not settle the point
+    scores = np.where(labels, rng.uniform(0.2, 1, 200_000), rng.random(200_000))
     targets = (1e-3, 1e-2, 1e-1, 0.3)
     whole = [tpr_at_fpr(scores, labels, [target, 1.0], rule)[0] for target in targets]
     assert tpr_at_fpr(scores, labels, targets, rule) == whole
-    tied = np.round(scores, 1)  # the cut falls among thousands of equal scores
-    assert tpr_at_fpr(tied, labels, [1e-3], rule)[0] == tpr_at_fpr(tied, labels, [1e-3, 1.0], rule)[0]
+    tied = np.round(scores, 1)  # the cut falls among thousands of equal scores, 5 % of all being the highest
+    for target in (1e-3, 0.028):
+        assert tpr_at_fpr(tied, labels, [target], rule)[0] == tpr_at_fpr(tied, labels, [target, 1.0], rule)[0]
 
 
 def test_tpr_at_fpr_without_any_accepted_score():
     points = tpr_at_fpr([0.9, 0.5, 0.1], [0, 1, 1], [0.0, 1.0])
     assert points[0] == (0.0, 0.0, 0.0, np.inf)
-    assert points[1] == (1.0, 1.0, 100.0, 0.1)
+    assert points[1] == (1.0, 1.0, 1.0, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -154,23 +188,23 @@ def test_unit_rows_keep_zero_rows():
 def test_open_set_golden(golden):
     truth = golden("open_set.npz")
     points = tpir_at_fpir(match_scores(truth["scores"], truth["labels"]), (0.01, 0.1))
-    np.testing.assert_allclose([point.tpr / 100 for point in points], truth["dir"], atol=1e-9)
+    np.testing.assert_allclose([point.tpr for point in points], truth["dir"], atol=1e-9)
     np.testing.assert_allclose([point.fpr for point in points], truth["far"], rtol=1e-6)
     np.testing.assert_allclose([point.threshold for point in points], truth["threshold"], atol=1e-6)
 
 
 def test_open_set_by_hand():
     matches = Matches(
-        mate_score=np.array([0.9, 0.6, 0.8, -np.inf, -np.inf, -np.inf]),
-        other_score=np.array([0.1, 0.2, 0.85, 0.7, 0.3, 0.5]),
+        mated_score=np.array([0.9, 0.6, 0.8, -np.inf, -np.inf, -np.inf]),
+        nonmated_score=np.array([0.1, 0.2, 0.85, 0.7, 0.3, 0.5]),
         rank=np.array([1, 1, 2, 0, 0, 0]),
     )
     none, one, all_alarms = tpir_at_fpir(matches, (0.0, 1 / 3, 1.0))
-    assert none.fpr == 0 and none.threshold > 0.7 and none.tpr == pytest.approx(100 / 3)
-    assert one.fpr == pytest.approx(1 / 3) and one.threshold == 0.7 and one.tpr == pytest.approx(100 / 3)
-    assert all_alarms.threshold == 0.3 and all_alarms.tpr == pytest.approx(200 / 3)
-    assert tpir_at_fpir(matches, (1.0,), rank=2)[0].tpr == pytest.approx(100)
-    assert rank_k(matches, (1, 2)) == {1: pytest.approx(200 / 3), 2: 100}
+    assert none.fpr == 0 and none.threshold > 0.7 and none.tpr == pytest.approx(1 / 3)
+    assert one.fpr == pytest.approx(1 / 3) and one.threshold == 0.7 and one.tpr == pytest.approx(1 / 3)
+    assert all_alarms.threshold == 0.3 and all_alarms.tpr == pytest.approx(2 / 3)
+    assert tpir_at_fpir(matches, (1.0,), rank=2)[0].tpr == pytest.approx(1)
+    assert rank_k(matches, (1, 2)) == {1: pytest.approx(2 / 3), 2: 1}
 
 
 def test_identification_equals_plain_form():
@@ -183,15 +217,35 @@ def test_identification_equals_plain_form():
         expected = [plain.match(*rows) for rows in zip(scores, is_mate, strict=True)]
         mate, other, ranks = (np.array(column) for column in zip(*expected, strict=True))
         matches = match_scores(scores, is_mate)
-        for found, column in zip(matches, (mate, other, ranks), strict=True):
+        for found, column in zip(matches[:3], (mate, other, ranks), strict=True):
             np.testing.assert_array_equal(found, column)
-        assert rank_k(matches, (1, 3, 10)) == {k: pytest.approx(100 * plain.rank_k(ranks, k)) for k in (1, 3, 10)}
+        assert rank_k(matches, (1, 3, 10)) == {k: pytest.approx(plain.rank_k(ranks, k)) for k in (1, 3, 10)}
         for fpir in (0.0, 0.01, 0.1, 0.5, 1.0):
             for rank in (1, 5):
                 point = tpir_at_fpir(matches, [fpir], rank)[0]
                 reached, tpir, threshold = plain.tpir_at_fpir(mate, other, ranks, fpir, rank)
-                assert (point.fpr, point.tpr / 100) == pytest.approx((reached, tpir), rel=1e-12)
+                assert (point.fpr, point.tpr) == pytest.approx((reached, tpir), rel=1e-12)
                 assert threshold is None or point.threshold == threshold
+
+
+def test_tpir_at_far_by_hand():
+    scores = np.array([[0.9, 0.5, 0.4], [0.8, 0.7, 0.1], [0.6, 0.2, 0.3]])
+    is_mate = np.eye(3, dtype=bool)  # mated 0.9, 0.7, 0.3; nonmated 0.8, 0.6, 0.5, ...
+    one, two, three = tpir_at_far(match_scores(scores, is_mate, 3), (0.1, 0.5, 1.0))
+    assert one == (0.1, 0.0, pytest.approx(1 / 3), 0.8)  # ceil(0.3) = 1: above the highest
+    assert two == (0.5, pytest.approx(1 / 3), pytest.approx(2 / 3), 0.6)
+    assert three == (1.0, pytest.approx(2 / 3), pytest.approx(2 / 3), 0.5)
+
+
+def test_tpir_at_far_bad_input():
+    scores, is_mate = np.random.default_rng(0).random((10, 4)), np.eye(10, 4, dtype=bool)
+    with pytest.raises(ValueError, match="6 of 10 do not"):
+        tpir_at_far(match_scores(scores, is_mate, 10))
+    matches = match_scores(scores[:4], is_mate[:4], 1)
+    with pytest.raises(ValueError, match="2 nonmated scores are needed, got 1"):
+        tpir_at_far(matches, (0.5,))
+    with pytest.raises(ValueError, match=r"fractions in \(0, 1\]"):
+        tpir_at_far(matches, (0.0,))
 
 
 def test_open_set_and_rank_bad_input():

@@ -8,18 +8,20 @@ import cv2
 import insightface
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from insightface.app import FaceAnalysis
 
 import insightface_kprpe as ik
 from insightface_kprpe.app import recognizer
-from insightface_kprpe.deployment import model_pack
+from insightface_kprpe.deployment import installed_packs, model_pack, precision
 from insightface_kprpe.deployment.detector_export import export_detector
 from insightface_kprpe.deployment.onnx_export import export_onnx
 from insightface_kprpe.dfa.network import RetinaFaceNet
 from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112, CANONICAL_KEYPOINTS, align_face
 from insightface_kprpe.packs import routing
+from insightface_kprpe.packs.metadata import minimal_runtime
 
 CPU = {"providers": ["CPUExecutionProvider"]}
 
@@ -42,7 +44,7 @@ def files(tmp_path_factory):
 @pytest.fixture
 def root(files, tmp_path):
     _, folder = files
-    model_pack.build(folder / "one.onnx", folder / "detector.onnx", folder / "two.onnx", root=tmp_path)
+    model_pack.build(recognition=folder / "two.onnx", detector=folder / "detector.onnx", root=tmp_path)
     return tmp_path
 
 
@@ -127,7 +129,7 @@ def test_register_leaves_other_models_alone(files, registered):
 
 def test_a_pack_without_keypoint_twin_is_stock_also_when_registered(files, tmp_path, registered):
     _, folder = files
-    model_pack.build(folder / "one.onnx", folder / "detector.onnx", root=tmp_path, name="plain")
+    model_pack.build(recognition=folder / "one.onnx", detector=folder / "detector.onnx", root=tmp_path, name="plain")
     app = FaceAnalysis(name="plain", root=str(tmp_path), **CPU)
     assert type(app.models["recognition"]).__name__ == "ArcFaceONNX"
 
@@ -141,24 +143,129 @@ def renamed(source, target, operator):
 
 
 @pytest.mark.parametrize(
-    ("recognition", "detector", "twin", "message"),
+    ("recognition", "detector", "message"),
     [
-        ("two.onnx", "detector.onnx", None, "one input and one output.*image_only=True"),
-        ("detector.onnx", "detector.onnx", None, "got 1 and 9"),
-        ("one.onnx", "one.onnx", None, "no SCRFD-style detector"),
-        ("one.onnx", "absent.onnx", None, "does not exist"),
-        ("one.onnx", "garbage.onnx", None, "must be an ONNX file"),
-        ("one.onnx", "detector.onnx", "one.onnx", "inputs images and keypoints, got images"),
-        ("sub_mul.onnx", "detector.onnx", None, "mean 0.0 and std 1.0 because of the node names"),
+        ("detector.onnx", "detector.onnx", "input images, or images and keypoints, got image and 9 outputs"),
+        ("one.onnx", "one.onnx", "no SCRFD-style detector"),
+        ("one.onnx", "absent.onnx", r"absent\.onnx does not exist; give an ONNX file"),
+        ("one.onnx", "garbage.onnx", r"garbage\.onnx could not be read as ONNX"),
+        ("one.onnx", "cut.onnx", r"cut\.onnx could not be read as ONNX"),
+        ("one.onnx", "empty.onnx", r"empty\.onnx could not be read as ONNX"),
+        ("cut.onnx", "detector.onnx", r"cut\.onnx could not be read as ONNX"),
+        ("sub_mul.onnx", "detector.onnx", "mean 0.0 and std 1.0 because of the node names"),
     ],
 )
-def test_files_that_do_not_fit_are_refused_with_the_reason(files, tmp_path, recognition, detector, twin, message):
+def test_files_that_do_not_fit_are_refused_with_the_reason(files, tmp_path, recognition, detector, message):
     _, folder = files
     (folder / "garbage.onnx").write_bytes(b"no model")
+    (folder / "empty.onnx").write_bytes(b"")
+    (folder / "cut.onnx").write_bytes((folder / "one.onnx").read_bytes()[:5000])
     renamed(folder / "one.onnx", folder / "sub_mul.onnx", 0)
-    with pytest.raises(model_pack.PackError, match=message):
-        model_pack.build(folder / recognition, folder / detector, twin and folder / twin, root=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        model_pack.build(recognition=folder / recognition, detector=folder / detector, root=tmp_path)
     assert not (tmp_path / "models").exists() or not list((tmp_path / "models").iterdir())
+
+
+def externalised(source, target):
+    """The same model with its weights in a second file."""
+    model = onnx.load(str(source))
+    onnx.save(model, str(target), save_as_external_data=True, location=f"{target.name}.data", size_threshold=0)
+    assert target.with_name(f"{target.name}.data").is_file()
+    return target
+
+
+def test_weights_in_a_second_file_come_into_the_pack(files, tmp_path, picture):
+    _, folder = files
+    parts = {
+        "recognition": externalised(folder / "two.onnx", tmp_path / "two.onnx"),
+        "detector": externalised(folder / "detector.onnx", tmp_path / "detector.onnx"),
+    }
+    pack = model_pack.build(**parts, root=tmp_path / "root")
+    assert installed_packs.verify(pack) == []
+    for path in tmp_path.glob("*.onnx*"):
+        path.unlink()
+    app = FaceAnalysis(name="kprpe", root=str(tmp_path / "root"), **CPU)
+    app.prepare(ctx_id=-1)
+    app.get(picture)
+
+
+def test_a_pack_that_does_not_work_where_it_lies_is_not_published(files, tmp_path):
+    _, folder = files
+    detector = externalised(folder / "detector.onnx", tmp_path / "detector.onnx")
+    (tmp_path / "detector.onnx.data").unlink()
+    with pytest.raises(ValueError, match=r"detector\.onnx could not be read as ONNX"):
+        model_pack.build(recognition=folder / "one.onnx", detector=detector, root=tmp_path / "root")
+    model = onnx.load(str(folder / "detector.onnx"))
+    model.graph.node[-1].op_type = "NoSuchOperator"
+    onnx.save(model, str(tmp_path / "strange.onnx"))
+    with pytest.raises(
+        model_pack.PackError, match=r"detection\.onnx does not work: could not be loaded by onnxruntime"
+    ):
+        model_pack.build(recognition=folder / "one.onnx", detector=tmp_path / "strange.onnx", root=tmp_path / "root")
+    assert list((tmp_path / "root").rglob("*.onnx")) == []
+
+
+def test_what_the_files_need_to_run_is_low_and_is_said(root, caplog):
+    files = json.loads((root / "models" / "kprpe" / "pack.json").read_text())["files"]
+    for name, record in files.items():
+        model = onnx.load(str(root / "models" / "kprpe" / name))
+        opsets = {entry.domain: entry.version for entry in model.opset_import}
+        assert model.ir_version <= 8 and opsets[""] <= 18, name
+        assert record["onnxruntime"] == ">= 1.14", name
+        assert not any(node.metadata_props for node in model.graph.node)
+    assert "insightface" not in files["detection.onnx"]
+
+
+RUN_ELSEWHERE = """
+import sys, numpy as np, onnxruntime
+for path, values in zip(sys.argv[1::2], sys.argv[2::2]):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    values = np.load(values)
+    feeds = {value.name: values[value.name] for value in session.get_inputs()}
+    for name, got in zip([value.name for value in session.get_outputs()], session.run(None, feeds)):
+        np.testing.assert_allclose(got, values[name], atol=1e-3)
+print(onnxruntime.__version__)
+"""
+
+
+def test_the_oldest_runtime_gives_the_same_numbers(root, tmp_path):
+    """With onnxruntime 1.14 in a Python of its own, as 1.14 is older than the Pythons and NumPys of today."""
+    python = os.environ.get("KPRPE_OLD_PYTHON")
+    if not python:
+        pytest.skip("KPRPE_OLD_PYTHON names no Python with onnxruntime 1.14")
+    folder = root / "models" / "kprpe"
+    paths = [folder / name for name in ("detection.onnx", "recognition.onnx", "keypoints/recognition.onnx")]
+    for form in ("fp16", "int8"):
+        paths.append(tmp_path / f"{form}.onnx")
+        precision.WRITERS[form](folder / "keypoints" / "recognition.onnx", paths[-1])
+    arguments = []
+    for number, path in enumerate(paths):
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        sizes = [[size if isinstance(size, int) else 2 for size in value.shape] for value in session.get_inputs()]
+        rng = np.random.default_rng(number)
+        feeds = {
+            value.name: rng.random(size, np.float32) for value, size in zip(session.get_inputs(), sizes, strict=True)
+        }
+        outputs = dict(zip([value.name for value in session.get_outputs()], session.run(None, feeds), strict=True))
+        np.savez(tmp_path / f"{number}.npz", **feeds, **outputs)
+        arguments += [str(path), str(tmp_path / f"{number}.npz")]
+    result = subprocess.run(
+        [python, "-c", RUN_ELSEWHERE, *arguments], capture_output=True, text=True, check=False, env={}
+    )
+    assert result.stdout.startswith("1.14"), result.stderr
+
+
+def test_newer_files_say_what_they_need(files, tmp_path):
+    model = onnx.load(str(files[1] / "one.onnx"))
+    for version, ir, needed in (
+        (18, 8, "1.14"),
+        (18, 10, "1.18"),
+        (20, 9, "1.17"),
+        (21, 10, "1.18"),
+        (99, 99, "unknown"),
+    ):
+        model.ir_version, model.opset_import[0].version = ir, version
+        assert minimal_runtime(model) == needed
 
 
 def test_a_detector_without_landmarks_is_refused(files, tmp_path):
@@ -166,7 +273,7 @@ def test_a_detector_without_landmarks_is_refused(files, tmp_path):
     del model.graph.output[6:]
     onnx.save(model, str(tmp_path / "boxes.onnx"))
     with pytest.raises(model_pack.PackError, match="gives no landmarks"):
-        model_pack.build(files[1] / "one.onnx", tmp_path / "boxes.onnx", root=tmp_path)
+        model_pack.build(recognition=files[1] / "one.onnx", detector=tmp_path / "boxes.onnx", root=tmp_path)
 
 
 def test_someone_elses_pack_is_not_overwritten(files, root, tmp_path):
@@ -174,10 +281,18 @@ def test_someone_elses_pack_is_not_overwritten(files, root, tmp_path):
     other = tmp_path / "models" / "buffalo_l"
     other.mkdir(parents=True)
     with pytest.raises(model_pack.PackError, match="was not built by this package"):
-        model_pack.build(folder / "one.onnx", folder / "detector.onnx", root=tmp_path, name="buffalo_l")
+        model_pack.build(
+            recognition=folder / "one.onnx", detector=folder / "detector.onnx", root=tmp_path, name="buffalo_l"
+        )
+    for blocked in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        (tmp_path / "file").write_text("no folder")
+        with pytest.raises(model_pack.PackError, match="root must be a folder, but .*file is a file"):
+            model_pack.build(recognition=folder / "absent", detector=folder / "detector.onnx", root=blocked)
     with pytest.raises(model_pack.PackError, match="plain folder name"):
-        model_pack.build(folder / "one.onnx", folder / "detector.onnx", root=tmp_path, name="../x")
-    model_pack.build(folder / "one.onnx", folder / "detector.onnx", root=root)  # our own is replaced
+        model_pack.build(recognition=folder / "one.onnx", detector=folder / "detector.onnx", root=tmp_path, name="../x")
+    model_pack.build(
+        recognition=folder / "one.onnx", detector=folder / "detector.onnx", root=root
+    )  # our own is replaced
 
 
 def test_detector_export_decodes_as_the_network_does(files):
@@ -201,7 +316,8 @@ def test_detector_export_decodes_as_the_network_does(files):
 def test_faces_of_insightfaces_own_picture(files, shared, tmp_path):
     """SCRFD finds the six faces of t1 and the pack embeds them, without this package being imported."""
     _, folder = files
-    model_pack.build(folder / "one.onnx", shared / "data" / "models" / "scrfd_2.5g_kps.onnx", root=tmp_path)
+    detector = shared / "data" / "models" / "scrfd_2.5g_kps.onnx"
+    model_pack.build(recognition=folder / "one.onnx", detector=detector, root=tmp_path)
     script = (
         "import cv2, os, sys, insightface\n"
         "from insightface.app import FaceAnalysis\n"

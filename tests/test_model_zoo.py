@@ -1,8 +1,9 @@
+import copy
 import os
 import pickle
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 
 import insightface
 import numpy as np
@@ -243,16 +244,98 @@ def test_models_can_be_pickled(tmp_path, manifest):
         assert face.quality == expected.quality
 
 
-def _embed(recognizer):
-    return os.getpid(), recognizer.get(PICTURE, a_face())
+def check_same_faces(found, expected):
+    assert len(found) == len(expected) > 0
+    for face, same in zip(found, expected, strict=True):
+        assert type(face) is type(same) and set(face) == set(same)
+        for key in same:
+            np.testing.assert_array_equal(face[key], same[key], err_msg=key)
+        assert face.embedding_norm == same.embedding_norm and face.no_such_thing is None
+
+
+def test_faces_can_be_copied_and_pickled(tmp_path):
+    tiny.write_pack(tmp_path, aligner=True)
+    faces = open_app(tmp_path).get(PICTURE)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        check_same_faces(pickle.loads(pickle.dumps(faces, protocol)), faces)
+    check_same_faces([copy.copy(face) for face in faces], faces)
+    deep = copy.deepcopy(faces)
+    check_same_faces(deep, faces)
+    deep[0].kps[:] = 0
+    assert faces[0].kps.any()
+
+
+class OwnFace(Face):
+    pass
+
+
+def test_faces_of_a_subclass_stay_so():
+    again = pickle.loads(pickle.dumps(OwnFace(kps=np.ones(2), nested={"a": 1}, several=[{"b": 2}])))
+    assert type(again) is OwnFace and again.nested.a == 1 and again.several[0].b == 2
+
+
+def _work(app, recognizer):
+    return os.getpid(), app.get(PICTURE), recognizer.get(PICTURE, a_face())
 
 
 @pytest.mark.slow
-def test_models_travel_to_other_processes(recognizer):
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pid, embedding = pool.submit(_embed, recognizer).result()
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_apps_models_and_faces_travel_between_processes(tmp_path, method):
+    """Also to and from those in which nobody has called register()."""
+    if method not in get_all_start_methods():
+        pytest.skip(f"no {method} here")
+    tiny.write_pack(tmp_path)
+    app = open_app(tmp_path)
+    recognizer, expected = app.models["recognition"], app.get(PICTURE)
+    with ProcessPoolExecutor(1, mp_context=get_context(method)) as pool:
+        check_same_faces(pool.submit(app.get_batch, [PICTURE]).result(120)[0], expected)
+        pid, faces, embedding = pool.submit(_work, app, recognizer).result(120)
     assert pid != os.getpid()
+    check_same_faces(faces, expected)
     np.testing.assert_array_equal(embedding, recognizer.get(PICTURE, a_face()))
+
+
+def test_pools_and_joblib(tmp_path):
+    tiny.write_pack(tmp_path)
+    app = open_app(tmp_path)
+    expected = app.get(PICTURE)
+    if "fork" in get_all_start_methods():
+        with get_context("fork").Pool(1) as pool:
+            check_same_faces(pool.map_async(app.get, [PICTURE]).get(120)[0], expected)
+    cloudpickle = pytest.importorskip("cloudpickle", reason="what joblib sends by")
+    check_same_faces(pickle.loads(cloudpickle.dumps(app.get))(PICTURE), expected)
+    check_same_faces(pickle.loads(cloudpickle.dumps(expected)), expected)
+
+
+@pytest.mark.parametrize("with_keypoints", [False, True])
+def test_a_batch_laid_out_for_the_network(recognizer, with_keypoints):
+    rng = np.random.default_rng(0)
+    crops = rng.integers(0, 255, (3, 112, 112, 3), dtype=np.uint8)
+    keypoints = (CANONICAL_KEYPOINTS + rng.normal(0, 0.05, (3, 5, 2))).astype(np.float32) if with_keypoints else None
+    batch = crops[..., ::-1].transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(
+        recognizer.forward(batch, keypoints), recognizer.get_feat(list(crops), keypoints), atol=1e-4
+    )
+    with pytest.raises(ValueError, match=r"keypoints must be \(3, 5, 2\)"):
+        recognizer.forward(batch, CANONICAL_KEYPOINTS[None])
+
+
+def test_nothing_public_of_the_stock_class_fails(recognizer):
+    """Whatever ArcFaceONNX offers works on our class, too."""
+    crop = np.random.default_rng(0).integers(0, 255, (112, 112, 3), dtype=np.uint8)
+    blob = crop[None, ..., ::-1].transpose(0, 3, 1, 2).astype(np.float32)
+    feature = recognizer.get_feat(crop)
+    calls = {
+        "prepare": lambda: recognizer.prepare(-1),
+        "get": lambda: recognizer.get(PICTURE, a_face()),
+        "get_feat": lambda: recognizer.get_feat([crop, crop]),
+        "forward": lambda: recognizer.forward(blob),
+        "compute_sim": lambda: recognizer.compute_sim(feature[0], feature[0]),
+    }
+    public = {name for name in dir(insightface.model_zoo.arcface_onnx.ArcFaceONNX) if not name.startswith("_")}
+    assert public == set(calls)
+    for call in calls.values():
+        call()
 
 
 def _resident_bytes():

@@ -67,6 +67,30 @@ def test_the_file_says_how_to_feed_it(exported):
     assert not any(node.name.startswith(("Sub", "Mul", "_minus", "_mul")) for node in model.graph.node[:8])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda net: net.half(), r"float32 weights, got torch\.float16; call net\.float\(\) first"),
+        (lambda net: net.bfloat16(), r"float32 weights, got torch\.bfloat16"),
+        (torch.nn.DataParallel, r"wrapped in DataParallel; pass net\.module"),
+        (torch.compile, r"compiled by torch\.compile; pass net\._orig_mod"),
+        (lambda net: ik.DFA(), "got a DFA; write it with detector_export"),
+        (lambda net: torch.nn.Linear(3, 3), r"must be a .*\.Backbone or derive from it, got Linear"),
+    ],
+)
+def test_networks_in_another_state_are_told_what_to_call(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        export_onnx(change(tiny()), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_too_large_for_a_file_is_told_at_once(tmp_path):
+    with torch.device("meta"):
+        net = ik.get_model("vit_h")
+    with pytest.raises(ValueError, match=r"less than 2 GiB of weights.*got 2\.\d GiB"):
+        export_onnx(net, tmp_path / "net.onnx")
+
+
 @pytest.mark.parametrize("position", [None, "irpe"])
 def test_networks_without_keypoints_have_one_input(tmp_path, position):
     report = export_onnx(tiny(position), tmp_path / "net.onnx")

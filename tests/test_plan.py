@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from insightface_kprpe import cli
 from insightface_kprpe.backbones import get_model
 from insightface_kprpe.partial_fc import PartialFC
+from insightface_kprpe.training.build import margin_loss
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.memory import LiveBytes, forward_flops
 from insightface_kprpe.training.plan import format_plan, plan_training
-from insightface_kprpe.training.state import Plan, build_state
-from insightface_kprpe.training.trainer import margin_loss, train_step
+from insightface_kprpe.training.state import Schedule, build_state
+from insightface_kprpe.training.trainer import main, train_step
 
 SMALL = {"embedding_size": 64, "num_image": 1000, "optimizer": "adamw"}
 
@@ -31,7 +38,7 @@ def measured_peak(config) -> int:
         if config.gradient_checkpointing:
             net.set_grad_checkpointing()
         loss = PartialFC(margin_loss(config), config.embedding_size, config.num_classes, config.sample_rate)
-        state = build_state(config, net, loss, Plan(10, 1), torch.device("cpu"))
+        state = build_state(config, net, loss, Schedule(10, 1), torch.device("cpu"))
         images = torch.rand(config.batch_size, 3, 112, 112)
         batch = images, torch.arange(config.batch_size), torch.rand(16, 5, 2)
         for _ in range(2):  # moments are made by the first
@@ -107,7 +114,7 @@ def test_flops_do_not_depend_on_where_keypoints_act():
         return forward_flops(lambda: get_model(name, num_features=64))
 
     plain = flops("vit_n")
-    tables = 2 * (64 + 1) * 10 * 6 * 4 * 49  # KPRPE adds a linear map of 64 patches and one face to its tables
+    tables = 2 * (8 + 10) * 6 * 4 * 49  # KPRPE adds linear maps of 8 grid columns and of a face's ten coordinates
     assert flops("vit_n_kprpe") == plain + tables
 
 
@@ -134,3 +141,18 @@ def test_a_large_run_is_planned_in_no_memory():
 def test_bad_input(changes, world_size, speed, message):
     with pytest.raises(ValueError, match=message):
         plan_training(small_config(**changes), world_size, speed)
+
+
+def test_train_v2_plans_as_the_verb_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    overrides = ["num_classes=10", "num_image=320", "network_kwargs={'depth': 1}"]
+    options = ["--world-size", "2", "--images-per-second", "50"]
+    monkeypatch.setattr(sys, "argv", ["train_v2.py", "quickstart", "--plan", *overrides, *options])
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "train_v2.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "on 2 GPUs" in printed and "at 100 images/s on all GPUs" in printed
+    result = CliRunner().invoke(cli.app, ["train", "quickstart", "--plan", *overrides, *options])
+    assert result.output == printed
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="error: world size and images per second must be positive, got 0"):
+        main(["quickstart", *overrides, "--plan", "--world-size=0"])

@@ -17,6 +17,7 @@ from insightface_kprpe.dfa import DFA
 from insightface_kprpe.dfa.aligner import canonical_keypoints, fit_to_square
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS
 from insightface_kprpe.inference import predicted_landmarks as landmarks
+from insightface_kprpe.inference import stores
 from insightface_kprpe.inference.predicted_landmarks import contact_sheet, predict_landmarks
 
 COUNT = 10
@@ -139,7 +140,7 @@ def interrupt_at(crops, index):
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, dfa, images, monkeypatch):
-    monkeypatch.setattr(landmarks, "_CHUNK", 3)
+    monkeypatch.setattr(stores, "BLOCK", 3)
     crops = open_crops(make("images", tmp_path, images)[0])
     whole = read_landmark_csv(predict_landmarks(crops, dfa, tmp_path / "whole.csv"), COUNT)
     with pytest.raises(Interrupted):
@@ -154,8 +155,19 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, dfa, images, monk
     assert not list(tmp_path.glob(".*"))
 
 
+def test_an_image_that_changed_meanwhile_is_looked_at_again(tmp_path, dfa, images, monkeypatch):
+    monkeypatch.setattr(stores, "BLOCK", 3)
+    source, _ = make("images", tmp_path, images)
+    crops = open_crops(source)
+    with pytest.raises(Interrupted):
+        predict_landmarks(interrupt_at(crops, 7), dfa)
+    (source / "1.png").write_bytes(png(images[0]))
+    keypoints, _ = read_landmark_csv(predict_landmarks(crops, dfa), COUNT)
+    np.testing.assert_allclose(keypoints[1], directly(dfa, images[0])[0], atol=1e-5)
+
+
 def test_other_weights_do_not_go_on(tmp_path, dfa, images, monkeypatch):
-    monkeypatch.setattr(landmarks, "_CHUNK", 3)
+    monkeypatch.setattr(stores, "BLOCK", 3)
     crops = open_crops(make("images", tmp_path, images)[0])
     with pytest.raises(Interrupted):
         predict_landmarks(interrupt_at(crops, 7), dfa)
@@ -166,7 +178,7 @@ def test_other_weights_do_not_go_on(tmp_path, dfa, images, monkeypatch):
 
 
 def predict_on_rank(rank, folder, state):
-    landmarks._CHUNK = 3
+    stores.BLOCK = 3
     predict_landmarks(open_crops(folder), BrightFaces(state), batch_size=2)
     return rank
 

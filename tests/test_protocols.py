@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import replace
 
 import cv2
@@ -21,10 +22,12 @@ from insightface_kprpe.data.verification_pairs import open_verification
 from insightface_kprpe.dfa import DFA
 from insightface_kprpe.evaluation import ijb
 from insightface_kprpe.evaluation.fusion import FUSION_METHODS, norm_weights
+from insightface_kprpe.evaluation.metrics import val_at_far
 from insightface_kprpe.evaluation.protocols import choose_fusions, run_ijb, run_ijbs, run_pairs, run_tinyface
+from insightface_kprpe.evaluation.report import format_text
 from insightface_kprpe.evaluation.verification import verify
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, align_face
-from insightface_kprpe.inference.embedding import EmbedOptions, embed_faces
+from insightface_kprpe.inference.embedding import EmbedOptions, embed_faces, embed_images
 from insightface_kprpe.inference.images import AlignedFiles, WholeFiles, fit_crop
 from insightface_kprpe.inference.models import TorchEmbedder
 
@@ -43,6 +46,13 @@ class Thumbnail(Backbone):
     def forward(self, images, keypoints):
         small = torch.nn.functional.avg_pool2d(images, 14).flatten(1)
         return self.scale * torch.cat([small, keypoints.flatten(1)], 1)
+
+
+class Blind(Thumbnail):
+    """Gives every crop the same embedding."""
+
+    def forward(self, images, keypoints):
+        return self.scale * torch.ones(len(images), 4)
 
 
 @pytest.fixture
@@ -100,13 +110,15 @@ def test_ijb_equals_the_numbers_of_embeddings_made_by_hand(ijb_folder, embed):
     arguments = (meta.templates, meta.medias, meta.p1, meta.p2, meta.label, weights)
     expected = ijb.verification(embeddings, *arguments)
     results = run_ijb(embed, ijb_folder, "IJBC", ["norm_detector"], EmbedOptions(flip=False, batch_size=5))
-    assert [r.protocol for r in results] == ["IJB-C 1:1"] + 3 * ["IJB-C 1:N"]
-    assert [r.variant for r in results] == 2 * ["norm_detector"] + ["norm_detector, G1", "norm_detector, G2"]
+    assert [r.protocol for r in results] == ["IJB-C 1:1", "IJB-C 1:N, InsightFace"] + 3 * ["IJB-C 1:N, NIST"]
+    assert [r.variant for r in results] == 3 * ["norm_detector"] + ["norm_detector, G1", "norm_detector, G2"]
     assert results[0].metrics == pytest.approx(expected, abs=1e-5)
-    mean, first, second = (result.metrics for result in results[1:])
+    mean, first, second = (result.metrics for result in results[2:])
     assert mean["rank_1"] == pytest.approx((first["rank_1"] + second["rank_1"]) / 2)
-    assert results[1].cmc[0] == mean["rank_1"] and results[1].cmc[-1] == 100
-    assert results[1].settings["gallery"] == PEOPLE // 2
+    assert results[2].cmc[0] == mean["rank_1"] and results[2].cmc[-1] == 1
+    assert results[2].settings["gallery"] == PEOPLE // 2 and "NIST" in results[2].settings["1:N rule"]
+    assert results[1].settings["gallery"] == PEOPLE and "ijb_1n.py" in results[1].settings["1:N rule"]
+    assert results[1].cmc[0] == results[1].metrics["rank_1"] <= mean["rank_1"]
     assert results[0].settings["images"] == PEOPLE * FRAMES and results[0].settings["flip"] == "off"
 
 
@@ -134,11 +146,43 @@ def test_missing_and_damaged_images(ijb_folder, embed):
     result, identification, *_ = run_ijb(embed, ijb_folder, "IJBC", ["average"], EmbedOptions(missing="skip"))
     assert result.settings["missing images"] == "3 left out: 0.png, 2.png, 3.png"
     assert result.settings["pairs left out"].startswith("11,") and result.settings["templates"] == 2 * PEOPLE - 1
-    assert identification.settings["probes"] == PEOPLE - 1
+    assert identification.settings["probes"] == PEOPLE - 1 and identification.settings["gallery"] == PEOPLE
     with open(ijb_folder / "meta" / "ijbc_template_pair_label.txt", "a") as pairs:
         pairs.write("0 999 0\n")  # a template that the set never had is no missing image
     with pytest.raises(ValueError, match="999"):
         run_ijb(embed, ijb_folder, "IJBC", ["average"], EmbedOptions(missing="skip"))
+
+
+def test_identification_does_not_vanish_without_a_word(ijb_folder, embed, caplog):
+    (ijb_folder / "meta" / "ijbc_1N_probe_mixed.csv").unlink()
+    (result,) = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions())
+    assert "1:N is not measured: no ijbc_1N_probe_mixed.csv in " in caplog.text
+    assert result.settings["1:N"].startswith("not measured: no ijbc_1N_probe_mixed.csv")
+    for gallery in ("G1", "G2"):
+        (ijb_folder / "meta" / f"ijbc_1N_gallery_{gallery}.csv").unlink()
+    (result,) = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions())
+    assert "ijbc_1N_gallery_*.csv" in result.settings["1:N"]
+
+
+def test_an_infinite_threshold_is_explained(ijb_folder, embed):
+    (result, *_) = run_ijb(TorchEmbedder(Blind(), "blind"), ijb_folder, "IJBC", ["average"], EmbedOptions())
+    assert np.isinf(result.metrics["thresh_at_fpr_0.1"]) and result.metrics["tpr_at_fpr_0.1"] == 0
+    assert result.settings["no threshold"].startswith("at FPR 1e-06, 1e-05, 0.0001, 0.001, 0.01, 0.1: ")
+    (result, *_) = run_ijb(embed, ijb_folder, "IJBC", ["average"], EmbedOptions())
+    assert "0.1" not in result.settings.get("no threshold", "").split(":")[0].split(", ")
+
+
+def test_names_with_accents_composed_otherwise_on_the_disk(ijb_folder, embed):
+    """Lists from one system, files from another."""
+    expected = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions())
+    for name, form in (("name_5pts_score", "NFC"), ("face_tid_mid", "NFD")):
+        path = ijb_folder / "meta" / f"ijbc_{name}.txt"
+        path.write_text(path.read_text().replace("3.png", unicodedata.normalize(form, "é3.png")))
+    for number in (3, 13, 23):
+        crop = ijb_folder / "loose_crop" / f"{number}.png"
+        crop.rename(crop.with_name(unicodedata.normalize("NFD", f"{number}.png".replace("3.png", "é3.png"))))
+    results = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions())
+    assert results[0].metrics == expected[0].metrics
 
 
 @pytest.fixture
@@ -157,7 +201,11 @@ def test_bin(bin_file, embed):
     expected = verify(embed, open_verification(str(path)))
     assert result.metrics["accuracy"] == expected.accuracy and result.metrics["accuracy_std"] == expected.std
     assert result.metrics["cosine_threshold"] == expected.cosine_threshold
-    assert 0 <= result.metrics["tpr_at_fpr_0.0001"] <= result.metrics["tpr_at_fpr_0.001"] <= 100
+    assert 0 <= result.metrics["tpr_at_fpr_0.0001"] <= result.metrics["tpr_at_fpr_0.001"] <= 1
+    embeddings = embed_images(embed, *(getattr(open_verification(str(path)), name) for name in ("images", "keypoints")))
+    validation = val_at_far(embeddings[0::2], embeddings[1::2], is_same)
+    assert result.metrics["val_at_far_0.001"] == validation.val and result.metrics["val_std"] == validation.std
+    assert "VAL@FAR=0.001" in format_text([result]) and "arcface_torch" in result.settings["threshold rule"]
     assert result.settings["keypoints"] == "drawn_ldmk_5points.csv"
     fpr, tpr = result.roc
     assert fpr[-1] == tpr[-1] == 1 and (np.diff(tpr) >= 0).all()
@@ -177,7 +225,7 @@ def test_tinyface(tmp_path, embed):
             name = f"{person}_1.png" if instance == 0 else f"{person}.png"
             write_png(tmp_path / "Testing_Set" / folder / name, small)
     (result,) = run_tinyface(embed, tmp_path, EmbedOptions(num_workers=1, batch_size=4))
-    assert result.metrics == {"rank_1": 100, "rank_5": 100, "rank_20": 100} and result.cmc[0] == 100
+    assert result.metrics == {"rank_1": 1, "rank_5": 1, "rank_20": 1} and result.cmc[0] == 1
     assert result.settings["gallery"] == 2 * PEOPLE and result.settings["distractors"] == PEOPLE
     assert result.settings["keypoints"] == "the canonical template"
     (tmp_path / "Testing_Set" / "Probe" / "3_1.png").write_bytes(b"")
@@ -204,7 +252,7 @@ def test_ijbs(tmp_path, embed, ijb_folder):
         rows = {(t, t // 2, m) for t, m in zip(meta.templates, media, strict=True) if t in wanted}
         text = "".join(f"{t},{s},{m}\n" for t, s, m in sorted(rows))
         (protocol / f"{name}.csv").write_text("template,subject,media\n" + text)
-    expected = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions())[1:]
+    expected = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions())[2:]
     results = run_ijbs(embed, folder, ["norm"], EmbedOptions())
     assert [result.protocol for result in results] == 3 * ["IJB-S surveillance to single"]
     for result, other in zip(results, expected, strict=True):
@@ -299,7 +347,7 @@ def test_command_line_of_ijb_with_the_flags_of_arcface_torch(ijb_folder, weights
     for method in FUSION_METHODS:
         assert method in result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())["results"]
-    assert len(report) == 4 * len(FUSION_METHODS) and report[0]["model"] == "mine"
+    assert len(report) == 5 * len(FUSION_METHODS) and report[0]["model"] == "mine"
     assert cv2.imread(str(tmp_path / "out" / "hardest_mine_ijbc.png")).shape[1] > 500
     theirs = result.output[result.output.index("| Methods") :].splitlines()
     heads = [cell.strip() for cell in theirs[0].split("|")[2:-1]]

@@ -374,6 +374,9 @@ class Hub:
     def __init__(self, repository, cache):
         self.repository, self.cache, self.calls = repository, cache, []
 
+    def list_repo_files(self, repo_id, revision=None):
+        return [str(path.relative_to(self.repository)) for path in self.repository.rglob("*") if path.is_file()]
+
     def snapshot_download(self, repo_id, *, allow_patterns, revision, cache_dir, local_files_only):
         self.calls.append((repo_id, revision, cache_dir, local_files_only))
         folder = self.cache / "snapshots" / COMMIT
@@ -392,6 +395,7 @@ def online(tmp_path, monkeypatch):
 
     stub = Hub(tmp_path / "repository", tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", stub.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: stub)
     return stub
 
 
@@ -419,6 +423,54 @@ def test_the_hub_falls_back_to_model_pt_and_works_offline(online):
     assert torch.equal(net(*inputs()), source(*inputs()))
 
 
+@pytest.mark.parametrize("path", ["/base/weights.pt", "/base", "/base/", ""])
+def test_the_hub_gives_files_of_other_names_in_sub_folders(online, path):
+    source = random_net()
+    (online.repository / "base").mkdir(parents=True)
+    torch.save(source.state_dict(), online.repository / "base" / "weights.pt")
+    (online.repository / "base" / "weights.onnx").write_bytes(b"unused")
+    (online.repository / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    net, description = load_published(f"hf:someone/models{path}@v1")
+    assert torch.equal(net(*inputs()), source(*inputs()))
+    assert description.source == f"hf:someone/models/base/weights.pt@{COMMIT}"
+    assert description.licence == "apache-2.0"
+    assert {call[:2] for call in online.calls} == {("someone/models", "v1")}
+    names = {path.name for path in online.cache.rglob("*") if path.is_file()}
+    assert names == {"weights.pt", "README.md"}
+    load_published(f"hf:someone/models{path}@v1", offline=True)
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "message"),
+    [
+        (["a/one.pt", "a/two.pth"], "hf:x/y/a", "holds 2 weights files: a/one.pt, a/two.pth; name the one to take"),
+        (["a/one.onnx"], "hf:x/y", "ONNX files alone, which evaluate, embed and pack take: a/one.onnx; name"),
+        (["readme.txt"], "hf:x/y", "holds no weights"),
+        (["a/one.pt"], "hf:x/y/a/two.pt", "the repository holds no a/two.pt"),
+        (["a/one.pt"], "hf:x/y/../z", r"must be hf:OWNER/NAME\[/PATH\]\[@REVISION\]"),
+    ],
+)
+def test_a_repository_without_a_clear_choice_says_what_to_name(online, files, source, message):
+    for name in files:
+        (online.repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (online.repository / name).write_bytes(b"x")
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        load_published(source)
+
+
+def test_the_only_weights_file_of_a_folder(tmp_path):
+    source = random_net()
+    torch.save(source.state_dict(), tmp_path / "backbone.pth")
+    assert torch.equal(load_published(tmp_path)[0](*inputs()), source(*inputs()))
+    save_file(source.state_dict(), tmp_path / "backbone.safetensors")  # the same in the other format
+    load_published(tmp_path)
+    torch.save(source.state_dict(), tmp_path / "ema.pth")
+    with pytest.raises(ValueError, match=r"2 weights files: backbone\.safetensors, ema\.pth; name the one to take"):
+        load_published(tmp_path)
+    with pytest.raises(ValueError, match="is an ONNX file, not weights; evaluate, embed, recognize and pack take it"):
+        load_published(tmp_path / "net.onnx")
+
+
 def test_mistakes_with_the_hub_are_one_sentence(monkeypatch):
     import huggingface_hub
 
@@ -429,7 +481,7 @@ def test_mistakes_with_the_hub_are_one_sentence(monkeypatch):
         raise OSError("401 Client Error\nRepository Not Found")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(RuntimeError, match=r"hf:a/b could not be had.*\(401 Client Error\); check the name"):
+    with pytest.raises(RuntimeError, match=r"hf:a/b could not be downloaded.*\(401 Client Error\); check the name"):
         load_published("hf:a/b")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(RuntimeError, match="hf:a/b is not in the cache.*HF_HUB_OFFLINE asks"):

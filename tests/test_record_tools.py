@@ -1,3 +1,9 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import cv2
 import numpy as np
 import pytest
@@ -6,7 +12,8 @@ from typer.testing import CliRunner
 from insightface_kprpe.cli import app
 from insightface_kprpe.data.image_codec import decode_image
 from insightface_kprpe.data.landmark_csv import read_landmark_csv, write_landmark_csv
-from insightface_kprpe.data.record_tools import inspect_records, jpeg_quality, pack_folder, repack
+from insightface_kprpe.data.record_inspection import inspect_records, jpeg_quality
+from insightface_kprpe.data.record_tools import pack_folder, repack
 from insightface_kprpe.data.record_writer import write_face_records
 from insightface_kprpe.data.recordio import RecordHeader, RecordReader, RecordWriter
 
@@ -167,3 +174,72 @@ def test_command_line(folder, tmp_path):
     result = run(app, ["visualize", "augmentation", str(tmp_path / "again"), "--out", str(sheet), "--count", "3"])
     assert result.exit_code == 0, result.output
     assert cv2.imread(str(sheet)).shape == (3 * 144, 10 * 144, 3)
+
+
+def test_the_same_command_after_a_kill_finds_its_work_done(folder, tmp_path, caplog):
+    """A kill after the last rename leaves the whole set; whoever starts again gets what was made."""
+    packed = pack_folder(folder, tmp_path / "out")
+    content = (tmp_path / "out" / "train.rec").stat().st_mtime_ns
+    assert pack_folder(folder, tmp_path / "out") == packed and "is there already" in caplog.text
+    again = repack(tmp_path / "out", tmp_path / "again", shuffle=1)
+    assert repack(tmp_path / "out", tmp_path / "again", shuffle=1) == again
+    assert (tmp_path / "out" / "train.rec").stat().st_mtime_ns == content
+    for other in (
+        lambda: pack_folder(folder, tmp_path / "out", quality=90),
+        lambda: repack(tmp_path / "out", tmp_path / "again", shuffle=2),
+        lambda: (folder / "anna" / "0.jpg").write_bytes(picture(9)) and pack_folder(folder, tmp_path / "out"),
+    ):
+        with pytest.raises(ValueError, match="OUT must be a new folder"):
+            other()
+
+
+def test_people_of_whom_nothing_could_be_read_are_named(folder, tmp_path, caplog):
+    pack_folder(folder, tmp_path / "out")
+    assert "no image of 1 people could be read: cleo" in caplog.text
+
+
+def _children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="processes are looked up in /proc")
+def test_workers_do_not_outlive_a_killed_command(folder, tmp_path):
+    """Their results, which nobody takes any more, are larger than a pipe."""
+    noise = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
+    for i in range(512):
+        (folder / "dora" / f"n{i}.png").write_bytes(cv2.imencode(".png", noise)[1].tobytes())
+    (folder / "ldmk_5points.csv").unlink()
+    command = f"""
+import time
+import insightface_kprpe.data.record_tools as tools
+def stuck(prefix, samples, size):
+    next(iter(samples))
+    print("started", flush=True)
+    time.sleep(600)
+tools._write.__defaults__ = (stuck,)
+tools.pack_folder({str(folder)!r}, {str(tmp_path / "out")!r}, num_workers=2)
+"""
+    process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    workers = [child for child in _children(process.pid) if os.path.exists(f"/proc/{child}")]
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    for _ in range(300):
+        alive = [pid for pid in workers if _runs(pid)]
+        if not alive:
+            return
+        time.sleep(0.1)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    pytest.fail(f"{len(alive)} workers are left")
+
+
+def _runs(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

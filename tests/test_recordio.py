@@ -205,7 +205,7 @@ def test_processes_share_a_reader(face_set, method):
 
 
 def test_missing_file_and_key(face_set):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.rec not found"):
+    with pytest.raises(FileNotFoundError, match=r"record file not found: .*nowhere\.rec; name a \.rec"):
         RecordReader(face_set / "nowhere")
     reader = RecordReader(face_set)
     for key in (17, -1):
@@ -296,7 +296,7 @@ def test_a_head_that_claims_an_impossible_size_is_an_unreadable_image(tmp_path):
     payload = bytearray(picture(1, ".jpg")[1])
     size_at = payload.index(b"\xff\xc0") + 5
     payload[size_at : size_at + 4] = b"\xff\xf0\xff\xf0"
-    with pytest.raises(ValueError, match="not a readable image"):
+    with pytest.raises(ValueError, match="65520 x 65520 pixels are more than the limit"):
         decode_image(bytes(payload))
 
 

@@ -12,9 +12,10 @@ import pytest
 from insightface_kprpe.contact_sheet import CELL, arrange, face_cell
 from insightface_kprpe.evaluation.curves import cmc_points, equal_error_rate, plot_roc, roc_points, thinned
 from insightface_kprpe.evaluation.hardest import hardest_pairs, write_hardest_pairs
-from insightface_kprpe.evaluation.metrics import Matches, tpr_at_fpr
-from insightface_kprpe.evaluation.report import format_markdown, format_text, grid, write_report
+from insightface_kprpe.evaluation.metrics import tpr_at_fpr
+from insightface_kprpe.evaluation.report import check_report_folder, format_markdown, format_text, grid, write_report
 from insightface_kprpe.evaluation.result import Result
+from insightface_kprpe.evaluation.search import Matches
 
 
 def draw_scores(count=3000, seed=0, steps=None):
@@ -32,7 +33,7 @@ def results():
         Result(
             "kprpe",
             "IJB-C 1:1",
-            {"tpr_at_fpr_1e-06": 90.314, "tpr_at_fpr_0.0001": 97.1, "thresh_at_fpr_0.0001": 0.31234},
+            {"tpr_at_fpr_1e-06": 0.90314, "tpr_at_fpr_0.0001": 0.971, "thresh_at_fpr_0.0001": 0.31234},
             settings,
             "average",
             curve,
@@ -40,13 +41,15 @@ def results():
         Result(
             "kprpe",
             "IJB-C 1:1",
-            {"tpr_at_fpr_1e-06": np.float64("nan"), "tpr_at_fpr_0.0001": 97.256, "thresh_at_fpr_0.0001": np.inf},
+            {"tpr_at_fpr_1e-06": np.float64("nan"), "tpr_at_fpr_0.0001": 0.97256, "thresh_at_fpr_0.0001": np.inf},
             settings | {"fusion": "landmark"},
             "landmark",
             curve,
         ),
-        Result("kprpe", "TinyFace", {"rank_1": 75.8, "rank_5": 78.49, "probes": 3728}, cmc=np.linspace(75, 90, 20)),
-        Result("r100", "TinyFace", {"rank_1": 68.0}, cmc=np.linspace(68, 85, 20)),
+        Result(
+            "kprpe", "TinyFace", {"rank_1": 0.758, "rank_5": 0.7849, "probes": 3728}, cmc=np.linspace(0.75, 0.9, 20)
+        ),
+        Result("r100", "TinyFace", {"rank_1": 0.68}, cmc=np.linspace(0.68, 0.85, 20)),
     ]
 
 
@@ -66,7 +69,7 @@ def test_text(results):
             "| model | variant  | at FPR=0.0001 |",
             "+-------+----------+---------------+",
             "| kprpe | average  |        0.3123 |",
-            "| kprpe | landmark |           inf |",
+            "| kprpe | landmark |          none |",
             "+-------+----------+---------------+",
             "  alignment: five points",
             "  flip: added",
@@ -95,7 +98,7 @@ def test_markdown(results):
 
 
 def test_metrics_of_galleries_and_unknown_ones():
-    text = format_text([Result("m", "p", {"G1 tpir_at_fpir_0.01": 50.0, "G1 rank_10": 60.0, "fold_std": 1.0})])
+    text = format_text([Result("m", "p", {"G1 tpir_at_fpir_0.01": 0.5, "G1 rank_10": 0.6, "fold_std": 0.01})])
     assert "| model | G1 TPIR@FPIR=0.01 | G1 rank-10 | fold std |" in text
 
 
@@ -127,7 +130,7 @@ def test_report_files(results, tmp_path):
         "thresh_at_fpr_0.0001": None,
     }
     np.testing.assert_allclose(document[0]["roc"]["tpr"], results[0].roc[1])
-    np.testing.assert_allclose(document[3]["cmc"], results[3].cmc)
+    np.testing.assert_allclose(document[3]["cmc"], 100 * results[3].cmc)
     for name in names[3:]:
         picture = cv2.imread(str(folder / name))
         assert picture.shape == (777, 975, 3)
@@ -144,13 +147,24 @@ def test_without_matplotlib_tables_are_written(results, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"insightface-kprpe\[plots\]"):
         write_report(results, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md", "report.txt"]
-    assert len(write_report([Result("m", "p", {"accuracy": 99.0})], tmp_path)) == 3
+    assert len(write_report([Result("m", "p", {"accuracy": 0.99})], tmp_path)) == 3
+
+
+def test_what_a_report_needs_is_checked_before(tmp_path, monkeypatch):
+    check_report_folder(tmp_path / "new" / "report")
+    assert not list((tmp_path / "new" / "report").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        check_report_folder(tmp_path / "file")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"insightface-kprpe\[plots\]"):
+        check_report_folder(tmp_path)
 
 
 def test_curves_of_perfect_and_single_point_results(tmp_path):
     perfect = roc_points([0.9, 0.8, 0.1], [1, 1, 0])
     np.testing.assert_array_equal(perfect, [[0, 1], [1, 1]])
-    results = [Result(f"model {n}", "p", {}, roc=perfect, cmc=np.array([100.0])) for n in range(9)]
+    results = [Result(f"model {n}", "p", {}, roc=perfect, cmc=np.array([1.0])) for n in range(9)]
     assert len(write_report(results, tmp_path)) == 6
 
 
@@ -162,7 +176,7 @@ def test_roc_points_are_exact(steps):
     assert fpr[0] == 0 and fpr[-1] == tpr[-1] == 1
     points = tpr_at_fpr(scores, labels, np.minimum(fpr + 1e-12, 1))  # the highest TPR that goes with each rate
     np.testing.assert_allclose(fpr, [point.fpr for point in points], atol=1e-12)
-    np.testing.assert_allclose(tpr, [point.tpr / 100 for point in points], atol=1e-12)
+    np.testing.assert_allclose(tpr, [point.tpr for point in points], atol=1e-12)
     if steps is None:  # the strict end is complete
         np.testing.assert_allclose(fpr[:20] * (~labels).sum(), np.arange(20))
 
@@ -181,9 +195,9 @@ def test_thinned_keeps_the_strict_end():
 
 
 def test_equal_error_rate_and_cmc():
-    assert equal_error_rate([0, 0.1, 1], [0.5, 0.9, 1]) == pytest.approx(10)
+    assert equal_error_rate([0, 0.1, 1], [0.5, 0.9, 1]) == pytest.approx(0.1)
     matches = Matches(np.ones(5), np.zeros(5), np.array([1, 3, 1, 2, 0]))
-    np.testing.assert_allclose(cmc_points(matches, 4), [50, 75, 100, 100])
+    np.testing.assert_allclose(cmc_points(matches, 4), [0.5, 0.75, 1, 1])
 
 
 def test_plot_needs_a_folder_that_can_be_made(results, tmp_path):

@@ -22,16 +22,16 @@ def results(accuracy, rank_1, gallery=157_871, model="m"):
     ]
 
 
-@pytest.mark.parametrize(("accuracy", "rank_1"), [(99.8, 75.0), (99.8, 30.0), (70.0, 0.1), (97.7, 75.8)])
+@pytest.mark.parametrize(("accuracy", "rank_1"), [(0.998, 0.75), (0.998, 0.3), (0.7, 0.001), (0.977, 0.758)])
 def test_plausible_results_are_passed_over(accuracy, rank_1):
     assert sanity_warnings(results(accuracy, rank_1)) == []
 
 
 def test_low_rank_1_is_worth_a_warning():
-    (warning,) = sanity_warnings(results(99.8, 5.0))
+    (warning,) = sanity_warnings(results(0.998, 0.05))
     assert warning.startswith("m on TinyFace: rank-1 is 5.0 %, where its verification on bin lfw suggests about 89 %")
     assert "unaligned" in warning
-    assert sanity_warnings(results(99.8, 5.0) + results(99.0, 70.0, model="other")) == [warning]
+    assert sanity_warnings(results(0.998, 0.05) + results(0.99, 0.7, model="other")) == [warning]
 
 
 def test_what_a_run_measured_in_training_counts(tmp_path):
@@ -43,40 +43,40 @@ def test_what_a_run_measured_in_training_counts(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     known = results_of_training("m", tmp_path)
-    assert known == [Result("m", "lfw in training", {"accuracy": 99.8})]
-    (warning,) = sanity_warnings([*known, results(99.8, 5.0)[1]])
+    assert known == [Result("m", "lfw in training", {"accuracy": 0.998})]
+    (warning,) = sanity_warnings([*known, results(0.998, 0.05)[1]])
     assert "its verification on lfw in training suggests" in warning
     assert results_of_training("m", tmp_path / "model.onnx") == []
 
 
 def test_the_best_verification_of_the_same_model_counts():
-    weak = Result("m", "bin cplfw", {"accuracy": 55.0})
-    assert len(sanity_warnings([weak, *results(99.8, 5.0), weak])) == 1
-    mixed = [results(99.8, 75.0, model="a")[0], results(99.8, 5.0, model="b")[1]]
+    weak = Result("m", "bin cplfw", {"accuracy": 0.55})
+    assert len(sanity_warnings([weak, *results(0.998, 0.05), weak])) == 1
+    mixed = [results(0.998, 0.75, model="a")[0], results(0.998, 0.05, model="b")[1]]
     assert sanity_warnings(mixed) == []  # nothing is known about b
 
 
 def test_results_without_what_is_needed_say_nothing():
-    verified, identified = results(99.8, 5.0)
+    verified, identified = results(0.998, 0.05)
     assert sanity_warnings([]) == sanity_warnings([verified]) == sanity_warnings([identified]) == []
-    unknown_size = Result("m", "TinyFace", {"rank_1": 5.0})
+    unknown_size = Result("m", "TinyFace", {"rank_1": 0.05})
     assert sanity_warnings([verified, unknown_size]) == []
 
 
 def test_separation():
-    assert verification_separation({"accuracy": 50.0}) == pytest.approx(0)
-    assert verification_separation({"accuracy": 97.725}) == pytest.approx(4, abs=1e-3)
-    assert verification_separation({"tpr_at_fpr_0.001": 50.0}) == pytest.approx(3.0902, abs=1e-4)
-    assert verification_separation({"accuracy": 100.0}) == pytest.approx(7.438, abs=1e-3)
-    assert verification_separation({"rank_1": 50.0}) is None
+    assert verification_separation({"accuracy": 0.5}) == pytest.approx(0)
+    assert verification_separation({"accuracy": 0.97725}) == pytest.approx(4, abs=1e-3)
+    assert verification_separation({"tpr_at_fpr_0.001": 0.5}) == pytest.approx(3.0902, abs=1e-4)
+    assert verification_separation({"accuracy": 1.0}) == pytest.approx(7.438, abs=1e-3)
+    assert verification_separation({"rank_1": 0.5}) is None
 
 
 @pytest.mark.parametrize(("separation", "gallery"), [(0.0, 10), (2.0, 2), (3.0, 500)])
 def test_expected_rank_1_is_that_of_drawn_scores(separation, gallery):
     rng = np.random.default_rng(0)
     mate, best_other = rng.normal(size=4000) + separation, rng.normal(size=(4000, gallery - 1)).max(1)
-    assert expected_rank_1(separation, gallery) == pytest.approx(100 * (mate > best_other).mean(), abs=2.5)
-    assert expected_rank_1(separation, 1) == pytest.approx(100)
+    assert expected_rank_1(separation, gallery) == pytest.approx((mate > best_other).mean(), abs=0.025)
+    assert expected_rank_1(separation, 1) == pytest.approx(1)
 
 
 def test_expected_rank_1_bad_input():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from insightface_kprpe.evaluation.metrics import rank_k, unit_rows
-from insightface_kprpe.evaluation.search import match_scores, search
+from insightface_kprpe.evaluation.metrics import unit_rows
+from insightface_kprpe.evaluation.search import match_scores, rank_k, search
 
 
 @pytest.mark.parametrize("block_bytes", [1, 1 << 20])
@@ -15,24 +15,25 @@ def test_search_equals_sorting(block_bytes):
     gallery_ids = np.array([f"person {n}" for n in rng.integers(0, 40, 300)])
     probe_ids = np.array([f"person {n}" for n in rng.integers(0, 60, 50)])  # some are not in the gallery
     probe, gallery = rng.normal(size=(50, 8)), 5 * rng.normal(size=(300, 8))
-    matches = search(probe, gallery, probe_ids, gallery_ids, block_bytes)
+    matches = search(probe, gallery, probe_ids, gallery_ids, highest=70, block_bytes=block_bytes)
     scores = unit_rows(probe) @ unit_rows(gallery).T
     same = probe_ids[:, None] == gallery_ids
     for row in range(50):
         others = np.sort(scores[row, ~same[row]])[::-1]
-        assert matches.other_score[row] == pytest.approx(others[0], abs=1e-6)
+        assert matches.nonmated_score[row] == pytest.approx(others[0], abs=1e-6)
         if same[row].any():
             best = scores[row, same[row]].max()
-            assert matches.mate_score[row] == pytest.approx(best, abs=1e-6)
+            assert matches.mated_score[row] == pytest.approx(best, abs=1e-6)
             assert matches.rank[row] == 1 + (others > best).sum()
         else:
-            assert matches.mate_score[row] == -np.inf and matches.rank[row] == 0
-    for field, expected in zip(match_scores(scores, same), matches, strict=True):
+            assert matches.mated_score[row] == -np.inf and matches.rank[row] == 0
+    np.testing.assert_allclose(matches.highest_nonmated, np.sort(scores[~same])[::-1][:70], atol=1e-6)
+    for field, expected in zip(match_scores(scores, same, 70), matches, strict=True):
         np.testing.assert_allclose(field, expected, atol=1e-6)
 
 
 def test_ties_count_against_the_mate():
-    assert rank_k(match_scores(np.ones((3, 4), dtype=int), np.eye(3, 4)), (1, 3, 4)) == {1: 0.0, 3: 0.0, 4: 100.0}
+    assert rank_k(match_scores(np.ones((3, 4), dtype=int), np.eye(3, 4)), (1, 3, 4)) == {1: 0.0, 3: 0.0, 4: 1.0}
     collapsed = search(np.ones((5, 16)), np.ones((200, 16)), np.arange(5), np.arange(200))
     assert rank_k(collapsed, (1,)) == {1: 0.0}
 

@@ -169,6 +169,8 @@ def result(study, name, seed, right, part="real"):
     people = np.stack([np.arange(20) // 2, np.where(is_same, np.arange(20) // 2, (np.arange(20) // 2 + 1) % 10)], 1)
     run = {"part": part, "name": name, "seed": seed, "keypoints": {}, "tables": None, "loss": 1.0,
            "accuracy": {"val": 5.0 * right, "val, rotation 30": 60.0}}  # fmt: skip
+    extra = "the template's keypoints" if name.startswith("KPRPE") else "aligned first"
+    run["accuracy"][f"val, {extra}"] = 33.0
     scores = {"val": np.where(judged, 0.9, -0.9), "val/is_same": is_same, "val/people": people}
     return study["kprpe_study_report"].Result(run, {**scores, "val, rotation 30": scores["val"]})
 
@@ -204,6 +206,8 @@ def test_report_files(study, tmp_path, monkeypatch, capsys):
     report.main()
     text = capsys.readouterr().out
     assert "72.5 +- 3.5" in text and "+0.0 +- 0.0 (+0.0 to +0.0)" in text
+    assert "| as they are | 72.5 +- 3.5 | 33.0 +- 0.0 | 72.5 +- 3.5 |" in text
+    assert "| the template's keypoints |  |  | 33.0 +- 0.0 |" in text
     assert {"report.md", "report.json", "curves_real.png"} <= {path.name for path in tmp_path.iterdir()}
 
 

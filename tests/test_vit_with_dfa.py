@@ -13,7 +13,7 @@ from insightface_kprpe.backbones.relative_position import template_keypoints
 from insightface_kprpe.backbones.vit_with_dfa import ViTWithDFA
 from insightface_kprpe.deployment import model_pack
 from insightface_kprpe.deployment.detector_export import export_detector
-from insightface_kprpe.deployment.onnx_export import export_onnx
+from insightface_kprpe.deployment.onnx_export import example_inputs, export_onnx
 from insightface_kprpe.dfa import DFA, RetinaFaceNet
 from insightface_kprpe.geometry import SCORE_THRESHOLD
 from insightface_kprpe.inference.models import TorchEmbedder
@@ -250,10 +250,15 @@ def test_compiles_to_the_same_numbers(net, images):
 def test_the_aligner_goes_into_the_pack_too(net, tmp_path):
     """Where it refines the detector's landmarks after register()."""
     detector = export_detector(net.dfa, tmp_path / "detector.onnx")
-    folder = model_pack.build_from_network(net, detector, root=tmp_path)
+    folder = model_pack.build(recognition=net, detector=detector, root=tmp_path)
     files = {str(path.relative_to(folder)) for path in folder.rglob("*.onnx")}
     assert files == {"detection.onnx", "recognition.onnx", "keypoints/recognition.onnx", "keypoints/dfa.onnx"}
     assert read_metadata(folder / "recognition.onnx")["keypoint_source"] == "dfa"
+    images = example_inputs(4, 112)[0]
+    session = onnxruntime.InferenceSession(folder / "recognition.onnx", providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = net.eval()(images)
+    np.testing.assert_allclose(session.run(None, {"images": images.numpy()})[0], expected.numpy(), atol=1e-4)
     assert read_metadata(folder / "keypoints" / "recognition.onnx")["keypoint_source"] == "input"
 
 

@@ -32,9 +32,10 @@ def test_published_prefixes_are_stripped(prefix):
         },
         lambda state: {"model_state_dict": state, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}},
         lambda state: {"net": {f"module.{k}": v for k, v in state.items()}, "centers": torch.ones(9, 8)},
+        lambda state: {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in state.items()},
         lambda state: {"epoch": 1, "weights": {"student": state}, "mean": torch.zeros(3)},
     ],
-    ids=["backbone and head", "Lightning", "model_state_dict", "net, module", "two levels"],
+    ids=["backbone and head", "Lightning", "model_state_dict", "net, module", "compiled layers", "two levels"],
 )  # fmt: skip
 def test_the_network_is_found_among_other_tensors(tmp_path, wrap, caplog):
     source, target = net(), net()

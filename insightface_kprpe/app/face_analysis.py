@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 from insightface.utils import face_align
@@ -16,10 +17,11 @@ from .recognizer import KeypointRecognizer
 
 # A picture this many times longer than wide has no row left in the detector's input.
 _THINNEST = 100
+_LARGEST_BORDERED = 1280  # pixels a side, twice what detectors see
 
 
 def checked_get(stock_get: Callable) -> Callable:
-    """``FaceAnalysis.get`` that takes what :func:`~.pictures.as_bgr` takes.
+    """``FaceAnalysis.get`` that takes what :func:`~.pictures.as_bgr` takes, and finds faces that fill their picture.
 
     A picture without pixels, or one that is a mere stripe, has no faces; None and arrays that are no picture raise.
     """
@@ -27,18 +29,45 @@ def checked_get(stock_get: Callable) -> Callable:
     def get(self, img: np.ndarray, *args: Any, **kwargs: Any) -> list:
         img = as_bgr(img)
         short, long = sorted(img.shape[:2])
-        return stock_get(self, img, *args, **kwargs) if short and long <= _THINNEST * short else []
+        if not short or long > _THINNEST * short:
+            return []
+        faces = stock_get(self, img, *args, **kwargs)
+        if faces:
+            return faces
+        wider = copy.copy(self)
+        wider.det_model = _WithBorder(self.det_model)
+        return stock_get(wider, img, *args, **kwargs)
 
     return get
 
 
-def get_batch(self, images: Iterable[np.ndarray], max_num: int = 0, det_metric: str = "default") -> list[list]:
+class _WithBorder:
+    """A detector that sees a picture with a black border around it, which aligned and tight crops need to be found in.
+
+    What it finds is told in pixels of the picture itself, so that nothing else has to know of the border.
+    """
+
+    def __init__(self, detector: Any) -> None:
+        self.detector = detector
+
+    def detect(self, img: np.ndarray, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        scale = min(1.0, _LARGEST_BORDERED / max(img.shape[:2]))
+        if scale < 1:  # detectors shrink it further
+            img = cv2.resize(img, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        border = max(img.shape[:2]) // 2
+        wider = cv2.copyMakeBorder(img, border, border, border, border, cv2.BORDER_CONSTANT)
+        boxes, landmarks = self.detector.detect(wider, *args, **kwargs)
+        boxes = np.column_stack([(boxes[:, :4] - border) / scale, boxes[:, 4:]]).astype(np.float32)
+        return boxes, None if landmarks is None else ((landmarks - border) / scale).astype(np.float32)
+
+
+def get_batch(self, images: Iterable[np.ndarray], *args: Any, **kwargs: Any) -> list[list]:
     """What ``get`` finds in each of many pictures, with the faces of all of them embedded in few runs of the network.
 
     Args:
         images: what ``get`` takes, of any sizes; may be a generator, of which few pictures are kept.
-        max_num: faces a picture at most; 0: all.
-        det_metric: which ones then, as in ``get``.
+        *args, **kwargs: handed on to ``get``, which takes ``max_num`` (faces a picture at most; 0: all) and
+            ``det_metric`` (which ones then), or what a subclass makes of it.
 
     Returns:
         A list of insightface's ``Face`` for each picture, equal to what ``get`` gives to rounding.
@@ -50,10 +79,7 @@ def get_batch(self, images: Iterable[np.ndarray], max_num: int = 0, det_metric: 
     collector = _Collector(self.models.get("recognition"))
     collecting = copy.copy(self)
     collecting.models = {task: collector if task == "recognition" else model for task, model in self.models.items()}
-    found = [
-        collecting.get(as_bgr(image, f"images[{i}]"), max_num=max_num, det_metric=det_metric)
-        for i, image in enumerate(images)
-    ]
+    found = [collecting.get(as_bgr(image, f"images[{i}]"), *args, **kwargs) for i, image in enumerate(images)]
     collector.flush()
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +13,18 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
+from ..data.picture_files import nfc
 from ..evaluation.fusion import pool_templates
 from ..evaluation.metrics import unit_rows
-from ..files import atomic_path
+from ..files import atomic_path, user_file
+from ..fingerprint import file_sha256
+from ..npz import read_npz
 
 logger = logging.getLogger(__name__)
+
+_FIELDS = ("names", "sources", "embeddings", "qualities")
+_CONTENT_FIELDS = ("digests", "sizes", "times")  # galleries of the first days have none
+_UNIT = 1e-3  # how far from 1 the length of a stored row may be
 
 
 class Match(NamedTuple):
@@ -26,6 +32,23 @@ class Match(NamedTuple):
 
     name: str
     similarity: float
+
+
+class Content(NamedTuple):
+    """What tells the content of a picture file apart: its SHA-256; size and time of the last change save reading it."""
+
+    digest: str = ""
+    size: int = -1
+    time: int = -1  # nanoseconds
+
+    @classmethod
+    def of(cls, path: Path, known: Content | None = None) -> Content:
+        """The content of a file, which is read unless it has the size and the time of what is ``known`` of it."""
+        status = path.stat()
+        size, time = status.st_size, status.st_mtime_ns
+        if known is not None and known.digest and (size, time) == known[1:]:
+            return known
+        return cls(file_sha256(path), size, time)
 
 
 class Gallery:
@@ -37,10 +60,13 @@ class Gallery:
 
     def __init__(self, model: str = "") -> None:
         self.model = model
-        self.names = np.empty(0, dtype=np.str_)  # (N,)
+        self.names = np.empty(0, dtype=np.str_)  # (N,) in composed Unicode
         self.sources = np.empty(0, dtype=np.str_)  # (N,) where each row came from
         self.embeddings = np.empty((0, 0), dtype=np.float32)  # (N, D) unit rows
         self.qualities = np.empty(0, dtype=np.float32)  # (N,) in [0, 1]
+        self.digests = np.empty(0, dtype=np.str_)  # (N,) of the files' content; "" where unknown
+        self.sizes = np.empty(0, dtype=np.int64)  # (N,) bytes, and
+        self.times = np.empty(0, dtype=np.int64)  # (N,) nanoseconds: of the files when they were read; -1: unknown
 
     @classmethod
     def load(cls, path: str | Path) -> Gallery:
@@ -50,32 +76,57 @@ class Gallery:
             FileNotFoundError: there is no such file.
             ValueError: it is no gallery, or damaged.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"gallery not found: {path}; make one with insightface-kprpe gallery add")
-        if not zipfile.is_zipfile(path):
-            raise ValueError(f"{path} is no gallery, or a damaged one; make one with insightface-kprpe gallery add")
+        path = user_file(path, "gallery", "make one with insightface-kprpe gallery add")
         gallery = cls()
         try:
-            with np.load(path, allow_pickle=False) as file:
-                gallery.model = str(file["model"])
-                for field in ("names", "sources", "embeddings", "qualities"):
-                    setattr(gallery, field, file[field])
-        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is no gallery, or a damaged one; add its people to a new one") from error
-        counts = {len(gallery.names), len(gallery.sources), len(gallery.embeddings), len(gallery.qualities)}
-        if len(counts) != 1 or gallery.embeddings.ndim != 2 or gallery.embeddings.dtype != np.float32:
-            raise ValueError(f"{path} is no gallery: its arrays do not belong together")
+            arrays = read_npz(path, ("model", *_FIELDS), _CONTENT_FIELDS)
+            gallery.model = str(arrays.pop("model"))
+            for field, values in arrays.items():
+                setattr(gallery, field, values)
+            gallery._complete(with_content=len(arrays) > len(_FIELDS))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is no gallery, or a damaged one: {error}; add its people to a new one with insightface-kprpe "
+                "gallery add"
+            ) from error
         return gallery
+
+    def _complete(self, with_content: bool) -> None:
+        """Check what was read, and fill in what old galleries do not have."""
+        count = len(self.embeddings) if self.embeddings.ndim else 0
+        if not with_content:
+            self.digests, self.sizes, self.times = np.full(count, ""), np.full(count, -1), np.full(count, -1)
+        kinds = dict.fromkeys(("names", "sources", "digests"), "U") | {"sizes": "i", "times": "i", "qualities": "f"}
+        for field, kind in kinds.items():
+            values = getattr(self, field)
+            if values.shape != (count,) or values.dtype.kind != kind:
+                raise ValueError(
+                    f"{field} must be ({count},), one for each embedding, got {values.shape} {values.dtype}"
+                )
+        if self.embeddings.ndim != 2 or self.embeddings.dtype != np.float32:
+            raise ValueError(f"embeddings must be (N, D) float32, got {self.embeddings.shape} {self.embeddings.dtype}")
+        # Compared so that NaN is wrong, too.
+        lengths = np.sqrt(np.einsum("nd,nd->n", self.embeddings, self.embeddings, dtype=np.float64))
+        wrong = np.flatnonzero(~(np.abs(lengths - 1) <= _UNIT))
+        if len(wrong):
+            raise ValueError(f"embedding {wrong[0]} must be finite and of length 1, got length {lengths[wrong[0]]:g}")
+        if not ((self.qualities >= 0) & (self.qualities <= 1)).all():
+            raise ValueError("qualities must be in [0, 1]")
+        self.names = np.array([nfc(name) for name in self.names.tolist()], dtype=np.str_)
 
     def save(self, path: str | Path) -> None:
         """Write the gallery; a kill at any moment leaves the old one or the new one."""
-        fields = {field: getattr(self, field) for field in ("names", "sources", "embeddings", "qualities")}
+        fields = {field: getattr(self, field) for field in _FIELDS + _CONTENT_FIELDS}
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, model=np.array(self.model), **fields)
 
     def add(
-        self, names: Sequence[str], embeddings: np.ndarray, qualities: Sequence[float], sources: Sequence[str]
+        self,
+        names: Sequence[str],
+        embeddings: np.ndarray,
+        qualities: Sequence[float],
+        sources: Sequence[str],
+        contents: Sequence[Content] | None = None,
     ) -> None:
         """Add pictures of people.
 
@@ -84,23 +135,42 @@ class Gallery:
             embeddings: (B, D) float, of any length.
             qualities: B numbers in [0, 1], how much each picture counts for its person.
             sources: B descriptions of where the pictures are.
+            contents: B, what the pictures are; None: unknown.
 
         Raises:
-            ValueError: shapes do not fit, or embeddings are not finite.
+            ValueError: shapes do not fit, qualities are outside [0, 1], or embeddings are not finite or have no length.
         """
         rows = unit_rows(embeddings, "embeddings", np.float32)
-        if not len(names) == len(rows) == len(qualities) == len(sources):
-            raise ValueError(f"names, embeddings, qualities and sources must be as many, got {len(names)}, {len(rows)}")
+        contents = [Content()] * len(rows) if contents is None else contents
+        if not len(names) == len(rows) == len(qualities) == len(sources) == len(contents):
+            raise ValueError(
+                "names, embeddings, qualities, sources and contents must be as many, got "
+                f"{', '.join(str(len(values)) for values in (names, rows, qualities, sources, contents))}"
+            )
+        if not rows.any(1).all():
+            raise ValueError("embeddings must have a length, got one of zeros")
+        if not all(0 <= quality <= 1 for quality in qualities):
+            raise ValueError(f"qualities must be in [0, 1], got {min(qualities):g} to {max(qualities):g}")
         if len(self.names) and rows.shape[1] != self.embeddings.shape[1]:
             raise ValueError(
                 f"embeddings must be (B, {self.embeddings.shape[1]}) as in the gallery, got {rows.shape}; "
                 "use the pack that it was made with"
             )
         self.embeddings = np.concatenate([self.embeddings.reshape(-1, rows.shape[1]), rows])
-        self.names = np.concatenate([self.names, np.asarray(names, dtype=np.str_)])
-        self.sources = np.concatenate([self.sources, np.asarray(sources, dtype=np.str_)])
-        self.qualities = np.concatenate([self.qualities, np.asarray(qualities, dtype=np.float32)])
-        self.__dict__.pop("templates", None)
+        new = {
+            "names": [nfc(name) for name in names],
+            "sources": sources,
+            "qualities": qualities,
+            "digests": [content.digest for content in contents],
+            "sizes": [content.size for content in contents],
+            "times": [content.time for content in contents],
+        }
+        for field, values in new.items():
+            old = getattr(self, field)
+            # Texts of other lengths are of other types.
+            values = np.asarray(values, dtype=np.str_ if old.dtype.kind == "U" else old.dtype)
+            setattr(self, field, np.concatenate([old, values]))
+        self._changed()
 
     def remove(self, name: str) -> int:
         """Forget a person.
@@ -111,13 +181,34 @@ class Gallery:
         Raises:
             ValueError: nobody has that name.
         """
-        keep = self.names != name
-        if keep.all():
+        drop = self.names == nfc(name)
+        if not drop.any():
             raise ValueError(f"nobody in the gallery is named {name!r}; see insightface-kprpe gallery list")
-        for field in ("names", "sources", "embeddings", "qualities"):
-            setattr(self, field, getattr(self, field)[keep])
+        self.remove_rows(drop)
+        return int(drop.sum())
+
+    def remove_rows(self, drop: np.ndarray) -> None:
+        """Forget pictures: (N,) bool."""
+        for field in _FIELDS + _CONTENT_FIELDS:
+            setattr(self, field, getattr(self, field)[~drop])
+        self._changed()
+
+    def content(self, row: int) -> Content:
+        """What is known of the file that a row came from."""
+        return Content(str(self.digests[row]), int(self.sizes[row]), int(self.times[row]))
+
+    def move_row(self, row: int, name: str, source: str, content: Content) -> None:
+        """A row's picture is elsewhere now, perhaps under another name."""
+        new = {"names": nfc(name), "sources": source, "digests": content.digest}
+        for field, text in new.items():
+            values = getattr(self, field).tolist()
+            values[row] = text
+            setattr(self, field, np.array(values, dtype=np.str_))
+        self.sizes[row], self.times[row] = content.size, content.time
+        self._changed()
+
+    def _changed(self) -> None:
         self.__dict__.pop("templates", None)
-        return int(len(keep) - keep.sum())
 
     def people(self) -> dict[str, int]:
         """How many pictures there are of each person, in the order of their names."""

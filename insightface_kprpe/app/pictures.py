@@ -7,9 +7,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..data.picture_files import read_image_file
 from ..files import write_atomically
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+WRITTEN_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def as_bgr(image: np.ndarray, name: str = "image") -> np.ndarray:
@@ -48,29 +49,9 @@ def read_picture(path: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: OpenCV cannot read it.
+        ValueError: it is no picture that can be read, or too large a one; see :func:`~.data.image_codec.decode_image`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"picture not found: {path}")
-    # Through memory, because OpenCV cannot open every file name that the system can.
-    content = np.frombuffer(path.read_bytes(), dtype=np.uint8)
-    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
-    if image is None:
-        raise ValueError(f"{path} could not be read as a picture; expected JPEG, PNG, BMP, WebP or TIFF")
-    return image
-
-
-def list_pictures(folder: str | Path) -> list[Path]:
-    """The picture files of a folder and its sub-folders, in order; hidden ones are left out."""
-    folder = Path(folder)
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in PICTURE_SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    return cv2.cvtColor(read_image_file(path), cv2.COLOR_RGB2BGR)
 
 
 def check_picture_name(path: str | Path) -> Path:
@@ -79,8 +60,8 @@ def check_picture_name(path: str | Path) -> Path:
     Raises:
         ValueError: its suffix names no format of pictures.
     """
-    if Path(path).suffix.lower() not in PICTURE_SUFFIXES:
-        raise ValueError(f"{path} must end in one of {', '.join(PICTURE_SUFFIXES)} to be written as a picture")
+    if Path(path).suffix.lower() not in WRITTEN_SUFFIXES:
+        raise ValueError(f"{path} must end in one of {', '.join(WRITTEN_SUFFIXES)} to be written as a picture")
     return Path(path)
 
 

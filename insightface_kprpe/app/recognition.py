@@ -1,29 +1,25 @@
-"""Who is it? People of pictures into a gallery, and the faces of a photo named by it."""
+"""Who is it? The faces of a photo, named by a gallery."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from ..evaluation.fusion import landmark_weights
 from ..fingerprint import file_sha256
-from ..geometry import SCORE_THRESHOLD, estimate_alignment, transform_points
+from ..geometry import CANONICAL_KEYPOINTS, SCORE_THRESHOLD, estimate_alignment, transform_points
 from ..packs.layout import MANIFEST, find_pack, read_manifest
 from .gallery import Gallery, Match
-from .pictures import list_pictures, read_picture
+from .pictures import as_bgr
 from .registration import register
 
 # A customary starting point for models trained on millions of faces; `pack --evaluate` measures one's own.
 DEFAULT_THRESHOLD = 0.3
-_PICTURES_AT_A_TIME = 32
-_PICTURES_A_SAVE = 256  # what a kill while adding costs at most
 
 
 class NamedFace(NamedTuple):
@@ -33,14 +29,6 @@ class NamedFace(NamedTuple):
     nearest: Match | None  # also where too far; None: the gallery is empty
     quality: float
     face: Any  # insightface's Face
-
-
-class Enrolled(NamedTuple):
-    """What became of pictures that were to be added to a gallery."""
-
-    added: int
-    passed_over: dict[Path, str]  # whose picture each is in the gallery already
-    left_out: dict[Path, str]  # why each could not be added
 
 
 def open_pack(name: str | Path, root: str | Path = "~/.insightface", det_thresh: float = 0.5, **settings: Any) -> Any:
@@ -74,79 +62,6 @@ def measured_threshold(app: Any) -> float | None:
     return None
 
 
-def people_of_folder(folder: str | Path) -> list[tuple[str, Path]]:
-    """Name and path of every picture: a sub-folder holds one person's, a picture beside them is the person of its name.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no pictures.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder of people not found: {folder}")
-    pictures = list_pictures(folder)
-    if not pictures:
-        raise ValueError(f"{folder} holds no pictures; expected {folder}/NAME/*.jpg, or {folder}/NAME.jpg")
-    parts = [(path.relative_to(folder).parts[0], path) for path in pictures]
-    return [(part if path.parent != folder else path.stem, path) for part, path in parts]
-
-
-def enrol(app: Any, gallery: Gallery, pictures: Iterable[tuple[str, Path]], path: Path | None = None) -> Enrolled:
-    """Add the largest face of each picture to a gallery; pictures that are in it already are passed over.
-
-    Args:
-        app: insightface's ``FaceAnalysis`` after ``register()``, prepared.
-        gallery: to add to.
-        pictures: name and file of each.
-        path: where to save the gallery, now and then and at the end, if anything was added.
-
-    Returns:
-        What was added, what was in it, and what was left out: files that are no pictures, and pictures without a face.
-
-    Raises:
-        ValueError: the gallery was made with another recognition model.
-    """
-    check_model(app, gallery)
-    known = dict(zip(gallery.sources.tolist(), gallery.names.tolist(), strict=True))
-    pictures = list(pictures)
-    passed_over = {file: known[str(file.resolve())] for _, file in pictures if str(file.resolve()) in known}
-    waiting = [(name, file) for name, file in pictures if file not in passed_over]
-    left_out: dict[Path, str] = {}
-    before, since_save = len(gallery.names), 0
-    for group in _groups(tqdm(waiting, "enrolling", disable=None), _PICTURES_AT_A_TIME):
-        readable = _read(group, left_out)
-        found = app.get_batch([picture for _, _, picture in readable])
-        largest = []
-        for (name, file, _), faces in zip(readable, found, strict=True):
-            if faces:
-                largest.append((name, str(file.resolve()), max(faces, key=_area)))
-            else:
-                left_out[file] = "no face found"
-        if largest:
-            names, sources, faces = zip(*largest, strict=True)
-            embeddings = np.stack([face.embedding for face in faces])
-            gallery.add(names, embeddings, [face_quality(face) for face in faces], sources)
-        since_save += len(group)
-        if path is not None and since_save >= _PICTURES_A_SAVE:
-            gallery.save(path)
-            since_save = 0
-    added = len(gallery.names) - before
-    if path is not None and added:
-        gallery.save(path)
-    return Enrolled(added, passed_over, left_out)
-
-
-def _read(group: Iterable[tuple[str, Path]], left_out: dict[Path, str]) -> list[tuple[str, Path, np.ndarray]]:
-    """Name, file and pixels of pictures; why a file could not be read goes to ``left_out``."""
-    readable = []
-    for name, file in group:
-        try:
-            readable.append((name, file, read_picture(file)))
-        except ValueError as error:
-            left_out[file] = str(error).removeprefix(f"{file} ")
-    return readable
-
-
 def check_model(app: Any, gallery: Gallery) -> None:
     """Make sure that an app's embeddings may be compared with a gallery's; a new gallery becomes the app's.
 
@@ -174,7 +89,40 @@ def face_quality(face: Any) -> float:
     return float(landmark_weights(keypoints[None].clip(-1, 2), np.array([face.det_score]))[0])
 
 
-def recognize(app: Any, gallery: Gallery, photo: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> list[NamedFace]:
+def crop_faces(app: Any, crops: Sequence[np.ndarray]) -> list[list[Any]]:
+    """What ``app.get_batch`` gives, for pictures of one face each that are aligned to the template already.
+
+    Args:
+        app: insightface's ``FaceAnalysis`` after ``register()``.
+        crops: what ``app.get`` takes; other sides than the network's are resized, all by one factor.
+
+    Returns:
+        For each crop a list of its face, of which box and landmarks are the template's.
+
+    Raises:
+        ValueError: a crop is no square.
+    """
+    from insightface.app.common import Face
+
+    side = app.models["recognition"].input_size[0]
+    fitted, faces = [], []
+    for i, crop in enumerate(crops):
+        crop = as_bgr(crop, f"crops[{i}]")
+        height, width = crop.shape[:2]
+        if not height or height != width:
+            raise ValueError(f"an aligned crop must be a square, got one of {width} x {height} pixels")
+        smooth = cv2.INTER_AREA if height > side else cv2.INTER_CUBIC
+        fitted.append(crop if height == side else cv2.resize(crop, (side, side), interpolation=smooth))
+        box = np.float32([0, 0, width, height])
+        faces.append([Face(bbox=box, kps=CANONICAL_KEYPOINTS * np.float32(width), det_score=1.0)])
+    for (face,), embedding in zip(faces, app.embed_aligned(fitted), strict=True):
+        face.embedding = embedding
+    return faces
+
+
+def recognize(
+    app: Any, gallery: Gallery, photo: np.ndarray, threshold: float = DEFAULT_THRESHOLD, is_crop: bool = False
+) -> list[NamedFace]:
     """Name the people in a photo, from left to right.
 
     Args:
@@ -182,12 +130,13 @@ def recognize(app: Any, gallery: Gallery, photo: np.ndarray, threshold: float = 
         gallery: of people, made with the same model.
         photo: (H, W, 3) uint8 BGR, or what ``app.get`` takes.
         threshold: cosine similarity from which on a face is somebody's.
+        is_crop: the photo is one face, aligned to the template already.
 
     Raises:
         ValueError: the gallery was made with another recognition model.
     """
     check_model(app, gallery)
-    (faces,) = app.get_batch([photo])
+    (faces,) = crop_faces(app, [photo]) if is_crop else app.get_batch([photo])
     faces = sorted(faces, key=lambda face: face.bbox[0])
     nearest = gallery.search(np.stack([face.embedding for face in faces])) if faces else []
     named = []
@@ -205,40 +154,30 @@ def annotate(photo: np.ndarray, faces: Sequence[NamedFace]) -> np.ndarray:
     thickness, scale = max(1, round(2 * unit)), max(0.4, 0.7 * unit)
     labels = []  # drawn last, so that no neighbour's box cuts one
     for number, (name, nearest, quality, face) in enumerate(faces, 1):
-        colour = (80, 220, 80) if name is not None else (190, 190, 190)
+        color = (80, 220, 80) if name is not None else (190, 190, 190)
         left, top, right, bottom = (int(value) for value in face.bbox)
-        cv2.rectangle(drawn, (left, top), (right, bottom), colour, thickness, cv2.LINE_AA)
+        cv2.rectangle(drawn, (left, top), (right, bottom), color, thickness, cv2.LINE_AA)
         landmarks = face.dfa_kps if (face.dfa_score or 0) >= SCORE_THRESHOLD else face.kps
         for x, y in () if landmarks is None else landmarks:
             cv2.circle(drawn, (round(float(x)), round(float(y))), thickness + 1, (60, 60, 255), -1, cv2.LINE_AA)
         similarity = "" if nearest is None else f" {nearest.similarity:.2f}"
         text = f"{'unknown' if name is None else _drawable(name) or f'no. {number}'}{similarity} q{quality:.2f}"
-        labels.append((text, left, top, scale, colour))
+        labels.append((text, left, top, scale, color))
     for label in labels:
         _label(drawn, *label)
     return drawn
 
 
-def _label(drawn: np.ndarray, text: str, left: int, top: int, scale: float, colour: tuple[int, int, int]) -> None:
-    """Black text on a coloured ground over a box, moved into the picture where it would leave it."""
+def _label(drawn: np.ndarray, text: str, left: int, top: int, scale: float, color: tuple[int, int, int]) -> None:
+    """Black text on a colored ground over a box, moved into the picture where it would leave it."""
     (width, height), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
     line = height + below + 4
     left = max(0, min(left, drawn.shape[1] - width - 4))
     top = max(line, top)
-    cv2.rectangle(drawn, (left, top - line), (left + width + 4, top), colour, -1)
+    cv2.rectangle(drawn, (left, top - line), (left + width + 4, top), color, -1)
     cv2.putText(drawn, text, (left + 2, top - below), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
 
 
 def _drawable(name: str) -> str:
     """A name in the letters that OpenCV can draw."""
     return unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().strip()
-
-
-def _area(face: Any) -> float:
-    return float((face.bbox[2] - face.bbox[0]) * (face.bbox[3] - face.bbox[1]))
-
-
-def _groups(items: Iterable, size: int) -> Iterator[list]:
-    iterator = iter(items)
-    while group := list(islice(iterator, size)):
-        yield group

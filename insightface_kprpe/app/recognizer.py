@@ -95,11 +95,22 @@ class KeypointRecognizer(ArcFaceONNX):
             (B, D) float32.
         """
         imgs = [imgs] if isinstance(imgs, np.ndarray) and imgs.ndim == 3 else list(imgs)
-        if keypoints is None:
-            keypoints = np.repeat(CANONICAL_KEYPOINTS[None], len(imgs), axis=0)
-        keypoints = check_keypoints(keypoints, len(imgs))
+        keypoints = self._checked_keypoints(keypoints, len(imgs))
         rows = [self._run(imgs[part], keypoints[part]) for part in batches(len(imgs))]
         return np.concatenate(rows) if rows else np.empty((0, self.output_shape[-1]), np.float32)
+
+    def forward(self, batch_data: np.ndarray, keypoints: np.ndarray | None = None) -> np.ndarray:
+        """Embed a batch that is laid out for the network already, as insightface's models do.
+
+        Args:
+            batch_data: (B, 3, 112, 112) RGB in 0 to 255, of any type of numbers.
+            keypoints: (B, 5, 2) in [0, 1] of the crops; None: the canonical template, for aligned crops.
+
+        Returns:
+            (B, D) float32.
+        """
+        blob = ((batch_data - self.input_mean) / self.input_std).astype(np.float32)
+        return self._infer(blob, self._checked_keypoints(keypoints, len(blob)))
 
     def embed_aligned(self, crops: Sequence[np.ndarray], keypoints: np.ndarray | None = None) -> np.ndarray:
         """Embed crops without a detector; see :func:`~.face_analysis.embed_aligned`."""
@@ -108,7 +119,16 @@ class KeypointRecognizer(ArcFaceONNX):
     def _run(self, imgs: list[np.ndarray], keypoints: np.ndarray) -> np.ndarray:
         mean = (self.input_mean,) * 3
         blob = cv2.dnn.blobFromImages(imgs, 1.0 / self.input_std, self.input_size, mean, swapRB=True)
+        return self._infer(blob, keypoints)
+
+    def _infer(self, blob: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
         return self.session.run(self.output_names, {self.input_name: blob, self.keypoint_name: keypoints})[0]
+
+    @staticmethod
+    def _checked_keypoints(keypoints: np.ndarray | None, count: int) -> np.ndarray:
+        """(count, 5, 2) float32; the template's where none are given."""
+        given = np.repeat(CANONICAL_KEYPOINTS[None], count, axis=0) if keypoints is None else keypoints
+        return check_keypoints(given, count)
 
     def _landmarks(self, face) -> tuple[np.ndarray, float]:
         """Landmarks in pixels of the picture, and the score of who found them."""

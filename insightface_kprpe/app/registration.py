@@ -5,12 +5,14 @@ from __future__ import annotations
 import copyreg
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import insightface.model_zoo as zoo
 from insightface.app import FaceAnalysis
+from insightface.app.common import Face
 from insightface.model_zoo import model_zoo as zoo_module
 from insightface.model_zoo.model_zoo import PickableInferenceSession
 
@@ -90,12 +92,16 @@ def register() -> None:
 
     A two-input recognition model becomes a :class:`KeypointRecognizer`, a DFA a :class:`FaceAligner`; ``FaceAnalysis``
     takes grey, BGRA and 16-bit pictures, ``aligned`` and ``strict_providers``, and gets the methods ``get_batch`` and
-    ``embed_aligned`` (:mod:`.face_analysis`). Other models are loaded as before. Calling it twice does no harm;
-    :func:`unregister` takes it back.
+    ``embed_aligned`` (:mod:`.face_analysis`). ``Face`` can be copied and pickled, and an unpickled ``FaceAnalysis``
+    registers itself, so that both travel between processes. Other models are loaded as before. Calling it twice does no
+    harm; :func:`unregister` takes it back.
     """
     zoo_module.get_model = zoo.get_model = _get_model
     FaceAnalysis.get = functools.wraps(_stock_get)(face_analysis.checked_get(_stock_get))
     FaceAnalysis.get_batch, FaceAnalysis.embed_aligned = face_analysis.get_batch, face_analysis.embed_aligned
+    # Face answers None for every attribute that it lacks, also for those by which it would be copied or pickled.
+    Face.__reduce_ex__ = _reduce_face
+    FaceAnalysis.__reduce_ex__ = _reduce_app
     # Models of a pack with a manifest keep parts of it in read-only dicts, which pickle does not know.
     copyreg.pickle(MappingProxyType, _reduce_read_only_dict)
 
@@ -105,9 +111,24 @@ def unregister() -> None:
     zoo_module.get_model = zoo.get_model = stock_get_model
     FaceAnalysis.get = _stock_get
     copyreg.dispatch_table.pop(MappingProxyType, None)
-    for name in ("get_batch", "embed_aligned"):
-        if name in vars(FaceAnalysis):
-            delattr(FaceAnalysis, name)
+    added = {FaceAnalysis: ("get_batch", "embed_aligned", "__reduce_ex__"), Face: ("__reduce_ex__",)}
+    for owner, names in added.items():
+        for name in set(names) & set(vars(owner)):
+            delattr(owner, name)
+
+
+def _reduce_face(face: Face, protocol: int) -> tuple:
+    return type(face), (dict(face),)
+
+
+def _reduce_app(app: FaceAnalysis, protocol: int) -> tuple:
+    rebuild, arguments, *rest = object.__reduce_ex__(app, protocol)
+    return _rebuild_registered, (rebuild, arguments), *rest
+
+
+def _rebuild_registered(rebuild: Callable, arguments: tuple) -> FaceAnalysis:
+    register()
+    return rebuild(*arguments)
 
 
 def _reduce_read_only_dict(values: MappingProxyType) -> tuple:

@@ -28,6 +28,7 @@ _SIZES = {
     "vit_s": {"patch_size": 9, "embed_dim": 512, "depth": 12, "drop_path_rate": 0.1, "mask_ratio": 0.1},
     "vit_b": {"patch_size": 9, "embed_dim": 512, "depth": 24, "drop_path_rate": 0.1, "mask_ratio": 0.1},
     "vit_l": {"patch_size": 9, "embed_dim": 768, "depth": 24, "drop_path_rate": 0.05, "mask_ratio": 0.05},
+    "vit_h": {"patch_size": 9, "embed_dim": 1024, "depth": 48, "drop_path_rate": 0.1},
     "cvlface_vit_s": {"patch_size": 8, "embed_dim": 512, "depth": 12, "num_heads": 8, "mlp_ratio": 5.0},
     "cvlface_vit_b": {"patch_size": 8, "embed_dim": 512, "depth": 24, "num_heads": 16, "mlp_ratio": 3.0},
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from .._timm import Attention
 from ..geometry import CANONICAL_KEYPOINTS, KEYPOINT_LIMIT
+from .offset_attention import Lines, line_index
 
 # Piecewise index of iRPE (Wu et al., ICCV 2021): exact up to ALPHA patches, logarithmic up to GAMMA, +-3 beyond.
 ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2
@@ -59,12 +61,28 @@ def patch_centers(grid_size: int) -> torch.Tensor:
     return torch.stack([x, y], -1).reshape(-1, 2)
 
 
+class KeypointTables(NamedTuple):
+    """Bucket biases of a query: what it has in its grid column, and more the lower it lies, less what the image has.
+
+    L and H are 1 where tables are shared.
+
+    Attributes:
+        column: (L, H, n, R), at the top of every grid column.
+        slope: (L, H, R), what is added from the top of the crop to its bottom.
+        image: (L, B, H, R), where the keypoints are.
+    """
+
+    column: torch.Tensor
+    slope: torch.Tensor
+    image: torch.Tensor
+
+
 class KeypointRelativePosition(nn.Linear):
     """KPRPE: attention biases that depend on where each query patch lies relative to the face's keypoints.
 
     A linear map takes the 2K offsets (patch centre - keypoint) of a query to a table of 49 bucket biases for each layer
-    and head (KPRPE paper, section 3.3). Being linear, the table splits in a part of the query alone, computed once for
-    the batch, and a part of the image alone: no (B, L, H, N, R) tensor is ever built, only one layer's (B, H, N, R).
+    and head (KPRPE paper, section 3.3). Being linear, the table splits in parts of the query's column, of its row and
+    of the image: no (B, L, H, N, R) tensor is ever built.
 
     Args:
         grid_size: patches along one side.
@@ -83,33 +101,38 @@ class KeypointRelativePosition(nn.Linear):
         self.table_heads = 1 if sharing in ("heads", "both") else num_heads
         super().__init__(2 * num_keypoints, self.table_depth * self.table_heads * NUM_BUCKETS)
         self.num_keypoints = num_keypoints
-        self.register_buffer("centers", patch_centers(grid_size), persistent=False)
-        self.register_buffer("bucket", bucket_index(grid_size).clone(), persistent=False)
+        bucket = bucket_index(grid_size)
+        index = line_index(bucket)
+        self.register_buffer("columns", patch_centers(grid_size)[:grid_size, 0].clone(), persistent=False)
+        self.register_buffer("bucket", bucket.clone(), persistent=False)
+        self.register_buffer("line_index", index, persistent=False)
+        self.register_buffer("line_onehot", F.one_hot(index, NUM_BUCKETS).float(), persistent=False)
 
     def reset_parameters(self) -> None:
         """All zeros: training starts from plain attention."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, keypoints: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, keypoints: torch.Tensor) -> KeypointTables:
         """Tables of bucket biases.
 
         Args:
             keypoints: (B, 5, 2) or (B, K, 2) float, xy in [0, 1] of the crop.
 
         Returns:
-            The query part (L, H, N, R) and the image part (L, B, H, R), for :meth:`attention_bias`; L and H are 1
-            where shared. Both are float32 also under autocast.
+            The tables of all layers, float32 also under autocast.
         """
         points = keypoints[:, : self.num_keypoints].flatten(1)  # (B, 2K)
         with torch.autocast(points.device.type, enabled=False):
             weight = self.weight.float()
-            query = F.linear(self.centers.float().repeat(1, self.num_keypoints), weight, self.bias.float())  # (N, LHR)
+            by_x, by_y = weight.unflatten(1, (-1, 2)).sum(1).unbind(1)  # of a query that moves by the crop's side
+            column = torch.addmm(self.bias.float(), self.columns[:, None].float(), by_x[None])  # (n, LHR)
             image = F.linear(points.float(), weight)  # (B, LHR)
         shape = (self.table_depth, self.table_heads, NUM_BUCKETS)
-        return query.unflatten(1, shape).permute(1, 2, 0, 3), image.unflatten(1, shape).permute(1, 0, 2, 3)
+        column, image = column.unflatten(1, shape).permute(1, 2, 0, 3), image.unflatten(1, shape).permute(1, 0, 2, 3)
+        return KeypointTables(column, by_y.view(shape), image)
 
-    def attention_bias(self, tables: tuple[torch.Tensor, torch.Tensor], layer: int, dtype: torch.dtype) -> torch.Tensor:
+    def attention_bias(self, tables: KeypointTables, layer: int, dtype: torch.dtype) -> torch.Tensor:
         """The attention bias of one layer.
 
         Args:
@@ -120,10 +143,21 @@ class KeypointRelativePosition(nn.Linear):
         Returns:
             (B, H or 1, N, N), to be added to the attention logits.
         """
-        layer %= self.table_depth
-        query, image = tables[0][layer], tables[1][layer]  # (H, N, R), (B, H, R)
-        table = (query - image.unsqueeze(2)).to(dtype)  # (B, H, N, R)
+        column, slope, image = (table[layer % self.table_depth] for table in tables)
+        query = column[:, None] + self.columns[:, None, None] * slope[:, None, None]  # (H, n, n, R): rows as columns
+        table = (query.flatten(1, 2) - image.unsqueeze(2)).to(dtype)  # (B, H, N, R)
         return table.gather(-1, self.bucket.expand(*table.shape[:2], -1, -1))
+
+    def lines(self, tables: KeypointTables, layer: int, keep: torch.Tensor | None) -> Lines:
+        """The same for :class:`~.offset_attention.OffsetAttention`.
+
+        Args:
+            tables: what :meth:`forward` returned.
+            layer: index of the layer.
+            keep: (B, M) int64, the patches that there are in the tokens; None: all.
+        """
+        column, slope, image = (table[layer % self.table_depth] for table in tables)
+        return Lines(column - image.unsqueeze(2), slope, self.line_index, self.line_onehot, keep)
 
 
 class LookupTable(nn.Module):

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._timm import Block, PatchEmbed
 from .interface import Backbone, own_half_precision
+from .offset_attention import OffsetAttention
 from .relative_position import ContextualAttention, KeypointRelativePosition, bucket_index, check_keypoints
 
 POSITIONS = (None, "irpe", "kprpe")
@@ -89,6 +90,8 @@ class VisionTransformer(Backbone):
                 block.attn = ContextualAttention(embed_dim, num_heads)
             self.register_buffer("bucket", bucket_index(grid_size).clone(), persistent=False)
         elif position == "kprpe":
+            for block in self.blocks:
+                block.attn = OffsetAttention(embed_dim, num_heads)
             self.keypoint_linear = KeypointRelativePosition(grid_size, num_keypoints, depth, num_heads, kprpe_sharing)
         self.norm = nn.LayerNorm(embed_dim)
         self.feature = nn.Sequential(
@@ -229,6 +232,8 @@ class VisionTransformer(Backbone):
     def _run_block(self, tokens: torch.Tensor, layer: int, tables: tuple | None, keep: torch.Tensor | None):
         """One block; the position argument is made here so that checkpointing need not store it."""
         position = None
+        if self.position == "kprpe" and OffsetAttention.can_run(tokens):
+            return self.blocks[layer](tokens, attn_mask=self.keypoint_linear.lines(tables, layer, keep))
         if self.position == "kprpe":
             device = tokens.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype

@@ -115,17 +115,19 @@ def rec_inspect(
     everything: Annotated[bool, typer.Option("--all", help="decode all images, not 1000 spread over the file")] = False,
     num_workers: Workers = _WORKERS,
 ) -> None:
-    """Counts, identities, image sizes, JPEG quality, landmarks, and unreadable images (exit status 1 if any)."""
-    from ..data.record_tools import inspect_records
+    """Counts, identities, image sizes, JPEG quality, landmarks; unreadable images and contradictions (exit 1)."""
+    from ..data.record_inspection import inspect_records
 
     facts = inspect_records(path, None if everything else 1000, num_workers)
-    bad, formats = facts.pop("bad"), facts.pop("formats")
+    bad, formats, contradictions = (facts.pop(name) for name in ("bad", "formats", "contradictions"))
     for name, value in facts.items():
         typer.echo(f"{name:20} {value}")
     for name, count in formats.items():
         typer.echo(f"{'of these':20} {count} {name}; decoded to RGB")
     typer.echo(f"{'unreadable':20} {len(bad)}" + "".join(f"\n  {fault}" for fault in bad[:20]))
-    if bad:
+    for contradiction in contradictions:
+        typer.echo(f"{'contradiction':20} {contradiction}")
+    if bad or contradictions:
         raise typer.Exit(1)
 
 

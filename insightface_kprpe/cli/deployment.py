@@ -12,7 +12,7 @@ from .app import app
 
 SOURCE = (
     "weights: arcface_torch's model.pt, a CVLface folder, a snapshot of the Hugging Face Hub, "
-    "hf:OWNER/NAME[@REVISION], a training run, or what convert wrote"
+    "hf:OWNER/NAME[/PATH][@REVISION], a training run, or what convert wrote"
 )
 Root = Annotated[Path, typer.Option(help="InsightFace's root folder")]
 Network = Annotated[str | None, typer.Option(help="name of the network, where the weights do not tell it")]
@@ -88,7 +88,7 @@ def convert(
 @pack_app.command("build")
 def build_pack(
     source: Annotated[str | None, typer.Argument(help="the same as --recognition")] = None,
-    recognition: Annotated[str | None, typer.Option(help=SOURCE)] = None,
+    recognition: Annotated[str | None, typer.Option(help=f"{SOURCE}; or an ArcFace ONNX file")] = None,
     detector: Annotated[
         str, typer.Option(help="InsightFace pack (buffalo_l), ONNX file or folder; or dfa: the aligner, for face crops")
     ] = ...,
@@ -101,6 +101,13 @@ def build_pack(
     evaluate: Annotated[
         Path | None, typer.Option(help="verification set (.bin): thresholds at FPR 1e-3 to 1e-5 for the manifest")
     ] = None,
+    extra_tasks: Annotated[
+        str | None,
+        typer.Option("--with", help="models to take over: genderage, landmark_2d_106, landmark_3d_68 (commas)"),
+    ] = None,
+    extra_pack: Annotated[
+        str | None, typer.Option("--from", help="InsightFace pack (buffalo_l), or folder, that they are taken from")
+    ] = None,
     licence: Annotated[str | None, typer.Option(help="of the recognition weights, where they do not say")] = None,
     detector_licence: Annotated[str | None, typer.Option(help="of the detector, where it does not say")] = None,
     network: Network = None,
@@ -111,26 +118,26 @@ def build_pack(
     import logging
 
     from ..deployment.installed_packs import describe
-    from ..deployment.pack_sources import make_pack
+    from ..deployment.model_pack import build
 
-    for module in ("pack_sources", "model_pack", "precision"):  # whose steps take minutes
-        logging.getLogger(f"insightface_kprpe.deployment.{module}").setLevel(logging.INFO)
-
+    logging.getLogger("insightface_kprpe.deployment").setLevel(logging.INFO)  # its steps take minutes
     if (source is None) == (recognition is None):
         raise ValueError("pack takes the recognition weights once: as --recognition X, or as the first argument")
-    folder = make_pack(
-        recognition or source,
-        detector,
-        aligner,
-        name,
-        root,
-        precision,
-        evaluate,
-        licence,
-        detector_licence,
-        network,
-        cache,
-        offline,
+    folder = build(
+        recognition=recognition or source,
+        detector=detector,
+        aligner=aligner,
+        name=name,
+        root=root,
+        precision=precision,
+        evaluate=evaluate,
+        extra_tasks=[task.strip() for task in (extra_tasks or "").split(",") if task.strip()],
+        extra_pack=extra_pack,
+        licence=licence,
+        detector_licence=detector_licence,
+        network=network,
+        cache=cache,
+        offline=offline,
     )
     typer.echo(f"{describe(folder)}\n\nuse it: FaceAnalysis(name={name!r}, root={str(root)!r})")
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -20,74 +23,103 @@ evaluate_app = typer.Typer(help="Measure a model on a protocol.", no_args_is_hel
 app.add_typer(evaluate_app, name="evaluate")
 
 
-Models = Annotated[
-    list[str],
-    typer.Option(
-        "--model",
-        "--model-prefix",
-        help="[NAME=]PATH: training run, weights, .onnx, or pack; several: repeat it",
-    ),
-]
-Network = Annotated[str | None, typer.Option(help="backbone that the weights are of, where nothing else says")]
-Precision = Annotated[str, typer.Option(help="fp32, or bf16 for torch models")]
-BatchSize = Annotated[int, typer.Option(help="crops a forward pass")]
-Flip = Annotated[bool, typer.Option(help="add the embedding of the mirrored crop")]
-Aligner = Annotated[
-    Path | None, typer.Option(help="DFA that finds the keypoints: weights file, or output folder of train-dfa")
-]
-Missing = Annotated[str, typer.Option(help="images that are missing or damaged: fail, or skip them and say so")]
-Cache = Annotated[Path | None, typer.Option(help="folder for embeddings, which an interrupted evaluation resumes")]
-Workers = Annotated[int, typer.Option(help="processes that read images, on every rank")]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", "--result-dir", help="folder for the report: text, Markdown, JSON, curves, hardest pairs"),
-]
+@dataclass(frozen=True)
+class Embedding:
+    """The options of every verb that embeds images."""
+
+    model: Annotated[
+        list[str],
+        typer.Option(
+            "--model",
+            "--model-prefix",
+            help="[NAME=]PATH: training run, weights, .onnx, or pack; several: repeat it",
+        ),
+    ]
+    network: Annotated[str | None, typer.Option(help="backbone that the weights are of, where nothing else says")] = (
+        None
+    )
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 for torch models")] = "fp32"
+    batch_size: Annotated[int, typer.Option(help="crops a forward pass")] = 64
+    flip: Annotated[bool, typer.Option(help="add the embedding of the mirrored crop")] = True
+    aligner: Annotated[
+        Path | None, typer.Option(help="DFA that finds the keypoints: weights file, or output folder of train-dfa")
+    ] = None
+    missing: Annotated[str, typer.Option(help="images that are missing or damaged: fail, or skip them and say so")] = (
+        "fail"
+    )
+    cache: Annotated[
+        Path | None, typer.Option(help="folder for embeddings, which an interrupted evaluation resumes")
+    ] = None
+    num_workers: Annotated[int, typer.Option(help="processes that read images, on every rank")] = 2
+
+
+@dataclass(frozen=True)
+class Measuring(Embedding):
+    """The options of every verb that measures embeddings."""
+
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "--result-dir", help="folder for the report: text, Markdown, JSON, curves, hardest pairs"
+        ),
+    ] = None
+
+
 Fusion = Annotated[str, typer.Option(help="average, norm, detector, norm_detector, landmark, or all of them")]
 
 
+def _with_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter ``settings`` of a verb by the fields of its class, as options of the command line."""
+    hints = get_type_hints(verb, include_extras=True)
+    of_class = hints["settings"]
+    parameters = [
+        value.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, value in inspect.signature(verb).parameters.items()
+        if name != "settings"
+    ]
+    class_hints = get_type_hints(of_class, include_extras=True)
+    names = [field.name for field in fields(of_class)]
+    for parameter in inspect.signature(of_class).parameters.values():
+        parameters.append(
+            parameter.replace(annotation=class_hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
+        )
+
+    @functools.wraps(verb)
+    def wrapper(**values: Any) -> None:
+        settings = of_class(**{name: values.pop(name) for name in names})
+        verb(**values, settings=settings)
+
+    wrapper.__signature__ = inspect.Signature(parameters)
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del wrapper.__wrapped__  # whose parameters would be taken for its own
+    return wrapper
+
+
 @evaluate_app.command("bin")
+@_with_options
 def evaluate_bin(
     sets: Annotated[list[str], typer.Argument(help=".bin files of pairs, or synthetic / synthetic_unaligned")],
-    model: Models,
-    network: Network = None,
-    precision: Precision = "fp32",
-    batch_size: BatchSize = 64,
-    flip: Flip = True,
-    aligner: Aligner = None,
-    missing: Missing = "fail",
-    cache: Cache = None,
-    num_workers: Workers = 0,
-    out: Out = None,
+    settings: Measuring,
 ) -> None:
     """10-fold verification accuracy on InsightFace .bin sets; landmarks from NAME_ldmk_5points.csv beside each."""
     from ..data.verification_pairs import open_verification
     from ..evaluation.protocols import run_pairs
 
     opened = [open_verification(name) for name in sets]
-    _measure(
-        lambda embed, options: [result for pairs in opened for result in run_pairs(embed, pairs, options, out)],
-        _Settings(model, network, precision, batch_size, flip, aligner, missing, cache, num_workers, out),
-    )
+    out = settings.out
+    _measure(lambda embed, options: [r for pairs in opened for r in run_pairs(embed, pairs, options, out)], settings)
 
 
 @evaluate_app.command("ijb")
+@_with_options
 def evaluate_ijb(
-    model: Models,
+    settings: Measuring,
     folder: Annotated[
         Path | None, typer.Argument(help="folder with meta/ and loose_crop/, InsightFace's layout")
     ] = None,
     image_path: Annotated[Path | None, typer.Option(help="the same, as arcface_torch's eval_ijbc.py has it")] = None,
     target: Annotated[str, typer.Option(help="IJBC or IJBB")] = "IJBC",
     fusion: Fusion = "norm_detector",
-    network: Network = None,
-    precision: Precision = "fp32",
-    batch_size: BatchSize = 64,
-    flip: Flip = True,
-    aligner: Aligner = None,
-    missing: Missing = "fail",
-    cache: Cache = None,
-    num_workers: Workers = 2,
-    out: Out = None,
 ) -> None:
     """IJB-B or IJB-C: 1:1, and 1:N where its lists are in meta/. Many images: torchrun -m insightface_kprpe.cli ..."""
     from ..evaluation.protocols import choose_fusions, run_ijb
@@ -97,112 +129,68 @@ def evaluate_ijb(
         raise ValueError("name the folder with meta/ and loose_crop/ once: evaluate ijb FOLDER, or --image-path FOLDER")
     if target.upper() not in ("IJBC", "IJBB"):
         raise ValueError(f"target must be IJBC or IJBB, got {target}")
-    fusions = choose_fusions(fusion)
+    source, fusions = folder or image_path, choose_fusions(fusion)
     results = _measure(
-        lambda embed, options: run_ijb(embed, folder or image_path, target.upper(), fusions, options, out),
-        _Settings(model, network, precision, batch_size, flip, aligner, missing, cache, num_workers, out),
+        lambda embed, options: run_ijb(embed, source, target.upper(), fusions, options, settings.out), settings
     )
     if image_path is not None and results:
         typer.echo("\n" + format_arcface_torch(results, target.upper()))
 
 
 @evaluate_app.command("ijbs")
+@_with_options
 def evaluate_ijbs(
     folder: Annotated[Path, typer.Argument(help="folder with images.csv and a folder for each protocol")],
-    model: Models,
+    settings: Measuring,
     fusion: Fusion = "landmark",
-    network: Network = None,
-    precision: Precision = "fp32",
-    batch_size: BatchSize = 64,
-    flip: Flip = True,
-    aligner: Aligner = None,
-    missing: Missing = "fail",
-    cache: Cache = None,
-    num_workers: Workers = 2,
-    out: Out = None,
 ) -> None:
     """IJB-S from plain CSV files, whose form insightface_kprpe/evaluation/ijbs.py describes; use --cache."""
     from ..evaluation.protocols import choose_fusions, run_ijbs
 
     fusions = choose_fusions(fusion)
-    _measure(
-        lambda embed, options: run_ijbs(embed, folder, fusions, options),
-        _Settings(model, network, precision, batch_size, flip, aligner, missing, cache, num_workers, out),
-    )
+    _measure(lambda embed, options: run_ijbs(embed, folder, fusions, options), settings)
 
 
 @evaluate_app.command("tinyface")
+@_with_options
 def evaluate_tinyface(
     folder: Annotated[Path, typer.Argument(help="folder with Probe, Gallery_Match, Gallery_Distractor; or above it")],
-    model: Models,
-    network: Network = None,
-    precision: Precision = "fp32",
-    batch_size: BatchSize = 64,
-    flip: Flip = True,
-    aligner: Aligner = None,
-    missing: Missing = "fail",
-    cache: Cache = None,
-    num_workers: Workers = 2,
-    out: Out = None,
+    settings: Measuring,
 ) -> None:
     """TinyFace: rank-1, -5 and -20 among distractors; keypoints from --aligner, else the canonical template."""
     from ..evaluation.protocols import run_tinyface
 
-    _measure(
-        lambda embed, options: run_tinyface(embed, folder, options),
-        _Settings(model, network, precision, batch_size, flip, aligner, missing, cache, num_workers, out),
-    )
+    _measure(lambda embed, options: run_tinyface(embed, folder, options), settings)
 
 
 @app.command("embed")
+@_with_options
 def embed_command(
     source: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of crops; also train.rec or a .bin file")],
-    model: Models,
     out: Annotated[Path, typer.Option(help=".npz or .parquet file to write")],
-    network: Network = None,
-    precision: Precision = "fp32",
-    batch_size: BatchSize = 64,
-    flip: Flip = True,
-    aligner: Aligner = None,
-    missing: Missing = "fail",
-    cache: Cache = None,
-    num_workers: Workers = 2,
+    settings: Embedding,
 ) -> None:
     """Embed aligned 112x112 crops: names, embeddings, norms, keypoints and face scores in one file."""
     from ..inference.embedding_file import embed_to_file
 
-    if len(model) != 1:
-        raise ValueError(f"embed takes one --model, got {len(model)}")
-    settings = _Settings(model, network, precision, batch_size, flip, aligner, missing, cache, num_workers, None)
+    if len(settings.model) != 1:
+        raise ValueError(f"embed takes one --model, got {len(settings.model)}")
     with _rank(settings) as (options, models):
         rows = [embed_to_file(embed, source, out, options) for embed in models]
         if _is_first():
             typer.echo(f"{out}: {rows[0]} embeddings")
 
 
-class _Settings(NamedTuple):
-    """What all verbs that embed are told, in the order of their options."""
-
-    models: list[str]
-    network: str | None
-    precision: str
-    batch_size: int
-    flip: bool
-    aligner: Path | None
-    missing: str
-    cache: Path | None
-    num_workers: int
-    out: Path | None
-
-
-def _measure(run: Callable[[Embedder, EmbedOptions], list[Result]], settings: _Settings) -> list[Result]:
+def _measure(run: Callable[[Embedder, EmbedOptions], list[Result]], settings: Measuring) -> list[Result]:
     """Run a protocol on every model; print the tables and write the report. Returns the results, on the first rank."""
-    from ..evaluation.report import format_text, write_report
+    from ..evaluation.report import check_report_folder, format_text, write_report
     from ..evaluation.sanity import results_of_training, sanity_warnings
 
     with _rank(settings) as (options, models):
+        if settings.out is not None and _is_first():
+            check_report_folder(settings.out)
         results, known = [], []
-        for embed, (_, path) in zip(models, _named(settings.models), strict=True):
+        for embed, (_, path) in zip(models, _named(settings.model), strict=True):
             results += run(embed, options)
             known += results_of_training(embed.name, path)
         if not _is_first():
@@ -217,14 +205,14 @@ def _measure(run: Callable[[Embedder, EmbedOptions], list[Result]], settings: _S
 
 
 @contextlib.contextmanager
-def _rank(settings: _Settings) -> Iterator[tuple[EmbedOptions, Iterator[Embedder]]]:
+def _rank(settings: Embedding) -> Iterator[tuple[EmbedOptions, Iterator[Embedder]]]:
     """This rank's options, and the models, each opened when the one before is done with."""
     from ..dfa import load_dfa
     from ..distributed import process_group
     from ..inference.embedding import EmbedOptions
     from ..inference.models import open_model
 
-    named = _named(settings.models)
+    named = _named(settings.model)
     with process_group() as device:
         options = EmbedOptions(
             settings.batch_size,
@@ -234,7 +222,7 @@ def _rank(settings: _Settings) -> Iterator[tuple[EmbedOptions, Iterator[Embedder
             f"DFA {settings.aligner}",
             settings.missing,
             settings.cache,
-            share=True,
+            all_ranks=True,
         )
         yield options, (open_model(path, settings.network, settings.precision, device, name) for name, path in named)
 
@@ -274,9 +262,12 @@ def evaluate_landmarks(
     from ..dfa import load_dfa
     from ..dfa.network import count_parameters_and_flops
     from ..evaluation import landmarks as protocol
+    from ..evaluation.report import check_report_folder
 
     if not all("=" in model for model in models):
         raise ValueError(f"models must be NAME=PATH, e.g. DFA=work_dirs/dfa_small, got {' '.join(models)}")
+    if out is not None:
+        check_report_folder(out)
     nets = {name: load_dfa(path) for name, _, path in (model.partition("=") for model in models)}
     results, tables = {}, {}
     typer.echo(f"{'model':24}     NME   failures   mean score   parameters   GFLOP")
@@ -285,8 +276,8 @@ def evaluate_landmarks(
         parameters, flops = count_parameters_and_flops(net, torch.zeros(1, 3, net.image_size, net.image_size))
         results[name] = found = protocol.evaluate_landmarks(lambda images, net=net: net.locate(images)[:2], dataset)
         typer.echo(
-            f"{name:24}  {found.nme:.4f}    {found.failure_rate:5.1f} %       {found.score:.4f}   {parameters:10,}   "
-            f"{flops / 1e9:5.2f}"
+            f"{name:24}  {found.nme:.4f}    {100 * found.failure_rate:5.1f} %       {found.score:.4f}   "
+            f"{parameters:10,}   {flops / 1e9:5.2f}"
         )
         if robustness:
             tables[name] = protocol.robustness(lambda images, net=net: net.locate(images)[:2], dataset)

@@ -10,11 +10,13 @@ import typer
 from .app import app
 
 if TYPE_CHECKING:
-    from ..app.recognition import Enrolled
+    from ..app.enrolment import Enrolled
 
 Pack = Annotated[str, typer.Option(help="model pack: its name in ROOT/models, or its folder")]
 Root = Annotated[Path, typer.Option(help="InsightFace's root folder")]
 Index = Annotated[Path, typer.Argument(help="gallery file (.npz)")]
+Aligned = Annotated[bool, typer.Option(help="--no-aligned: the network sees the detector's box as it is")]
+AreCrops = Annotated[bool, typer.Option("--crops", help="pictures are crops, aligned already: nothing is detected")]
 DetectorThreshold = Annotated[float, typer.Option(help="score from which on the detector's find is a face")]
 
 gallery_app = typer.Typer(help="The people that recognize knows.", no_args_is_help=True, rich_markup_mode=None)
@@ -33,12 +35,14 @@ def recognize(
         typer.Option(help="cosine from which on a face is somebody's; default: the pack's, or 0.3"),
     ] = None,
     det_thresh: DetectorThreshold = 0.5,
-    aligned: Annotated[bool, typer.Option(help="--no-aligned: the network sees the detector's box as it is")] = True,
+    aligned: Aligned = True,
+    crops: AreCrops = False,
 ) -> None:
     """Name the people in a photo, with similarity (cosine) and quality (0 to 1)."""
+    from ..app.enrolment import enrol, people_of_folder
     from ..app.gallery import Gallery
     from ..app.pictures import check_picture_name, read_picture, write_picture
-    from ..app.recognition import DEFAULT_THRESHOLD, annotate, enrol, measured_threshold, open_pack, people_of_folder
+    from ..app.recognition import DEFAULT_THRESHOLD, annotate, measured_threshold, open_pack
     from ..app.recognition import recognize as name_faces
     from ..packs.layout import load_note
 
@@ -49,13 +53,13 @@ def recognize(
     analysis = open_pack(pack, root, det_thresh, aligned=aligned)
     typer.echo(load_note(analysis.models["recognition"].model_file) or f"{pack}: not built by this package", err=True)
     if gallery.is_dir():
-        _report_left_out(enrol(analysis, people, people_of_folder(gallery)), gallery)
+        _report(enrol(analysis, people, people_of_folder(gallery), are_crops=crops), gallery)
     if threshold is None:
         threshold = measured_threshold(analysis)
     if threshold is None:
         threshold = DEFAULT_THRESHOLD
         typer.echo(f"threshold {threshold}: nothing measured in the pack; set --threshold", err=True)
-    faces = name_faces(analysis, people, picture, threshold)
+    faces = name_faces(analysis, people, picture, threshold, is_crop=crops)
     found, known = _count(len(faces), "face", "faces"), _count(len(people.people()), "person", "people")
     typer.echo(f"{photo}: {found}, gallery of {known}, threshold {threshold:.3f}")
     for number, (name, nearest, quality, face) in enumerate(faces, 1):
@@ -76,33 +80,56 @@ def add_people(
     pack: Pack = "kprpe",
     root: Root = Path("~/.insightface"),
     det_thresh: DetectorThreshold = 0.5,
-    aligned: Annotated[bool, typer.Option(help="--no-aligned: the network sees the detector's box as it is")] = True,
+    aligned: Aligned = True,
+    crops: AreCrops = False,
+    prune: Annotated[bool, typer.Option(help="remove pictures that lay below PEOPLE and are gone")] = False,
 ) -> None:
-    """Add the largest face of each picture; pictures that are in the gallery already are passed over."""
+    """Add the largest face of each picture.
+
+    Content decides: what is in the gallery is passed over, a changed file is embedded anew, a moved one followed.
+    """
+    from ..app.enrolment import enrol, people_of_folder, vanished
     from ..app.gallery import editing
-    from ..app.pictures import list_pictures
-    from ..app.recognition import enrol, open_pack, people_of_folder
+    from ..app.recognition import open_pack
+    from ..data.picture_files import list_pictures, nfc
 
     if name is None:
         pictures = people_of_folder(people)
     elif not people.exists():
         raise FileNotFoundError(f"pictures not found: {people}")
     else:
-        pictures = [(name, path) for path in ([people] if people.is_file() else list_pictures(people))]
+        pictures = [(nfc(name), path) for path in ([people] if people.is_file() else list_pictures(people))]
     analysis = open_pack(pack, root, det_thresh, aligned=aligned)
     with editing(index) as gallery:
-        enrolled = enrol(analysis, gallery, pictures, index)
-    _report_left_out(enrolled, people)
-    passed = ""
-    if enrolled.passed_over:
-        # By name where that is not the one asked for.
-        others = sorted(
-            {enrolled.passed_over[path] for who, path in pictures if enrolled.passed_over.get(path, who) != who}
-        )
-        passed = f", {len(enrolled.passed_over)} passed over: already in the gallery"
-        passed += f" (as {', '.join(others)})" if others else ""
-    added, known = _count(enrolled.added, "picture", "pictures"), _count(len(gallery.people()), "person", "people")
-    typer.echo(f"{index}: {added} added, {known}{passed}")
+        enrolled = enrol(analysis, gallery, pictures, index, are_crops=crops)
+        gone = vanished(gallery, people)
+        lost = gallery.sources[gone].tolist()
+        if prune and lost:
+            gallery.remove_rows(gone)
+            gallery.save(index)
+    _report(enrolled, people)
+    fate = "removed" if prune else "still in the gallery; --prune removes it"
+    for source in lost:
+        typer.echo(f"{source}: not there any more, {fate}", err=True)
+    removed = f", {len(lost)} removed" if prune and lost else ""
+    known = _count(len(gallery.people()), "person", "people")
+    typer.echo(f"{index}: {_added(enrolled)}, {known}{removed}{_passed_over(enrolled, pictures)}")
+
+
+def _added(enrolled: Enrolled) -> str:
+    changed = f" ({len(enrolled.changed)} changed)" if enrolled.changed else ""
+    moved = f", {len(enrolled.moved)} moved" if enrolled.moved else ""
+    return f"{_count(enrolled.added, 'picture', 'pictures')} added{changed}{moved}"
+
+
+def _passed_over(enrolled: Enrolled, pictures: list[tuple[str, Path]]) -> str:
+    if not enrolled.passed_over:
+        return ""
+    # By name where that is not the one asked for.
+    asked = {path: name for name, path in pictures}
+    others = sorted({name for path, name in enrolled.passed_over.items() if asked[path] != name})
+    known_as = f" (as {', '.join(others)})" if others else ""
+    return f", {len(enrolled.passed_over)} passed over: already in the gallery{known_as}"
 
 
 @gallery_app.command("list")
@@ -149,11 +176,21 @@ def doctor(
     raise typer.Exit(int(any(item.status == BROKEN for item in findings)))
 
 
-def _report_left_out(enrolled: Enrolled, people: Path) -> None:
+def _report(enrolled: Enrolled, people: Path) -> None:
+    """A line for each picture with which something is amiss; an error where none could be added."""
+    lines = {path: "changed, embedded anew" for path in enrolled.changed if path not in enrolled.left_out}
+    lines |= {path: f"moved, it was {source}" for path, source in enrolled.moved.items()}
+    for path, line in lines.items():
+        typer.echo(f"{path}: {line}", err=True)
+    for path, doubt in enrolled.doubts.items():
+        typer.echo(f"{path}: {doubt}", err=True)
     for path, reason in enrolled.left_out.items():
-        typer.echo(f"{path}: left out, {reason}", err=True)
-    if enrolled.left_out and not enrolled.added and not enrolled.passed_over:
+        gone = "; what the gallery had of it is removed" if path in enrolled.changed else ""
+        typer.echo(f"{path}: left out, {reason}{gone}", err=True)
+    if enrolled.left_out and not (enrolled.added or enrolled.passed_over or enrolled.moved):
         raise ValueError(f"{people}: none of its pictures could be added")
+    if enrolled.nobody:
+        typer.echo(f"warning: the gallery has nothing of {', '.join(enrolled.nobody)}", err=True)
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -19,15 +19,12 @@ def train(
     images_per_second: Annotated[float | None, typer.Option(help="with --plan: of one GPU, for the hours")] = None,
 ) -> None:
     """Train in this process. Several: torchrun --nproc_per_node=N -m insightface_kprpe.training.trainer CONFIG ..."""
-    if plan:
-        from ..training.config import load_config
-        from ..training.plan import format_plan, plan_training
-
-        typer.echo(format_plan(plan_training(load_config(config, overrides or []), world_size, images_per_second)))
-        return
     from ..training.trainer import main as train_main
 
-    train_main([config, *(overrides or [])])
+    options = ["--plan", f"--world-size={world_size}"] if plan else []
+    if plan and images_per_second is not None:
+        options.append(f"--images-per-second={images_per_second}")
+    train_main([config, *(overrides or []), *options])
 
 
 @app.command("train-dfa", context_settings={"allow_interspersed_args": False})

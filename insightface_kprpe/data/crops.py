@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .face_dataset import IMAGE_SUFFIXES, LANDMARK_FILE, list_people, read_image_file
+from .face_dataset import LANDMARK_FILE
+from .picture_files import list_people, list_pictures, read_image_file
+from .record_checks import check_index
 from .recordio import RecordReader
 from .verification_bin import read_verification_bin
 
@@ -22,12 +24,14 @@ class Crops(NamedTuple):
         read: index -> (H, W, 3) uint8 RGB.
         landmark_file: where data sets and evaluators look for the landmarks.
         paths: the image files, in order; None where images are no files.
+        container: the file that holds all images, where they are no files.
     """
 
     count: int
     read: Callable[[int], np.ndarray]
     landmark_file: Path
     paths: list[Path] | None = None
+    container: Path | None = None
 
 
 def open_crops(source: str | Path) -> Crops:
@@ -43,15 +47,16 @@ def open_crops(source: str | Path) -> Crops:
     source = Path(source)
     if source.suffix == ".rec" or (source / "train.rec").is_file():
         reader = RecordReader(source)
+        check_index(reader)
         read = functools.partial(_read_record, reader, reader.image_keys)
-        return Crops(len(reader.image_keys), read, reader.path.parent / LANDMARK_FILE)
+        return Crops(len(reader.image_keys), read, reader.path.parent / LANDMARK_FILE, container=reader.path)
     if source.suffix == ".bin" and source.is_file():
         pairs = read_verification_bin(source)
-        return Crops(len(pairs.images), pairs.image, source.with_name(f"{source.stem}_{LANDMARK_FILE}"))
+        landmark_file = source.with_name(f"{source.stem}_{LANDMARK_FILE}")
+        return Crops(len(pairs.images), pairs.image, landmark_file, container=source)
     if not source.is_dir():
         raise ValueError(f"source must be a .rec or .bin file, or a folder of images or with train.rec, got {source}")
-    paths = [path for files in list_people(source) for path in files]
-    paths = paths or sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = [path for files in list_people(source).values() for path in files] or list_pictures(source)
     if not paths:
         raise ValueError(f"source must be a folder of images or with train.rec, got {source} without any")
     return Crops(len(paths), functools.partial(_read_path, paths), source / LANDMARK_FILE, paths)

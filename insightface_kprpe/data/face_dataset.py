@@ -15,15 +15,15 @@ import torch
 from torch.utils.data import Dataset
 
 from ..geometry import CANONICAL_KEYPOINTS
-from .image_codec import decode_image
 from .landmark_csv import read_keypoints
+from .picture_files import list_people, read_image_file
+from .record_checks import check_records
 from .recordio import RecordReader
 from .synthetic import SyntheticFaces
 
 logger = logging.getLogger(__name__)
 
 LANDMARK_FILE = "ldmk_5points.csv"
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
 
 class FaceDataset(Dataset):
@@ -77,6 +77,7 @@ class RecordFaces:
         self.folder, self.reader = Path(folder), RecordReader(folder)
         self.keys = self.reader.image_keys
         self.labels = self.reader.labels()
+        check_records(self.reader, self.labels)
         self.keypoints = _landmarks_beside(self.folder, len(self.keys))
         self.has_landmarks = self.keypoints is not None
 
@@ -97,8 +98,8 @@ class FolderFaces:
             raise ValueError(
                 f"rec must be a folder with one sub-folder of images a person, got {folder} without images"
             )
-        self.paths = [path for files in people for path in files]
-        self.labels = np.repeat(np.arange(len(people), dtype=np.int64), [len(files) for files in people])
+        self.paths = [path for files in people.values() for path in files]
+        self.labels = np.repeat(np.arange(len(people), dtype=np.int64), [len(files) for files in people.values()])
         self.folder = Path(folder)
         self.keypoints = _landmarks_beside(self.folder, len(self.paths))
         self.has_landmarks = self.keypoints is not None
@@ -152,25 +153,7 @@ def open_faces(rec: str | Path, num_classes: int = 0, num_image: int = 0, seed: 
 
 def _landmarks_beside(folder: Path, count: int) -> np.ndarray | None:
     path = folder / LANDMARK_FILE
-    return read_keypoints(path, count) if path.is_file() else None
-
-
-def list_people(folder: str | Path) -> list[list[Path]]:
-    """Images of each sub-folder that has some, both in sorted order: how a folder of people is numbered."""
-    people = [
-        sorted(file for file in person.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        for person in sorted(Path(folder).iterdir())
-        if person.is_dir()
-    ]
-    return [files for files in people if files]
-
-
-def read_image_file(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB; what is wrong with a file that is no image is said with its name, as a ValueError."""
-    try:
-        return decode_image(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; remove or replace it") from error
+    return read_keypoints(path, count)[0] if path.exists() else None
 
 
 def to_network_input(images: torch.Tensor) -> torch.Tensor:

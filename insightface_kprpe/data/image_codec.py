@@ -2,41 +2,88 @@
 
 from __future__ import annotations
 
+import io
+import os
+
 import cv2
 import numpy as np
 
-_JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+from .image_header import image_kind, image_size
+
+PIXEL_LIMIT = "INSIGHTFACE_KPRPE_MAX_MEGAPIXELS"  # environment variable; also what an error tells
+HEIF_REMEDY = "HEIC needs: pip install 'insightface-kprpe[heif]'"
+_MEGAPIXELS = 200.0
+_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """Decode one JPEG or PNG (or whatever else OpenCV reads).
+    """Decode one JPEG, PNG, BMP, WebP, TIFF, GIF (its first frame) or AVIF, and HEIC with the extra ``heif``.
 
-    A file that was cut short never decodes to a half-grey picture. Damage *inside* a JPEG's compressed pixels cannot be
+    A file that was cut short never decodes to a half-gray picture. Damage *inside* a JPEG's compressed pixels cannot be
     seen: the format has no checksum.
 
     Args:
         data: the whole compressed file.
 
     Returns:
-        (H, W, 3) uint8 RGB.
+        (H, W, 3) uint8 RGB, turned as its EXIF entry says.
 
     Raises:
-        ValueError: the data are no image or a truncated one.
+        ValueError: the data are no image or a truncated one, of a kind that cannot be read here, or claim more pixels
+            than the environment variable ``INSIGHTFACE_KPRPE_MAX_MEGAPIXELS`` allows (200 million without it).
     """
-    # libjpeg fills what is missing with grey, and not every OpenCV refuses such a picture: look for the end ourselves.
+    kind = image_kind(data)
+    # libjpeg fills what is missing with gray, and not every OpenCV refuses such a picture: look for the end ourselves.
     # The end must follow the last scan, as a thumbnail in the head of the file has an end of its own.
-    unended = data.startswith(_JPEG_START) and not data.endswith(_JPEG_END)
+    unended = kind == "JPEG" and not data.endswith(_JPEG_END)
     if unended and data.find(_JPEG_END, data.rfind(_JPEG_SCAN)) < 0:
         raise ValueError(f"the JPEG is truncated ({len(data)} bytes without an end marker)")
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-    except cv2.error:  # a damaged head that claims an impossible size
-        image = None
+    size = image_size(data)
+    if size is None:
+        start = data[:8].hex(" ") or "nothing"
+        raise ValueError(f"{len(data)} bytes starting with {start} are not a readable image")
+    _check_size(*size)
+    image = _decode_heic(data) if kind == "HEIC" else _decode(data)
     if image is None:
-        raise ValueError(f"{len(data)} bytes starting with {data[:8].hex(' ') or 'nothing'} are not a readable image")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        raise ValueError(
+            f"{len(data)} bytes of {kind} are not a readable image: damaged, or of a kind that the installed OpenCV "
+            f"{cv2.__version__} does not read"
+        )
+    return image
 
 
 def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:
     """A JPEG file of an (H, W, 3) uint8 RGB image; quality is 1 to 100."""
     return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+def _check_size(width: int, height: int) -> None:
+    text = os.environ.get(PIXEL_LIMIT)
+    try:
+        limit = _MEGAPIXELS if text is None else float(text)
+    except ValueError as error:
+        raise ValueError(f"the environment variable {PIXEL_LIMIT} must be a number, got {text!r}") from error
+    if width * height > limit * 1e6:
+        raise ValueError(
+            f"{width} x {height} pixels are more than the limit of {limit:g} megapixels; {PIXEL_LIMIT} changes it"
+        )
+
+
+def _decode(data: bytes) -> np.ndarray | None:
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:
+        return None
+    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _decode_heic(data: bytes) -> np.ndarray | None:
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ValueError(HEIF_REMEDY) from error
+    try:
+        # Turned by the decoder, as its own entry for that is part of the format.
+        return np.ascontiguousarray(np.asarray(pillow_heif.open_heif(io.BytesIO(data)).to_pillow().convert("RGB")))
+    except (ValueError, RuntimeError, EOFError, SyntaxError, OSError):
+        return None

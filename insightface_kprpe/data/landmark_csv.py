@@ -7,18 +7,23 @@ order of the five points.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from pathlib import Path
 
 import numpy as np
 
-from ..files import atomic_path
-from ..geometry import CANONICAL_KEYPOINTS, KEYPOINT_LIMIT, SCORE_THRESHOLD
+from ..files import atomic_path, not_utf8, user_file
+from ..geometry import CANONICAL_KEYPOINTS, KEYPOINT_LIMIT, MIRROR_ORDER, SCORE_THRESHOLD, known_landmarks
+
+logger = logging.getLogger(__name__)
 
 _COLUMNS = ["idx", *(f"ldmk_{i}" for i in range(10))]
 _SCORE = "score"
 _ROWS_AT_ONCE = 1 << 16
+_KNOWN_AT_ONCE = 1 << 20
+_LONGEST_LINE = 1 << 12  # bytes of the first line that are looked at
 
 
 def read_landmark_csv(path: str | os.PathLike, count: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -35,9 +40,8 @@ def read_landmark_csv(path: str | os.PathLike, count: int) -> tuple[np.ndarray, 
         FileNotFoundError: there is no such file.
         ValueError: columns are wrong, a row is malformed, not finite or in pixels, or there is not one row an image.
     """
-    path = Path(path)
-    with open(path, encoding="utf-8-sig") as file:
-        columns = [name.strip() for name in file.readline().split(",")]
+    path = user_file(path, "landmark file")
+    columns = [name.strip() for name in _first_line(path).split(",")]
     if columns not in (_COLUMNS, [*_COLUMNS, _SCORE]):
         expected = f"{','.join(_COLUMNS)} and perhaps {_SCORE}"
         raise ValueError(f"{path}: line 1: columns must be {expected}, got {','.join(columns):.120}")
@@ -53,20 +57,41 @@ def read_landmark_csv(path: str | os.PathLike, count: int) -> tuple[np.ndarray, 
     return keypoints, scores
 
 
-def read_keypoints(path: str | os.PathLike, count: int) -> np.ndarray:
-    """Read the landmarks of a set to use them: where a score is below ``SCORE_THRESHOLD``, the template stands in.
+def read_keypoints(path: str | os.PathLike, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read the landmarks of a set to use them; where there are none, the template stands in.
+
+    There are none where a score is below ``SCORE_THRESHOLD``, and where the numbers are no face's
+    (:func:`~insightface_kprpe.geometry.known_landmarks`), of which a warning tells.
 
     Args:
         path: see :func:`read_landmark_csv`, which also says what is raised.
         count: number of images in the set.
 
     Returns:
-        (count, 5, 2) float32, xy in [0, 1] of the crop.
+        (count, 5, 2) float32, xy in [0, 1] of the crop, and (count,) bool, where the template stands in.
     """
     keypoints, scores = read_landmark_csv(path, count)
+    absent = ~known_keypoints(keypoints)
+    if absent.any():
+        exchanged = known_keypoints(keypoints[absent][:, list(MIRROR_ORDER)]).sum()
+        logger.warning(
+            "%s: %d of %d rows are no landmarks of a face (first: idx %d); the canonical template stands in for them%s",
+            path,
+            absent.sum(),
+            count,
+            absent.argmax(),
+            f"; are left and right, as seen in the image, exchanged in {exchanged} of them?" if exchanged else "",
+        )
     if scores is not None:
-        keypoints[scores < SCORE_THRESHOLD] = CANONICAL_KEYPOINTS
-    return keypoints
+        absent |= scores < SCORE_THRESHOLD
+    keypoints[absent] = CANONICAL_KEYPOINTS
+    return keypoints, absent
+
+
+def known_keypoints(keypoints: np.ndarray) -> np.ndarray:
+    """(N,) bool, where (N, 5, 2) keypoints are a face's; some million at a time, as sets are large."""
+    parts = (keypoints[start : start + _KNOWN_AT_ONCE] for start in range(0, len(keypoints), _KNOWN_AT_ONCE))
+    return np.concatenate([np.empty(0, bool), *map(known_landmarks, parts)])
 
 
 def write_landmark_csv(path: str | os.PathLike, keypoints: np.ndarray, scores: np.ndarray | None = None) -> None:
@@ -110,9 +135,18 @@ def _read_rows(path: Path, columns: list[str]) -> np.ndarray:
             warnings.simplefilter("ignore", UserWarning)  # that there are no rows is reported with their count
             warnings.simplefilter("error", DeprecationWarning)  # older NumPy would cut off fractions of idx
             kind = _row_type(_SCORE in columns)
-            return np.loadtxt(path, kind, delimiter=",", skiprows=1, comments=None, ndmin=1)
+            return np.loadtxt(path, kind, delimiter=",", skiprows=1, comments=None, ndmin=1, encoding="latin-1")
     except ValueError as error:
         raise ValueError(_row_fault(path, len(columns)) or f"{path}: not a landmark file: {error}") from error
+
+
+def _first_line(path: Path) -> str:
+    with open(path, "rb") as file:
+        line = file.readline(_LONGEST_LINE)
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, line, error.start) from error
 
 
 def _row_fault(path: Path, columns: int) -> str | None:

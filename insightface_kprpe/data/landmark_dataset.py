@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import copy
 import logging
+import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..geometry import warp_smoothly
+from ..files import read_text, user_file
+from ..geometry import known_landmarks, warp_smoothly
+from .image_header import image_size
+from .picture_files import read_image_file
 
 logger = logging.getLogger(__name__)
 
 UNKNOWN = -1.0  # every coordinate of landmarks or of a box that does not exist
+_FLAGS = (-1, 0, 1)
+_HEAD = 1 << 16  # bytes of a picture that usually tell its size
 _BOX_ONLY, _WITH_LANDMARKS = 4, 4 + 5 * 3  # numbers on a line; a blur value may follow
 
 
@@ -48,7 +54,9 @@ class FaceLabel(NamedTuple):
 
 
 def read_labels(file: str | Path) -> list[FaceLabel]:
-    """Read a RetinaFace label file; faces whose box has no area, of which WIDER FACE has a few, are left out.
+    """Read a RetinaFace label file; faces whose box has no area, or no part in the picture, are left out.
+
+    Landmarks that coincide, or that cannot be those of a face in the box, are none; a warning tells of them.
 
     Where a picture is named twice, the later entry replaces the earlier one: they contradict each other, and a file
     that was written again has the later picture.
@@ -58,44 +66,80 @@ def read_labels(file: str | Path) -> list[FaceLabel]:
 
     Raises:
         FileNotFoundError: the file, or a picture that it names, does not exist.
-        ValueError: a line is malformed, or there is no face at all; the message names file and line.
+        ValueError: a line is malformed, a picture none, or there is no face at all; the message names file and line.
     """
     file = Path(file)
-    file = file / "label.txt" if file.is_dir() else file
-    if not file.is_file():
-        raise FileNotFoundError(f"label file not found: {file}")
+    file = user_file(file / "label.txt" if file.is_dir() else file, "label file")
     faces: dict[Path, list[FaceLabel]] = {}
-    picture, skipped, replaced = None, 0, 0
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{file}, line {number}"
-            if line.startswith("#"):
-                picture = _find_picture(file.parent, line[1:].strip(), where)
-                replaced += picture in faces
-                faces[picture] = []
-            elif line.strip():
-                if picture is None:
-                    raise ValueError(f"{where}: a face before the first '# picture' line")
-                box, landmarks = _parse_face(line, where)
-                if min(box[2:]) > 0:
-                    faces[picture].append(FaceLabel(picture, box, landmarks))
-                else:
-                    skipped += 1
+    picture, counts = None, Counter()
+    unknown, outside = [], []
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        where = f"{file}, line {number}"
+        if line.startswith("#"):
+            picture = _find_picture(file.parent, line[1:].strip(), where)
+            size = _picture_size(picture, where)
+            counts["replaced"] += picture in faces
+            faces[picture] = []
+        elif line.strip():
+            if picture is None:
+                raise ValueError(f"{where}: a face before the first '# picture' line{_widers_own(line)}")
+            box, landmarks = _parse_face(line, where)
+            if min(box[2:]) <= 0:
+                counts["skipped"] += 1
+            elif not _touches(box, size):
+                outside.append(number)
+            else:
+                if (landmarks != UNKNOWN).any() and not _belongs(landmarks, box):
+                    unknown.append(number)
+                    landmarks = np.full((5, 2), UNKNOWN, np.float32)
+                faces[picture].append(FaceLabel(picture, box, landmarks))
     labels = [label for of_picture in faces.values() for label in of_picture]
     if not labels:
         raise ValueError(f"{file} holds no face; expected '# picture' lines followed by 'x y w h ...' lines")
-    if skipped:
-        logger.info("%s: %d faces without area left out, %d remain", file, skipped, len(labels))
-    if replaced:
-        logger.warning("%s: %d pictures are named more than once; their last labels count", file, replaced)
+    _report(file, len(labels), counts, unknown, outside)
     return labels
 
 
+def _report(file: Path, remain: int, counts: Counter, unknown: list[int], outside: list[int]) -> None:
+    if counts["skipped"]:
+        logger.info("%s: %d faces without area left out, %d remain", file, counts["skipped"], remain)
+    if counts["replaced"]:
+        logger.warning("%s: %d pictures are named more than once; their last labels count", file, counts["replaced"])
+    if outside:
+        logger.warning("%s: %d boxes outside their picture left out (first: line %d)", file, len(outside), outside[0])
+    if unknown:
+        logger.warning(
+            "%s: %d faces have landmarks that cannot be theirs (first: line %d); taken as faces without landmarks",
+            file,
+            len(unknown),
+            unknown[0],
+        )
+
+
 def _find_picture(folder: Path, name: str, where: str) -> Path:
-    for candidate in (folder / "images" / name, folder / name):
-        if candidate.is_file():
-            return candidate
+    for form in dict.fromkeys((name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))):
+        for candidate in (folder / "images" / form, folder / form):
+            if candidate.is_file():
+                return candidate
     raise FileNotFoundError(f"{where}: picture {name!r} found neither in {folder / 'images'} nor in {folder}")
+
+
+def _picture_size(picture: Path, where: str) -> tuple[int, int]:
+    """Width and height as the head of the file says, which may be turned yet."""
+    with open(picture, "rb") as file:
+        size = image_size(file.read(_HEAD)) or image_size(picture.read_bytes())
+    if size is None:
+        raise ValueError(f"{where}: {picture} is not a readable image; restore the file or remove its labels")
+    return size
+
+
+def _widers_own(line: str) -> str:
+    """What to do where somebody has taken WIDER FACE's own annotations, which begin with a path."""
+    if not line.strip().lower().endswith((".jpg", ".png")):
+        return ""
+    return (
+        "; is it WIDER FACE's own wider_face_*_bbx_gt.txt, which has no landmarks? RetinaFace's label.txt is expected"
+    )
 
 
 def _parse_face(line: str, where: str) -> tuple[np.ndarray, np.ndarray]:
@@ -111,8 +155,26 @@ def _parse_face(line: str, where: str) -> tuple[np.ndarray, np.ndarray]:
     unknown = np.full((5, 2), UNKNOWN, np.float32)
     if len(values) == _BOX_ONLY:
         return values, unknown
-    landmarks = values[4:19].reshape(5, 3)[:, :2]
+    points = values[4:19].reshape(5, 3)
+    if not np.isin(points[:, 2], _FLAGS).all():
+        raise ValueError(
+            f"{where}: the flag after each point must be -1, 0 or 1; is a number missing in {line.strip()!r}?"
+        )
+    landmarks = points[:, :2]
     return values[:4], unknown if (landmarks == UNKNOWN).all(1).any() else landmarks
+
+
+def _touches(box: np.ndarray, size: tuple[int, int]) -> bool:
+    """Whether a box has a part in a picture, upright or turned."""
+    x, y, width, height = box
+    right, bottom = x + width, y + height
+    return any(x < w and y < h and right > 0 and bottom > 0 for w, h in (size, size[::-1]))
+
+
+def _belongs(landmarks: np.ndarray, box: np.ndarray) -> bool:
+    """Whether landmarks can be a face's, and this box's: with their middle in it, or not far outside."""
+    middle = np.abs(landmarks.mean(0) - (box[:2] + box[2:] / 2))
+    return bool(known_landmarks(landmarks)) and bool((middle <= box[2:]).all())
 
 
 class LandmarkDataset(Dataset):
@@ -162,9 +224,7 @@ class LandmarkDataset(Dataset):
 
     def __getitem__(self, index: int) -> FaceSample:
         label = self.labels[index]
-        picture = cv2.imread(str(label.picture))
-        if picture is None:
-            raise ValueError(f"{label.picture} could not be read as an image; restore the file or remove its labels")
+        picture = read_image_file(label.picture)
         matrix = self._crop_matrix(label.box)
         crop = warp_smoothly(picture, matrix, self.size)
         linear, offset = matrix[:, :2], matrix[:, 2]
@@ -172,11 +232,11 @@ class LandmarkDataset(Dataset):
         if (keypoints != UNKNOWN).any():
             keypoints = (keypoints @ linear.T + offset) / self.size
         half = label.box[2:] / 2
-        centre = linear @ (label.box[:2] + half) + offset
+        center = linear @ (label.box[:2] + half) + offset
         half = np.hypot(linear[:, 0] * half[0], linear[:, 1] * half[1])  # box around the ellipse inside the box
-        bbox = np.concatenate([centre - half, centre + half]) / self.size
+        bbox = np.concatenate([center - half, center + half]) / self.size
         return FaceSample(
-            torch.from_numpy(np.ascontiguousarray(crop[:, :, ::-1].transpose(2, 0, 1))),
+            torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))),
             torch.from_numpy(keypoints.astype(np.float32)),
             torch.from_numpy(bbox.astype(np.float32)),
         )
@@ -184,7 +244,7 @@ class LandmarkDataset(Dataset):
     def _crop_matrix(self, box: np.ndarray) -> np.ndarray:
         """(2, 3) from pixels of the picture to pixels of the crop."""
         side = box[2:].max() * (1 + 2 * self.padding)
-        centre = box[:2] + box[2:] / 2 + np.array(self.shift) * side
+        center = box[:2] + box[2:] / 2 + np.array(self.shift) * side
         sine, cosine = np.sin(np.radians(self.rotation)), np.cos(np.radians(self.rotation))
         linear = np.array([[cosine, -sine], [sine, cosine]]) * (self.size / side)
-        return np.column_stack([linear, self.size / 2 - linear @ centre])
+        return np.column_stack([linear, self.size / 2 - linear @ center])

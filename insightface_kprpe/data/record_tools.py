@@ -1,4 +1,4 @@
-"""Making training sets in InsightFace's RecordIO layout, from folders or from other record files, and looking at them.
+"""Making training sets in InsightFace's RecordIO layout, from folders or from other record files.
 
 A set is a folder with ``train.rec``, ``train.idx``, ``property`` and, where landmarks are known, ``ldmk_5points.csv``.
 Its images are ordinary JPEG files, which have no channel order of their own: every program reads the right colours.
@@ -7,29 +7,34 @@ Its images are ordinary JPEG files, which have no channel order of their own: ev
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..files import atomic_folder
-from .face_dataset import LANDMARK_FILE, list_people
+from ..fingerprint import fingerprint
+from .face_dataset import LANDMARK_FILE
 from .image_codec import decode_image, encode_jpeg
 from .landmark_csv import read_landmark_csv, write_landmark_csv
+from .picture_files import list_people
+from .reading import Items, results
+from .record_checks import check_index
+from .record_format import RecordError
 from .record_writer import write_face_records, write_shuffled_records
 from .recordio import RecordReader
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE = 64  # images that a worker hands over together
-_QUANTISATION = b"\xff\xdb"  # the marker of a JPEG's quantisation tables
+_MARK = ".made.json"  # what a set was made of
+_NAMED = 5  # people without images that a warning names
 
 
 class Packed(NamedTuple):
@@ -85,18 +90,20 @@ def pack_folder(
         num_workers: processes that read and encode; 0: this one.
 
     Raises:
-        ValueError: there are no images, the landmark file does not fit them, or ``out`` is not empty.
+        ValueError: there are no images, the landmark file does not fit them, or ``out`` holds something else.
     """
     people = list_people(folder)
     if not people:
         raise ValueError(f"FOLDER must have one sub-folder of images a person, got {folder} without images")
     if not 1 <= quality <= 100:
         raise ValueError(f"quality must be in 1 to 100, got {quality}")
-    paths = [path for files in people for path in files]
-    labels = np.repeat(np.arange(len(people)), [len(files) for files in people])
-    images = _Items(len(paths), functools.partial(_encode_file, paths, size, quality))
+    paths = [path for files in people.values() for path in files]
+    labels = np.repeat(np.arange(len(people)), [len(files) for files in people.values()])
+    images = Items(len(paths), functools.partial(_encode_file, paths, size, quality))
     landmarks = _landmarks_of(Path(folder), len(paths), np.arange(len(paths)))
-    return _write(Path(out), images, labels, landmarks, size, num_workers)
+    identity = _identity(Path(folder), paths, "pack", size, quality)
+    name_of = list(people).__getitem__
+    return _write(Path(out), images, labels, landmarks, size, num_workers, identity=identity, name_of=name_of)
 
 
 def repack(source: str | Path, out: str | Path, *, shuffle: int | None = None, num_workers: int = 0) -> Packed:
@@ -114,9 +121,10 @@ def repack(source: str | Path, out: str | Path, *, shuffle: int | None = None, n
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the source or its landmark file is damaged, or ``out`` is not empty.
+        ValueError: the source or its landmark file is damaged, or ``out`` holds something else.
     """
     reader = RecordReader(source)
+    check_index(reader)
     labels = reader.labels()
     order = np.argsort(labels, kind="stable")
     order = order[labels[order] >= 0]
@@ -127,78 +135,13 @@ def repack(source: str | Path, out: str | Path, *, shuffle: int | None = None, n
     if len(order) < len(labels):
         logger.warning("%d images have a negative label and are left out", len(labels) - len(order))
     keys = reader.image_keys[order]
-    size = decode_image(reader[int(keys[0])][1]).shape[0]
-    images = _Items(len(keys), functools.partial(_copy_record, reader, keys))
+    images = Items(len(keys), functools.partial(_copy_record, reader, keys))
+    size = _first_size(reader, keys)
     landmarks = _landmarks_of(reader.path.parent, len(labels), order)
     write = write_face_records if shuffle is None else write_shuffled_records
-    packed = _write(Path(out), images, labels[order], landmarks, size, num_workers, write)
+    identity = _identity(reader.path.parent, [reader.path, reader.path.with_suffix(".idx")], "repack", shuffle)
+    packed = _write(Path(out), images, labels[order], landmarks, size, num_workers, write, identity=identity)
     return packed._replace(left_out=len(labels) - packed.images)
-
-
-def inspect_records(path: str | Path, check: int | None = 1000, num_workers: int = 0) -> dict[str, Any]:
-    """Look at a record file and what belongs to it.
-
-    Args:
-        path: a ``.rec`` file or a folder with ``train.rec``.
-        check: how many images to decode, evenly spread; None: all.
-        num_workers: processes that decode; 0: this one.
-
-    Returns:
-        Facts by name, for people to read; ``bad`` has the faults of all unreadable images that were met.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the index or a record's head is damaged.
-    """
-    reader = RecordReader(path)
-    keys, labels = reader.image_keys, reader.labels()
-    counts = np.unique(labels, return_counts=True)[1] if len(labels) else np.zeros(1, np.int64)
-    whole = bool(len(labels)) and labels.min() == 0 and labels.max() + 1 == len(counts)
-    properties = reader.path.with_name("property")
-    shown = np.unique(np.linspace(0, len(keys) - 1, min(check or len(keys), len(keys))).round().astype(int))
-    looks = _Items(len(shown), functools.partial(_look_at_record, reader, keys[shown]))
-    results = list(_results(looks, num_workers, "images"))
-    found = Counter(result for result in results if not isinstance(result, str))
-    return {
-        "file": str(reader.path),
-        "index": "beside it" if reader.path.with_suffix(".idx").is_file() else "none; the file was scanned",
-        "layout": "InsightFace, with record 0 and identity records" if _has_header(reader) else "images only (im2rec)",
-        "images": len(keys),
-        "identities": len(counts) if len(labels) else 0,
-        "images an identity": f"{counts.min()} to {counts.max()}, median {np.median(counts):g}",
-        "labels": ("0 to the last without gaps" if whole else "with gaps or negative; `rec repack` renumbers them")
-        + ("" if (np.diff(labels) >= 0).all() else "; not in order"),
-        "property file": properties.read_text().strip() if properties.is_file() else "none",
-        "landmarks": _landmark_state(reader.path.with_name(LANDMARK_FILE), len(keys)),
-        "decoded": len(shown),
-        "formats": {_describe(look): count for look, count in found.most_common(8)},
-        "bad": [result for result in results if isinstance(result, str)],
-    }
-
-
-class _Items(Dataset):
-    """``read(0)`` to ``read(count - 1)``; a ValueError or OSError becomes its text."""
-
-    def __init__(self, count: int, read: Callable[[int], Any]) -> None:
-        self.count, self.read = count, read
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.read(index)
-        except (ValueError, OSError) as error:
-            return str(error)
-
-
-def _results(items: _Items, num_workers: int, label: str) -> Iterator[Any]:
-    """All items in order, read ahead by worker processes, under a progress bar."""
-    loader = DataLoader(items, _AT_ONCE, num_workers=num_workers, collate_fn=list)
-    with tqdm(total=len(items), desc=label, unit="img", disable=None) as progress:
-        for batch in loader:
-            progress.update(len(batch))
-            yield from batch
 
 
 def _landmarks_of(folder: Path, count: int, order: np.ndarray) -> tuple[np.ndarray, np.ndarray | None] | None:
@@ -211,14 +154,17 @@ def _landmarks_of(folder: Path, count: int, order: np.ndarray) -> tuple[np.ndarr
 
 def _write(
     out: Path,
-    images: _Items,
+    images: Items,
     labels: np.ndarray,
     landmarks: tuple[np.ndarray, np.ndarray | None] | None,
     size: int,
     num_workers: int,
     write: Callable[..., int] = write_face_records,
+    *,
+    identity: str,
+    name_of: Callable[[int], str] = str,
 ) -> Packed:
-    """Write a set and read it back.
+    """Write a set and read it back; one that is there already, made of the same, is left as it is.
 
     Args:
         out: a new folder.
@@ -228,15 +174,20 @@ def _write(
         size: side of the images, pixels.
         num_workers: see :func:`_results`.
         write: of :mod:`.record_writer`.
+        identity: tells what the set is made of, and how.
+        name_of: label -> what to call the person.
     """
+    if (done := _made_before(out, identity)) is not None:
+        logger.warning("%s is there already, made of the same images", out)
+        return done
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"OUT must be a new folder, got {out}, which exists; remove it or name another")
     kept: list[int] = []
     totals = Counter()
+    numbers: dict[int, int] = {}
 
     def samples() -> Iterator[tuple[bytes, int]]:
-        numbers: dict[int, int] = {}
-        for i, result in enumerate(_results(images, num_workers, "packing")):
+        for i, result in enumerate(results(images, num_workers, "packing")):
             if isinstance(result, str):
                 logger.warning("left out: %s", result)
                 continue
@@ -252,7 +203,32 @@ def _write(
         if landmarks is not None:
             keypoints, scores = landmarks
             write_landmark_csv(folder / LANDMARK_FILE, keypoints[kept], None if scores is None else scores[kept])
-    return Packed(count, identities, len(images) - count, landmarks is not None, totals["unchanged"])
+        packed = Packed(count, identities, len(images) - count, landmarks is not None, totals["unchanged"])
+        (folder / _MARK).write_text(json.dumps({"of": identity, "packed": packed._asdict()}))
+    without = sorted(set(labels.tolist()) - set(numbers))
+    if without:
+        names = ", ".join(map(name_of, without[:_NAMED])) + (", ..." if len(without) > _NAMED else "")
+        logger.warning("no image of %d people could be read: %s", len(without), names)
+    return packed
+
+
+def _made_before(out: Path, identity: str) -> Packed | None:
+    """What an earlier call, which may have been killed before it could tell, wrote of the same."""
+    try:
+        mark = json.loads((out / _MARK).read_text())
+        return Packed(**mark["packed"]) if mark["of"] == identity and (out / "train.rec").is_file() else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _identity(folder: Path, files: Iterable[Path], *how: object) -> str:
+    """Tells what a set is made of: names, sizes and times of files, of the landmarks, and the options."""
+    described = [repr(how)]
+    for file in (*files, folder / LANDMARK_FILE):
+        if file.exists():
+            status = file.stat()
+            described.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
+    return fingerprint("\n".join(described))
 
 
 def _verify(folder: Path, count: int, checksum: int) -> int:
@@ -280,54 +256,17 @@ def _encode_file(paths: list[Path], size: int, quality: int, index: int) -> tupl
     return encode_jpeg(image, quality), False
 
 
+def _first_size(reader: RecordReader, keys: np.ndarray) -> int:
+    """Height of the first image that can be read."""
+    for key in map(int, keys):
+        try:
+            return reader.read_image(key)[1].shape[0]
+        except RecordError as error:
+            first = error
+    raise RecordError(f"{reader.path} has no image that can be read; the last: {first}")
+
+
 def _copy_record(reader: RecordReader, keys: np.ndarray, index: int) -> tuple[bytes, bool]:
     key = int(keys[index])
     reader.read_image(key)  # names the record of an image that cannot be read
     return reader[key][1], True
-
-
-def _look_at_record(reader: RecordReader, keys: np.ndarray, index: int) -> tuple[int, int, int]:
-    """Height, width and JPEG quality (0 where it is no JPEG)."""
-    key = int(keys[index])
-    height, width = reader.read_image(key)[1].shape[:2]
-    return height, width, jpeg_quality(reader[key][1])
-
-
-def _describe(look: tuple[int, int, int]) -> str:
-    height, width, quality = look
-    return f"{width}x{height} " + (f"JPEG of quality about {quality}" if quality else "not JPEG")
-
-
-def jpeg_quality(data: bytes) -> int:
-    """The quality on libjpeg's scale whose table for brightness is nearest to a JPEG's; 0 for other files."""
-    weight = _table_weight(data)
-    return 0 if weight is None else int(np.abs(_table_weights() - weight).argmin()) + 1
-
-
-def _table_weight(data: bytes) -> int | None:
-    """The sum of a JPEG's first quantisation table."""
-    at = data.find(_QUANTISATION) + 4 if data.startswith(b"\xff\xd8") else 3
-    table = data[at + 1 : at + 65]
-    return sum(table) if at >= 4 and len(table) == 64 else None
-
-
-@functools.lru_cache(maxsize=1)
-def _table_weights() -> np.ndarray:
-    """(100,) sums of the tables that libjpeg writes for the qualities 1 to 100."""
-    blank = np.zeros((8, 8, 3), np.uint8)
-    files = (cv2.imencode(".jpg", blank, [cv2.IMWRITE_JPEG_QUALITY, quality])[1] for quality in range(1, 101))
-    return np.array([_table_weight(file.tobytes()) for file in files])
-
-
-def _has_header(reader: RecordReader) -> bool:
-    return len(reader.image_keys) < len(reader)
-
-
-def _landmark_state(path: Path, count: int) -> str:
-    if not path.is_file():
-        return f"none ({LANDMARK_FILE}); `insightface-kprpe landmarks` writes it"
-    try:
-        scores = read_landmark_csv(path, count)[1]
-    except ValueError as error:
-        return f"damaged: {error}"
-    return f"{count} rows" + ("" if scores is None else f" with scores, mean {scores.mean():.3f}")

@@ -11,14 +11,14 @@ import logging
 import mmap
 import os
 import warnings
-import zipfile
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from ..files import atomic_path
+from ..files import atomic_path, user_file
+from ..npz import read_npz
 from .image_codec import decode_image
 from .record_format import (
     FIRST,
@@ -69,10 +69,9 @@ class RecordReader:
     def __init__(self, rec_or_prefix: str | os.PathLike) -> None:
         prefix = file_prefix(rec_or_prefix)
         self.path, index_path = Path(f"{prefix}.rec"), Path(f"{prefix}.idx")
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} not found; name a .rec file, its prefix, or a folder with train.rec")
+        user_file(self.path, "record file", "name a .rec file, its prefix, or a folder with train.rec")
         self._data = _map(self.path)
-        if index_path.is_file():
+        if index_path.exists():
             self.keys, self._offsets = _read_index(index_path, self.path, len(self._data))
         else:
             logger.warning("%s not found: scanning %s for its records", index_path, self.path)
@@ -135,6 +134,35 @@ class RecordReader:
         except ValueError as error:
             raise self._error(key, self._offset(key), str(error)) from error
 
+    @property
+    def identities(self) -> int | None:
+        """How many people record 0 says that there are; None where there is no such record, or it does not say."""
+        if not self._images.start:
+            return None
+        bounds = self[0][0].label
+        return int(bounds[1] - bounds[0]) if len(bounds) == 2 and np.isfinite(bounds).all() else None
+
+    def ids(self, keys: np.ndarray) -> np.ndarray:
+        """(N,) int64, what the records of (N,) keys say to be their own numbers; -1 where a record is damaged."""
+        heads = self._offsets[np.searchsorted(self.keys, keys)] // 4
+        words = np.frombuffer(self._data, "<u4", len(self._data) // 4)
+        low, high = (words.take(heads + i, mode="clip").astype(np.int64) for i in (4, 5))
+        return np.where((words.take(heads) == MAGIC) & (high < 1 << 31), high << 32 | low, -1)
+
+    def first_ids(self, count: int) -> list[int]:
+        """What the first records, in the order in which they lie, say to be their own numbers."""
+        ids, offset = [], 0
+        while offset < len(self._data) and len(ids) < count:
+            try:
+                spans, offset = self._parts(len(ids), offset)
+            except RecordError:
+                break
+            content = self._data[slice(*spans[0])]
+            if len(content) < HEADER.size:
+                break
+            ids.append(HEADER.unpack_from(content)[2])
+        return ids
+
     def labels(self) -> np.ndarray:
         """Labels of all images, from their headers alone.
 
@@ -166,15 +194,11 @@ class RecordReader:
     def _kept_labels(self) -> np.ndarray | None:
         """(N,) int64 labels that an earlier reader left beside this very file, if it did."""
         try:
-            with np.load(self.path.with_suffix(".labels.npz")) as file:
-                labels = file["labels"].astype(np.int64)
-                return (
-                    labels
-                    if np.array_equal(file["of"], self._identity()) and len(labels) == len(self.image_keys)
-                    else None
-                )
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            kept = read_npz(self.path.with_suffix(".labels.npz"), ("labels", "of"))
+        except (OSError, ValueError):
             return None
+        fits = np.array_equal(kept["of"], self._identity()) and kept["labels"].shape == self.image_keys.shape
+        return kept["labels"].astype(np.int64) if fits else None
 
     def _keep_labels(self, labels: np.ndarray) -> None:
         try:
@@ -242,6 +266,9 @@ class RecordReader:
         if stop != end:
             why = f"it announces {end - 1} images, the index has {stop - 1}; delete a damaged .idx to do without"
             raise self._error(0, self._offset(0), why)
+        if self._has_payload(end):
+            why = f"it announces {end - 1} images, but record {end} holds one more; the file was put together wrongly"
+            raise self._error(0, self._offset(0), why)
         return slice(1, stop)
 
     def _has_payload(self, key: int) -> bool:
@@ -266,10 +293,11 @@ def _advise_random(data: mmap.mmap) -> None:
 
 def _read_index(path: Path, rec_path: Path, rec_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted keys and their byte offsets from a ``.idx`` file."""
+    user_file(path, "index")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # of an empty file, or fractions: older NumPy would cut them off
-            table = np.loadtxt(path, dtype=np.int64, delimiter="\t", comments=None, ndmin=2)
+            table = np.loadtxt(path, dtype=np.int64, delimiter="\t", comments=None, ndmin=2, encoding="latin-1")
         if table.shape[1] != 2:
             raise ValueError("lines without two columns")
     except (ValueError, UserWarning) as error:

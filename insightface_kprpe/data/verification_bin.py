@@ -12,12 +12,11 @@ import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..files import atomic_path
+from ..files import atomic_path, user_file
 from .image_codec import decode_image
 
 
@@ -63,7 +62,7 @@ def read_verification_bin(path: str | os.PathLike) -> VerificationSet:
         ValueError: the file is truncated, names anything that a verification set does not need, or holds something else
             than two images for each answer.
     """
-    path = Path(path)
+    path = user_file(path, "verification set")
     with open(path, "rb") as file:
         try:
             content = _SafeUnpickler(file).load()

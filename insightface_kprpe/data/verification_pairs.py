@@ -73,15 +73,17 @@ def open_verification(target: str, rec: str | Path = ".") -> VerificationPairs:
             num_identities=60, pairs=600, seed=0, first_identity=FIRST_UNSEEN_IDENTITY, aligned=aligned
         )
         return VerificationPairs(target, images, keypoints, is_same, "as drawn", target)
-    path = Path(target) if target.endswith(".bin") else Path(rec) / f"{target}.bin"
+    path = verification_file(target, rec)
     if not path.is_file():
         raise ValueError(
             f'val_targets must name .bin files (in rec, or by path) or "synthetic", got {target}: no {path}'
         )
     pairs = read_verification_bin(path)
     landmarks = path.with_name(f"{path.stem}_{LANDMARK_FILE}")
-    if landmarks.is_file():
-        keypoints, keypoint_source = read_keypoints(landmarks, len(pairs.images)), landmarks.name
+    if landmarks.exists():
+        keypoints, absent = read_keypoints(landmarks, len(pairs.images))
+        share = f", the canonical template for {absent.sum()} of {len(absent)}" if absent.any() else ""
+        keypoint_source = f"{landmarks.name}{share}"
     else:
         logger.warning(
             "%s not found: the canonical template stands in for every face's keypoints, unless the network finds them; "
@@ -93,3 +95,32 @@ def open_verification(target: str, rec: str | Path = ".") -> VerificationPairs:
         keypoint_source = "the canonical template"
     source = fingerprint(*pairs.images)
     return VerificationPairs(path.stem, _Decoded(pairs), keypoints, pairs.is_same, keypoint_source, source)
+
+
+def verification_file(target: str, rec: str | Path = ".") -> Path:
+    """The ``.bin`` file that a name or path stands for; see :func:`open_verification`."""
+    return Path(target) if target.endswith(".bin") else Path(rec) / f"{target}.bin"
+
+
+def check_pairs(pairs: VerificationPairs, folds: int = 10, size: int = 112) -> None:
+    """Look through a whole set, so that verifying it cannot fail later for what its file holds.
+
+    Args:
+        pairs: the set; every image is decoded.
+        folds: of the verification.
+        size: side that the images must have, pixels.
+
+    Raises:
+        ValueError: there are fewer pairs than folds, pairs of one kind only, or an image that is damaged or of another
+            size.
+    """
+    count, same = len(pairs.is_same), int(np.count_nonzero(pairs.is_same))
+    if count < folds:
+        raise ValueError(f"it must hold at least {folds} pairs, one for each fold, got {count}")
+    if same in (0, count):
+        kind = "the same person" if same else "different people"
+        raise ValueError(f"it must hold pairs of the same person and of different people, got {count} of {kind} only")
+    for number in range(2 * count):
+        shape = pairs.images[number].shape
+        if shape != (size, size, 3):
+            raise ValueError(f"image {number} must be {size} x {size} pixels, got {shape[1]} x {shape[0]}")

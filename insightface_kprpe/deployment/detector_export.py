@@ -22,7 +22,7 @@ from ..dfa.anchors import STRIDES, decode_boxes, decode_points
 from ..dfa.network import ANCHORS_PER_CELL, RetinaFaceNet
 from ..files import atomic_path
 from ..packs.metadata import DFA_DETECTOR
-from .onnx_export import ExportError, eval_on_cpu, save_graph
+from .onnx_export import ExportError, check_exportable, eval_on_cpu, save_graph
 
 _SCRFD_STD, _OUR_STD = 128.0, 127.5
 _NAMES = [f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in STRIDES]
@@ -179,9 +179,11 @@ def export_detector(net: RetinaFaceNet, path: str | Path, licence: str = "unknow
         ``path``.
 
     Raises:
-        ValueError: the side is not a multiple of 32, or a plain network has an aggregator.
+        ValueError: the side is not a multiple of 32, a plain network has an aggregator, or it is wrapped or not in
+            float32.
         ExportError: the file's landmarks differ from torch's.
     """
+    check_exportable(net, RetinaFaceNet)
     one_face = isinstance(net, DFA)
     if net.image_size % STRIDES[-1]:
         raise ValueError(f"net.image_size must be a multiple of {STRIDES[-1]} for SCRFD's layout, got {net.image_size}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from insightface.app.common import Face
 
 from ..data.synthetic import draw_face
 from ..fingerprint import file_sha256
@@ -24,10 +25,13 @@ from ..packs.layout import (
     PackError,
     read_manifest,
 )
-from ..packs.metadata import read_metadata
+from ..packs.metadata import load_onnx, read_metadata
 from ..packs.routing import stock_model, stock_route
 from .precision import format_change
 
+# As InsightFace names them; of other files the manifest says it.
+_TASKS = {DETECTION: "detection", ALIGNER: "detection", RECOGNITION: "recognition"}
+_BUILT = (DETECTION, ALIGNER, RECOGNITION, KEYPOINT_RECOGNITION)
 _PICTURE = 320  # pixels, of the drawn face that a detector is tried on
 
 
@@ -36,8 +40,12 @@ def describe(folder: Path) -> str:
     if not (folder / MANIFEST).is_file():
         lines = [f"{folder}: not built by this package; InsightFace takes its files for"]
         for path in sorted(folder.rglob("*.onnx")):
-            route = stock_route(path)
-            lines.append(f"  {path.relative_to(folder)}: {route.task or 'nothing'} ({route.kind})")
+            try:
+                route = stock_route(path)
+                taken = f"{route.task or 'nothing'} ({route.kind})"
+            except ValueError as error:
+                taken = str(error).removeprefix(f"{path} ")
+            lines.append(f"  {path.relative_to(folder)}: {taken}")
         return "\n".join(lines)
     manifest = read_manifest(folder)
     lines = [f"{folder}: pack {manifest['name']}"]
@@ -52,14 +60,17 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
     facts = {key: record[key] for key in ("task", "architecture", "precision") if key in record}
     if "colour_order" in record:
         scale = f", (pixel - {record['mean']}) / {record['std']}" if "mean" in record else ""
-        facts["colours"] = record["colour_order"] + scale
+        facts["colors"] = record["colour_order"] + scale
     facts["keypoints"] = record.get("keypoint_convention", "unknown")
     if "change" in record:
         facts["change"] = format_change(record["change"])
     if "evaluation" in record:
-        found = record["evaluation"]
-        facts["evaluated"] = f"{found['accuracy']:.2f} % on {found['set']} ({found['pairs']} pairs)"
-        facts["thresholds"] = format_thresholds(found["thresholds"])
+        result = record["evaluation"]
+        facts["evaluated"] = f"{result['accuracy']:.2f} % on {result['set']} ({result['pairs']} pairs)"
+        facts["thresholds"] = format_thresholds(result["thresholds"])
+    needs = [f"{key} {record[key]}" for key in ("onnxruntime", "insightface") if key in record]
+    if needs:
+        facts["needs"] = ", ".join(needs)
     return facts | {"source": record["source"], "licence": record["licence"], "sha256": record["sha256"]}
 
 
@@ -103,9 +114,10 @@ def faults(folder: Path) -> list[str]:
             problems.append(f"{name} has changed since the pack was built; build it again")
         else:
             try:
-                embeddings[name] = _try(path, name)
+                embeddings[name] = _try(path, name, record.get("task"))
             except Exception as error:  # onnxruntime and protobuf raise what they like
-                problems.append(f"{name} does not work: {str(error).splitlines()[0]}")
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                problems.append(f"{name} does not work: {reason.removeprefix(f'{path} ')}")
     lengths = {name: value.shape[-1] for name, value in embeddings.items() if value is not None}
     if len(set(lengths.values())) > 1:
         problems.append(f"recognition files disagree on the length of embeddings: {lengths}")
@@ -113,12 +125,12 @@ def faults(folder: Path) -> list[str]:
 
 
 def rebuild_command(folder: Path) -> str:
-    """The command that builds a pack again, as far as its manifest knows; what it does not is in capitals."""
+    """The command that builds a pack again, as far as its manifest tells; the rest is in capitals."""
     try:
         files = read_manifest(folder)["files"]
     except PackError:
         files = {}
-    # With users of register() in mind; a network without keypoints has but the other.
+    # The form with keypoints, which only networks without keypoints lack.
     recognition = files.get(KEYPOINT_RECOGNITION, files.get(RECOGNITION, {}))
     detection, aligner = files.get(DETECTION, {}), files.get(ALIGNER, {})
     pack, _, file = detection.get("source", "").partition("/")
@@ -134,32 +146,63 @@ def rebuild_command(folder: Path) -> str:
         words += ["--precision", recognition["precision"]]
     if "evaluation" in recognition:
         words += ["--evaluate", f"{recognition['evaluation']['set']}.bin"]
+    extras = {record["task"]: record["source"] for name, record in files.items() if name not in _BUILT}
+    if extras:
+        words += ["--with", ",".join(extras), "--from", next(iter(extras.values())).partition("/")[0]]
     return shlex.join([*words, "--name", folder.name, "--root", str(folder.parent.parent)])
 
 
 def _known(record: Mapping[str, Any], placeholder: str) -> str:
-    """Where weights came from; of an ONNX file the manifest has but the name."""
+    """Where weights came from; of an ONNX file the manifest knows its name alone."""
     source = record.get("source", "").partition(", converted from ")[0]
-    return placeholder if not source or source == "the aligner" or source.endswith(".onnx") else source
+    unnamed = source in ("", "the aligner", "the network") or source.endswith(".onnx")
+    return placeholder if unnamed else source
 
 
-def _try(path: Path, name: str) -> np.ndarray | None:
-    """Run a file once; what a recognition file embeds a drawn face to."""
-    if name in (RECOGNITION, DETECTION, ALIGNER):
-        task = "recognition" if name == RECOGNITION else "detection"
-        model = stock_model(path)
-        if model is None or model.taskname != task:
-            raise PackError(f"InsightFace takes it for {'nothing' if model is None else model.taskname}, not {task}")
-    if name in (DETECTION, ALIGNER):
+def _try(path: Path, name: str, task: str | None) -> np.ndarray | None:
+    """Run a file once as InsightFace does; what a recognition file embeds a drawn face to."""
+    if name == KEYPOINT_RECOGNITION:
+        return _embed_with_keypoints(path)
+    model = stock_model(path)
+    task = _TASKS.get(name, task)
+    if model is None or model.taskname != task:
+        raise PackError(f"InsightFace takes it for {'nothing' if model is None else model.taskname}, not {task}")
+    if task == "recognition":
+        return _embed(model, read_metadata(path))
+    picture, keypoints = draw_face(0, 0, size=_PICTURE)
+    picture = np.ascontiguousarray(picture[..., ::-1])
+    if task == "detection":
         fixed = model.input_size is not None
         model.prepare(-1, input_size=model.input_size if fixed else (_PICTURE, _PICTURE), det_thresh=0.5)
-        model.detect(draw_face(0, 0, size=_PICTURE)[0][..., ::-1].copy())
-        return None
-    if name == KEYPOINT_RECOGNITION and read_metadata(path).get("inputs") != "images+keypoints":
+        model.detect(picture)
+    else:
+        whole = np.array([0, 0, _PICTURE, _PICTURE], np.float32)
+        model.get(picture, Face(bbox=whole, kps=keypoints * _PICTURE, det_score=1.0))
+    return None
+
+
+def _embed(model: Any, metadata: Mapping[str, str]) -> np.ndarray:
+    """What InsightFace embeds a drawn face to, if it feeds the file as the file expects."""
+    if "mean" in metadata and (model.input_mean, model.input_std) != (float(metadata["mean"]), float(metadata["std"])):
+        names = [node.name for node in load_onnx(model.model_file).graph.node[:8]]
+        names = [name for name in names if name.startswith(("Sub", "Mul", "_minus", "_mul"))]
+        raise PackError(
+            f"InsightFace would feed it mean {model.input_mean} and std {model.input_std} because of the node names "
+            f"{names} among the first eight; rename these nodes"
+        )
+    image, _ = draw_face(0, 0)
+    return _finite(model.get_feat(np.ascontiguousarray(image[..., ::-1])))
+
+
+def _embed_with_keypoints(path: Path) -> np.ndarray:
+    if read_metadata(path).get("inputs") != "images+keypoints":
         raise PackError("it does not take images and keypoints")
     image, keypoints = draw_face(0, 0)
     images = torch.tensor(image).permute(2, 0, 1)[None].float() / 127.5 - 1
-    embedding = OnnxEmbedder(path)(images, torch.tensor(keypoints)[None].float()).numpy()
+    return _finite(OnnxEmbedder(path)(images, torch.tensor(keypoints)[None].float()).numpy())
+
+
+def _finite(embedding: np.ndarray) -> np.ndarray:
     if not np.isfinite(embedding).all():
         raise PackError("its embedding of a drawn face is not finite")
     return embedding

@@ -10,23 +10,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
 import torch.nn as nn
 
+from ..backbones import Backbone
 from ..backbones.relative_position import template_keypoints
 from ..data.synthetic import SyntheticFaces
+from ..dfa import DFA
 from ..files import atomic_path
-from ..packs.metadata import KEYPOINT_CONVENTION, set_metadata
+from ..packs.metadata import KEYPOINT_CONVENTION, save_onnx, set_metadata
 
 logger = logging.getLogger(__name__)
 
 # The first that torch's exporter targets, and old enough for onnxruntime 1.14 and TensorRT 8.6.
 OPSET = 18
+BATCHES = (1, 2, 5)  # that a file is compared with torch in
 MINIMAL_COSINE = 0.9999
+_MAX_BYTES = 2**31 - 2**20
 
-_WITHOUT_KEYPOINTS = {
+WITHOUT_KEYPOINTS = {
     "dfa": "the aligner inside finds them; where its face score is below dfa_threshold, the template's are used",
     "template": "faces must be aligned to the template",
     "none": "faces must be aligned to the template",
@@ -97,8 +100,10 @@ def export_onnx(
         What was written.
 
     Raises:
+        ValueError: the network is no backbone in float32, or is wrapped; the message says what to pass.
         ExportError: the file's embeddings differ from torch's, or do not depend on the keypoints.
     """
+    check_exportable(net)
     source = keypoint_source(net, image_only)
     inputs = ("images", "keypoints") if source == "input" else ("images",)
     size = net.img_size
@@ -108,17 +113,46 @@ def export_onnx(
         "mean": "127.5",
         "std": "127.5",
         "keypoint_source": source,
-        "keypoint_convention": KEYPOINT_CONVENTION if source == "input" else f"none: {_WITHOUT_KEYPOINTS[source]}",
+        "keypoint_convention": KEYPOINT_CONVENTION if source == "input" else f"none: {WITHOUT_KEYPOINTS[source]}",
         "licence": licence,
         **({"dfa_threshold": net.dfa_threshold} if source == "dfa" else {}),
         **(metadata or {}),
     }
     with eval_on_cpu(net), atomic_path(path) as temporary:
         module = ImageOnly(net).eval() if source == "template" else net
-        save_graph(module, _example(2, size)[: len(inputs)], temporary, inputs, ["embedding"], entries)
+        save_graph(module, example_inputs(2, size)[: len(inputs)], temporary, inputs, ["embedding"], entries)
         cosine = _check(module, temporary, inputs, size)
     logger.info("%s: %s, opset %d, cosine to torch >= %.6f", path, " + ".join(inputs), OPSET, cosine)
     return ExportReport(Path(path), inputs, cosine, entries)
+
+
+def check_exportable(net: nn.Module, kind: type[nn.Module] = Backbone) -> None:
+    """Refuse what torch's exporter would stumble over, and say what to pass.
+
+    Args:
+        net: what is to be exported.
+        kind: of network that it must be.
+
+    Raises:
+        ValueError: a wrapped network, one of another kind or not in float32, or one too large for a file.
+    """
+    if hasattr(net, "_orig_mod"):
+        raise ValueError("net must be the network itself, got one compiled by torch.compile; pass net._orig_mod")
+    if not isinstance(net, kind) and isinstance(getattr(net, "module", None), nn.Module):
+        raise ValueError(f"net must be the network itself, got it wrapped in {type(net).__name__}; pass net.module")
+    if isinstance(net, DFA) and kind is Backbone:
+        raise ValueError("net must be a recognition network, got a DFA; write it with detector_export.export_detector")
+    if not isinstance(net, kind):
+        raise ValueError(f"net must be a {kind.__module__}.{kind.__name__} or derive from it, got {type(net).__name__}")
+    types = {parameter.dtype for parameter in net.parameters()} - {torch.float32}
+    if types:
+        found = ", ".join(sorted(str(kind) for kind in types))
+        raise ValueError(f"net must have float32 weights, got {found}; call net.float() first")
+    if (size := sum(parameter.nbytes for parameter in net.parameters())) >= _MAX_BYTES:
+        raise ValueError(
+            f"net must have less than 2 GiB of weights, which is what one ONNX file holds, got {size / 2**30:.1f} GiB; "
+            "use a smaller network"
+        )
 
 
 def save_graph(
@@ -156,10 +190,10 @@ def save_graph(
         )
     model = program.model_proto
     set_metadata(model, metadata)
-    onnx.save(model, str(path))
+    save_onnx(model, path)
 
 
-def _example(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def example_inputs(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Drawn faces, in which an aligner finds something, and keypoints that are off by a little."""
     generator = torch.Generator().manual_seed(batch)
     drawn = SyntheticFaces(batch, 1, size=size)
@@ -168,21 +202,27 @@ def _example(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, template_keypoints(batch) + noise
 
 
+def smallest_cosine(embeddings: np.ndarray, expected: np.ndarray) -> float:
+    """Smallest cosine between the rows of two (B, D) arrays; NaN where one has no direction."""
+    norms = np.linalg.norm(embeddings, axis=1) * np.linalg.norm(expected, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(((embeddings * expected).sum(1) / norms).min())
+
+
 def _check(module: nn.Module, path: Path, inputs: tuple[str, ...], size: int) -> float:
-    """Smallest cosine between torch's and the file's embeddings over batches of 1, 2 and 32."""
+    """Smallest cosine between torch's and the file's embeddings over all ``BATCHES``."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     cosines = []
-    for batch in (1, 2, 32):
-        example = _example(batch, size)[: len(inputs)]
+    for batch in BATCHES:
+        example = example_inputs(batch, size)[: len(inputs)]
         with torch.no_grad():
             expected = module(*example).numpy()
         feeds = {name: value.numpy() for name, value in zip(inputs, example, strict=True)}
         got = session.run(["embedding"], feeds)[0]
         if got.shape != expected.shape or not np.isfinite(got).all():
             raise ExportError(f"batch of {batch}: embeddings are {got.shape}, expected finite {expected.shape}")
-        norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
-        cosines.append(float(((got * expected).sum(1) / norms).min()))
-    if min(cosines) < MINIMAL_COSINE:
+        cosines.append(smallest_cosine(got, expected))
+    if not min(cosines) >= MINIMAL_COSINE:
         raise ExportError(
             f"embeddings differ from torch: cosine {min(cosines):.6f}, at least {MINIMAL_COSINE} expected"
         )

@@ -1,118 +1,55 @@
-"""From published weights to a pack in one step: the network, the aligner and the detector, each from where it is."""
+"""Where the parts of a pack come from: detectors, aligners and other models, each by a path or a name."""
 
 from __future__ import annotations
 
-import logging
-import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-import onnx
+import torch.nn as nn
 
-from ..data.verification_pairs import open_verification
+from ..backbones import Backbone
 from ..dfa import DFA
 from ..packs.layout import ALIGNER, DETECTION, DETECTOR_OUTPUTS, INSIGHTFACE_PACK, MANIFEST, PackError, read_manifest
-from ..packs.metadata import DFA_DETECTOR, add_metadata, read_metadata
-from ..weights.sources import Description, load_published
-from .detector_export import export_detector
-from .model_pack import build_from_network
-from .precision import PackPrecision, check_precision
+from ..packs.metadata import DFA_DETECTOR, load_onnx, metadata_of
+from ..packs.routing import stock_route
+from ..weights.architecture import read_architecture
+from ..weights.description import Description
+from ..weights.hub import fetch_snapshot, is_hub_source
+from ..weights.sources import load_published
 
-logger = logging.getLogger(__name__)
-
-DFA_AS_DETECTOR = "dfa"
 INSIGHTFACE_LICENCE = "non-commercial research (InsightFace model zoo)"
+# What a pack can take over from another: everything that InsightFace knows beside what is built here.
+EXTRA_TASKS = ("genderage", "landmark_2d_106", "landmark_3d_68")
 
 
-class FoundDetector(NamedTuple):
-    """A detector and what is known of it."""
+class FoundFile(NamedTuple):
+    """An ONNX file and what is known of it."""
 
     path: Path
     source: str
     licence: str
 
 
-def make_pack(
-    recognition: str | Path,
-    detector: str | Path,
-    aligner: str | Path | None = None,
-    name: str = "kprpe",
-    root: str | Path = "~/.insightface",
-    precision: PackPrecision = "fp32",
-    evaluate: str | Path | None = None,
-    licence: str | None = None,
-    detector_licence: str | None = None,
-    network: str | None = None,
-    cache: str | Path | None = None,
-    offline: bool = False,
-) -> Path:
-    """Build a FaceAnalysis pack from published weights or a training run, and a detector.
+class LoadedNetwork(NamedTuple):
+    """A network to export, and what its files are to say of it."""
 
-    Args:
-        recognition: what :func:`~insightface_kprpe.weights.sources.load_published` loads.
-        detector: an ONNX file in SCRFD's layout with landmarks; a folder with one; the name of an InsightFace pack,
-            which InsightFace's own downloader fetches where it is not installed; or "dfa": the aligner, for pictures
-            of one face.
-        aligner: a DFA, by an exported ONNX file or by what ``load_published`` loads; it refines the landmarks for users
-            of ``register()``. None: the one inside the network, if it has one.
-        name: of the pack.
-        root: InsightFace's root folder.
-        precision: of the recognition files.
-        evaluate: verification set (.bin) to measure them on, unmirrored; None: no thresholds.
-        licence: of the recognition weights; None: what their source says.
-        detector_licence: None: what its source says.
-        network: name of the backbone, where the weights do not tell it.
-        cache: where downloads from the Hub are kept.
-        offline: download nothing.
-
-    Returns:
-        The pack's folder.
-
-    Raises:
-        FileNotFoundError, ImportError, RuntimeError, ValueError: see ``load_published``, ``build_from_network``.
-    """
-    check_precision(precision)
-    if evaluate is not None and (Path(evaluate).suffix != ".bin" or not Path(evaluate).is_file()):
-        raise PackError(f"evaluate must be a verification set (a .bin file), {evaluate} is none or does not exist")
-    pairs = None if evaluate is None else open_verification(str(evaluate))
-    logger.info("loading %s", recognition)
-    net, about = load_published(recognition, network, cache, offline, licence)
-    if about.task != "recognition":
-        raise PackError(f"recognition must be a recognition network, {recognition} is a {about.architecture}")
-    with tempfile.TemporaryDirectory() as folder:
-        if aligner is not None:
-            aligner = _aligner_file(aligner, Path(folder) / "aligner.onnx", cache, offline)
-        elif detector == DFA_AS_DETECTOR and net.finds_keypoints:
-            aligner = _export_aligner(net.dfa, about, Path(folder) / "aligner.onnx")
-        if detector == DFA_AS_DETECTOR:
-            if aligner is None:
-                raise PackError("detector dfa needs the DFA: give it with --aligner, or a network with a DFA inside")
-            found, aligner = FoundDetector(aligner, "the aligner", "unknown"), None
-        else:
-            found = find_detector(detector, root, offline)
-        origin = {"source": about.source, "weights_sha256": about.sha256, "architecture": about.architecture}
-        return build_from_network(
-            net,
-            found.path,
-            name,
-            root,
-            about.licence,
-            detector_licence or found.licence,
-            aligner,
-            precision=precision,
-            pairs=pairs,
-            origin=origin,
-            detector_source=found.source,
-        )
+    net: nn.Module
+    facts: dict[str, str]
+    licence: str
 
 
-def find_detector(detector: str | Path, root: str | Path = "~/.insightface", offline: bool = False) -> FoundDetector:
+def find_detector(
+    detector: str | Path, root: str | Path = "~/.insightface", offline: bool = False, licence: str | None = None
+) -> FoundFile:
     """The detector file that a path, or the name of an InsightFace pack, means.
 
     Args:
-        detector: as in :func:`make_pack`, but for "dfa".
+        detector: an ONNX file, a folder with one, or the name of a pack, which InsightFace's own downloader fetches
+            where it is not installed.
         root: InsightFace's root folder.
         offline: do not let InsightFace download a pack.
+        licence: of the detector; None: what its file, its pack or its name says.
 
     Raises:
         PackError: there is none.
@@ -120,59 +57,160 @@ def find_detector(detector: str | Path, root: str | Path = "~/.insightface", off
     """
     path = Path(detector).expanduser()
     if path.is_file():
-        return FoundDetector(path, path.name, "unknown")
-    installed = Path(root).expanduser() / "models" / str(detector)
-    if not path.is_dir() and not installed.is_dir():
-        if len(path.parts) != 1 or path.suffix:
-            raise PackError(
-                f"detector {detector} does not exist; give an ONNX file, an InsightFace pack's name, or dfa"
-            )
-        _download(str(detector), root, offline)
-    folder = installed if installed.is_dir() else path
-    licence = INSIGHTFACE_LICENCE if INSIGHTFACE_PACK.fullmatch(folder.name) else "unknown"
+        return FoundFile(path, path.name, licence or _licence(path, "unknown"))
+    folder = _pack_folder(detector, root, offline, "detector")
     if (folder / MANIFEST).is_file():
-        licence = read_manifest(folder)["files"].get(DETECTION, {}).get("licence", licence)
-        return FoundDetector(folder / DETECTION, f"{folder.name}/{DETECTION}", licence)
+        known = read_manifest(folder)["files"].get(DETECTION, {}).get("licence", "unknown")
+        return FoundFile(folder / DETECTION, f"{folder.name}/{DETECTION}", licence or known)
     for candidate in sorted(folder.rglob("*.onnx"), key=lambda file: file.stat().st_size):  # detectors are small
         # An aligner has a detector's layout, and finds one face in a crop.
-        if (
-            candidate.parent.name == Path(ALIGNER).parent.name
-            or read_metadata(candidate).get("detector") == DFA_DETECTOR
-        ):
+        if candidate.parent.name == Path(ALIGNER).parent.name:
             continue
-        if len(onnx.load(str(candidate), load_external_data=False).graph.output) in DETECTOR_OUTPUTS:
-            source = f"{folder.name}/{candidate.relative_to(folder).as_posix()}"
-            return FoundDetector(candidate, source, licence)
+        model = load_onnx(candidate)
+        if metadata_of(model).get("detector") != DFA_DETECTOR and len(model.graph.output) in DETECTOR_OUTPUTS:
+            return _in_pack(candidate, folder, licence)
     raise PackError(f"{folder} holds no face detector with landmarks (an ONNX file with {DETECTOR_OUTPUTS} outputs)")
 
 
-def _download(name: str, root: str | Path, offline: bool) -> None:
+def find_extras(
+    tasks: Collection[str], pack: str | Path, root: str | Path = "~/.insightface", offline: bool = False
+) -> dict[str, FoundFile]:
+    """Models of other tasks in an InsightFace pack.
+
+    Args:
+        tasks: of :data:`EXTRA_TASKS`.
+        pack: name of an InsightFace pack, fetched where it is not installed, or a folder.
+        root: InsightFace's root folder.
+        offline: do not let InsightFace download a pack.
+
+    Returns:
+        Their files, by file name.
+
+    Raises:
+        PackError: there is no such task, or the pack has no model for one.
+        RuntimeError: InsightFace could not fetch the pack.
+    """
+    if unknown := [task for task in tasks if task not in EXTRA_TASKS]:
+        raise PackError(f"extra tasks must be of {', '.join(EXTRA_TASKS)}, got {unknown[0]!r}")
+    folder = _pack_folder(pack, root, offline, "extra_pack")
+    routes = {path: stock_route(path).task for path in sorted(folder.glob("*.onnx"))} if tasks else {}
+    found = {}
+    for task in tasks:
+        path = next((path for path, routed in routes.items() if routed == task), None)
+        if path is None:
+            there = ", ".join(sorted({str(routed) for routed in routes.values()} - {"None"})) or "none"
+            raise PackError(f"{folder} has no model for {task}; its models are for {there}")
+        found[path.name] = _in_pack(path, folder)
+    return found
+
+
+def open_recognition(
+    recognition: Backbone | str | Path,
+    network: str | None = None,
+    cache: str | Path | None = None,
+    offline: bool = False,
+    licence: str | None = None,
+) -> LoadedNetwork | FoundFile:
+    """The recognition network of a pack, or a file that it was exported to.
+
+    Args:
+        recognition: a network, an ONNX file, or what :func:`~insightface_kprpe.weights.sources.load_published` loads.
+        network: name of the backbone, where the weights do not tell it.
+        cache: where downloads from the Hub are kept.
+        offline: download nothing.
+        licence: of the weights; None: what their source says.
+
+    Raises:
+        FileNotFoundError, ImportError, RuntimeError, ValueError: see ``load_published``.
+        PackError: it is another kind of network.
+    """
+    if isinstance(recognition, nn.Module):
+        return LoadedNetwork(recognition, {"architecture": _describe(recognition)}, licence or "unknown")
+    if is_hub_source(recognition) and str(recognition).partition("@")[0].endswith(".onnx"):
+        path, source, _ = fetch_snapshot(recognition, cache, offline)
+        return FoundFile(path, source, licence or _licence(path, "unknown"))
+    if Path(recognition).suffix == ".onnx":
+        path = Path(recognition).expanduser()
+        return FoundFile(path, path.name, licence or _licence(path, "unknown"))
+    net, description = load_published(recognition, network, cache, offline, licence)
+    if description.task != "recognition":
+        raise PackError(f"recognition must be a recognition network, {recognition} is a {description.architecture}")
+    return LoadedNetwork(net, _facts(description) | {"architecture": description.architecture}, description.licence)
+
+
+def open_aligner(
+    aligner: str | Path, cache: str | Path | None = None, offline: bool = False
+) -> LoadedNetwork | FoundFile:
+    """The aligner of a pack, or a file that it was exported to.
+
+    Args:
+        aligner: an ONNX file that :func:`~.detector_export.export_detector` wrote, or what
+            :func:`~insightface_kprpe.weights.sources.load_published` loads.
+        cache: where downloads from the Hub are kept.
+        offline: download nothing.
+
+    Raises:
+        FileNotFoundError, ImportError, RuntimeError, ValueError: see ``load_published``.
+        PackError: it is no DFA.
+    """
+    if Path(aligner).suffix == ".onnx":
+        path = Path(aligner).expanduser()
+        if metadata_of(load_onnx(path)).get("detector") != DFA_DETECTOR:
+            raise PackError(
+                f"aligner must be a DFA exported as a detector, {path} is not; write it with export_detector"
+            )
+        return FoundFile(path, path.name, _licence(path, "unknown"))
+    net, description = load_published(aligner, cache=cache, offline=offline)
+    if not isinstance(net, DFA):
+        raise PackError(f"aligner must be a DFA, {aligner} is a {description.architecture}")
+    return LoadedNetwork(net, _facts(description), description.licence)
+
+
+def _describe(net: nn.Module) -> str:
+    try:
+        return read_architecture(net.state_dict()).describe()
+    except ValueError:
+        return type(net).__name__
+
+
+def _facts(description: Description) -> dict[str, str]:
+    return {"source": description.source, "weights_sha256": description.sha256}
+
+
+def _licence(path: Path, default: str) -> str:
+    """What a file says of its licence."""
+    known = metadata_of(load_onnx(path)).get("licence", "unknown")
+    return default if known == "unknown" else known
+
+
+def _in_pack(path: Path, folder: Path, licence: str | None = None) -> FoundFile:
+    """A file of someone else's pack."""
+    by_name = INSIGHTFACE_LICENCE if INSIGHTFACE_PACK.fullmatch(folder.name) else "unknown"
+    source = f"{folder.name}/{path.relative_to(folder).as_posix()}"
+    return FoundFile(path, source, licence or _licence(path, by_name))
+
+
+def _pack_folder(pack: str | Path, root: str | Path, offline: bool, role: str) -> Path:
+    """The folder of an installed pack, of one that InsightFace fetches, or one given by its path."""
+    path = Path(pack).expanduser()
+    installed = Path(root).expanduser() / "models" / str(pack)
+    if not path.is_dir() and not installed.is_dir():
+        if len(path.parts) != 1 or path.suffix:
+            other = "an ONNX file, an InsightFace pack's name, or dfa" if role == "detector" else "an InsightFace pack"
+            raise PackError(f"{role} {pack} does not exist; give {other}")
+        _download(str(pack), root, offline, role)
+    return installed if installed.is_dir() else path
+
+
+def _download(name: str, root: str | Path, offline: bool, role: str) -> None:
     """Let InsightFace fetch one of its packs."""
     from insightface.utils.storage import ensure_available
 
     if offline:
-        raise PackError(f"detector pack {name} is not installed in {root}/models, and offline is set")
+        raise PackError(f"{role}: pack {name} is not installed in {root}/models, and offline is set")
     try:
         (Path(root).expanduser() / "models").mkdir(parents=True, exist_ok=True)
         ensure_available("models", name, root=str(root))
     except Exception as error:  # requests, zipfile, or what else InsightFace uses
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RuntimeError(
-            f"InsightFace could not fetch its pack {name} ({reason}); give the path of a detector's ONNX file instead"
-        ) from error
-
-
-def _aligner_file(aligner: str | Path, out: Path, cache: str | Path | None, offline: bool) -> Path:
-    """An exported DFA, from an exported one or from weights."""
-    if Path(aligner).suffix == ".onnx":
-        return Path(aligner)
-    net, about = load_published(aligner, cache=cache, offline=offline)
-    if not isinstance(net, DFA):
-        raise PackError(f"aligner must be a DFA, {aligner} is a {about.architecture}")
-    return _export_aligner(net, about, out)
-
-
-def _export_aligner(net: DFA, about: Description, out: Path) -> Path:
-    export_detector(net, out, about.licence)
-    add_metadata(out, {"source": about.source, "weights_sha256": about.sha256})
-    return out
+        raise RuntimeError(f"InsightFace could not fetch its pack {name} ({reason}); give a path instead") from error

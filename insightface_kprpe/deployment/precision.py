@@ -19,6 +19,7 @@ from ..evaluation.metrics import kfold_accuracy, tpr_at_fpr, unit_rows
 from ..files import atomic_path
 from ..inference.embedding import embed_images
 from ..inference.models import OnnxEmbedder
+from ..packs.metadata import load_onnx, save_onnx
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +29,17 @@ MAXIMAL_DROP = 1.0  # of verification accuracy, percentage points
 _CHANCE = 3  # pairs that may change sides on a small set without meaning anything
 FPRS = (1e-3, 1e-4, 1e-5)
 _COORDINATES = 10
-_DRAWN_PEOPLE, _DRAWN_PAIRS = 30, 100
+_DRAWN_PEOPLE, _DRAWN_PAIRS = 20, 40
 
 
 def check_precision(precision: str) -> None:
     """Refuse, before anything takes time, a precision that there is not."""
     if precision != "fp32" and precision not in MINIMAL_COSINE:
         raise ValueError(f"precision must be fp32, fp16 or int8, got {precision!r}")
+
+
+class NotFiniteError(ValueError):
+    """A recognition file's embeddings hold NaN or infinity."""
 
 
 class PrecisionError(ValueError):
@@ -65,15 +70,21 @@ def measure(path: str | Path, pairs: VerificationPairs) -> Measurement:
     Args:
         path: ONNX file, of one or two inputs.
         pairs: what to verify.
+
+    Raises:
+        ValueError: an embedding is not finite.
     """
     embeddings = embed_images(OnnxEmbedder(path), pairs.images, pairs.keypoints, flip=False, label=pairs.name)
+    bad = int((~np.isfinite(embeddings).all(1)).sum())
+    if bad:
+        raise NotFiniteError(f"{bad} of {len(embeddings)} embeddings of {pairs.name} are not finite")
     first, second = embeddings[0::2], embeddings[1::2]
     scores = (unit_rows(first) * unit_rows(second)).sum(1)
     negatives = int((~pairs.is_same).sum())
     fprs = [fpr for fpr in FPRS if fpr * negatives >= 1]
     points = tpr_at_fpr(scores, pairs.is_same, fprs) if fprs else []
     thresholds = {point.target: float(point.threshold) for point in points}
-    return Measurement(embeddings, kfold_accuracy(first, second, pairs.is_same).accuracy, thresholds)
+    return Measurement(embeddings, 100 * kfold_accuracy(first, second, pairs.is_same).accuracy, thresholds)
 
 
 def drawn_pairs() -> VerificationPairs:
@@ -108,9 +119,15 @@ def lower_precision(
     before = measure(source, pairs)
     with atomic_path(target) as temporary:
         _write(precision, Path(source), temporary)
-        after = measure(temporary, pairs)
+        try:
+            after = measure(temporary, pairs)
+        except NotFiniteError as error:
+            other = "int8, whose arithmetic keeps float32's range, or fp32" if precision == "fp16" else "fp16 or fp32"
+            raise PrecisionError(
+                f"{Path(source).name} in {precision}: {error}; its values overflow this precision: use {other}"
+            ) from error
         change = _compare(before, after, pairs)
-        _check(change, precision, len(pairs.is_same), str(source))
+        _check(change, precision, len(pairs.is_same), Path(source).name)
     logger.info("%s: %s", precision, format_change(change._asdict()))
     return change, after
 
@@ -124,8 +141,6 @@ def format_change(change: dict[str, Any]) -> str:
 
 
 def _compare(before: Measurement, after: Measurement, pairs: VerificationPairs) -> PrecisionChange:
-    if not np.isfinite(after.embeddings).all():
-        return PrecisionChange(-1.0, -1.0, before.accuracy, 0.0, pairs.name)
     cosines = (unit_rows(before.embeddings) * unit_rows(after.embeddings)).sum(1)
     return PrecisionChange(float(cosines.min()), float(cosines.mean()), before.accuracy, after.accuracy, pairs.name)
 
@@ -150,17 +165,17 @@ def _write(precision: str, source: Path, target: Path) -> None:
     except Exception as error:  # onnxruntime raises types of its own
         reason = str(error).splitlines()[0]
         raise PrecisionError(
-            f"{source} in {precision}: the installed torch and onnxruntime make no valid file ({reason}); update them "
-            "and export again, or stay with fp32"
+            f"{source.name} in {precision}: the installed torch and onnxruntime make no valid file ({reason}); update "
+            "them and export again, or stay with fp32"
         ) from error
 
 
 def _write_half(source: Path, target: Path) -> None:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    model = onnx.load(str(source))
+    model = load_onnx(source, weights=True)
     half = convert_float_to_float16(model, keep_io_types=True, node_block_list=_keypoint_nodes(model))
-    onnx.save(half, str(target))
+    save_onnx(half, target)
 
 
 def _write_int8(source: Path, target: Path) -> None:
@@ -176,8 +191,9 @@ def _write_int8(source: Path, target: Path) -> None:
             op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=_keypoint_nodes(onnx.load(str(shaped))),
+            nodes_to_exclude=_keypoint_nodes(load_onnx(shaped, weights=True)),
         )
+    save_onnx(load_onnx(target, weights=True), target)
 
 
 def _keypoint_nodes(model: onnx.ModelProto) -> list[str]:

@@ -7,16 +7,15 @@ from types import ModuleType
 
 __all__ = [
     "curves",
-    "embedding",
     "fusion",
     "hardest",
     "ijb",
     "ijbs",
     "landmarks",
     "metrics",
-    "models",
     "protocols",
     "report",
+    "result",
     "sanity",
     "search",
     "tinyface",

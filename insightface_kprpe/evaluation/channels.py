@@ -11,7 +11,7 @@ import numpy as np
 from ..data.verification_pairs import VerificationPairs
 from ..inference.embedding import EmbedOptions, embed_faces
 from ..inference.models import Embedder
-from .metrics import unit_rows
+from .metrics import SCORE_DECIMALS, unit_rows
 from .sanity import channel_order_warning
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def warn_of_swapped_channels(
     is_same, places = pairs.is_same[chosen], np.stack([2 * chosen, 2 * chosen + 1], 1).reshape(-1)
     if not 2 <= is_same.sum() <= len(is_same) - 2:
         return
-    alone = replace(options, share=False, cache=None)  # other ranks do not take part
+    alone = replace(options, all_ranks=False, cache=None)  # other ranks do not take part
     swapped = _Swapped(pairs.images, places)
     found = embed_faces(embed, swapped, pairs.keypoints[places], alone, name="swapped channels").embeddings
     warning = channel_order_warning(scores[sample], pair_cosines(found[0::2], found[1::2]), is_same)
@@ -58,5 +58,5 @@ def warn_of_swapped_channels(
 
 
 def pair_cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(P,) float64 cosines of rows."""
-    return np.einsum("pd,pd->p", unit_rows(first), unit_rows(second))
+    """(P,) float64 cosines of rows, equal where they are so mathematically."""
+    return np.round(np.einsum("pd,pd->p", unit_rows(first), unit_rows(second)), SCORE_DECIMALS)

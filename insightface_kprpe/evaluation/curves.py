@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from ..files import atomic_path
-from .metrics import Matches, rank_k, split_scores
+from .metrics import split_scores
 from .result import Result
+from .search import Matches, rank_k
 
 CURVE_POINTS = 2000  # more than a picture can show
 # Readable on white, in grey, and by people who do not see red and green (Okabe and Ito, without yellow).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 _LINES = ("-", "--", ":", "-.")
 # The legend of a ROC gives the TPR at the first of these that was measured.
 _LEGEND_FPRS = ("0.0001", "0.001", "0.01", "0.1")
@@ -44,7 +45,7 @@ def roc_points(scores: np.ndarray, labels: np.ndarray, count: int = CURVE_POINTS
 
 
 def cmc_points(matches: Matches, count: int = 50) -> np.ndarray:
-    """Percent of the probes with a mate that find it among the first 1, 2, ... ``count``: what ``Result.cmc`` takes."""
+    """(count,) share of the probes with a mate that find it among the first 1, 2, ...: what ``Result.cmc`` takes."""
     return np.array(list(rank_k(matches, range(1, count + 1)).values()))
 
 
@@ -68,10 +69,10 @@ def thinned(fpr: np.ndarray, tpr: np.ndarray, count: int = CURVE_POINTS) -> tupl
 
 
 def equal_error_rate(fpr: np.ndarray, tpr: np.ndarray) -> float:
-    """Where as many impostors are accepted as genuine pairs are rejected, percent: the nearest point of the curve."""
+    """The rate at which as many impostors are accepted as genuine pairs rejected: at the nearest point of the curve."""
     fpr, fnr = np.asarray(fpr), 1 - np.asarray(tpr)
     nearest = int(np.abs(fpr - fnr).argmin())
-    return float(50 * (fpr[nearest] + fnr[nearest]))
+    return float((fpr[nearest] + fnr[nearest]) / 2)
 
 
 def new_figure(inches: tuple[float, float]) -> Any:
@@ -110,7 +111,7 @@ def plot_roc(results: Sequence[Result], path: str | Path, title: str = "") -> No
         fpr, tpr = thinned(*result.roc)
         lowest_fpr = min(lowest_fpr, fpr[fpr > 0].min(initial=1.0))
         fprs = (fpr for fpr in _LEGEND_FPRS if f"tpr_at_fpr_{fpr}" in result.metrics)
-        key = next((f"{result.metrics[f'tpr_at_fpr_{fpr}']:.2f} % at FPR {float(fpr):g}" for fpr in fprs), "")
+        key = next((f"{100 * result.metrics[f'tpr_at_fpr_{fpr}']:.2f} % at FPR {float(fpr):g}" for fpr in fprs), "")
         axes.plot(fpr, 100 * tpr, label=_label(result, key), drawstyle="steps-post", **style)
     axes.set(xscale="log", xlim=(_decade(lowest_fpr), 1))
     axes.set_ylim(top=100.5)
@@ -135,7 +136,7 @@ def plot_det(results: Sequence[Result], path: str | Path, title: str = "") -> No
         drawn = (fpr > 0) & (tpr < 1)
         lowest_fpr = min(lowest_fpr, fpr[drawn].min(initial=1.0))
         lowest_fnr = min(lowest_fnr, (1 - tpr[drawn]).min(initial=1.0))
-        label = _label(result, f"EER {equal_error_rate(*result.roc):.2f} %")
+        label = _label(result, f"EER {100 * equal_error_rate(*result.roc):.2f} %")
         axes.plot(fpr[drawn], 1 - tpr[drawn], label=label, drawstyle="steps-post", **style)
     axes.axline((0.01, 0.01), (0.1, 0.1), color="0.7", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlim=(_decade(lowest_fpr), 1), ylim=(_decade(lowest_fnr), 1))
@@ -155,9 +156,11 @@ def plot_cmc(results: Sequence[Result], path: str | Path, title: str = "") -> No
     """
     figure, axes = _axes(results, title, "rank", "identification rate (%)")
     for result, style in _styled(results):
-        label = _label(result, f"rank-1 {result.cmc[0]:.2f} %")
+        label = _label(result, f"rank-1 {100 * result.cmc[0]:.2f} %")
         marker = "o" if len(result.cmc) <= 50 else ""
-        axes.plot(np.arange(1, len(result.cmc) + 1), result.cmc, label=label, marker=marker, markersize=3, **style)
+        axes.plot(
+            np.arange(1, len(result.cmc) + 1), 100 * result.cmc, label=label, marker=marker, markersize=3, **style
+        )
     axes.set_ylim(top=100.5)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _finish(figure, path)
@@ -172,9 +175,9 @@ def _axes(results: Sequence[Result], title: str, xlabel: str, ylabel: str) -> tu
 
 
 def _styled(results: Sequence[Result]) -> list[tuple[Result, dict]]:
-    """Each result with a colour and a kind of line of its own, so that also curves that coincide are both seen."""
+    """Each result with a color and a kind of line of its own, so that also curves that coincide are both seen."""
     return [
-        (result, {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _LINES[i % len(_LINES)], "linewidth": 1.4})
+        (result, {"color": _COLORS[i % len(_COLORS)], "linestyle": _LINES[i % len(_LINES)], "linewidth": 1.4})
         for i, result in enumerate(results)
     ]
 

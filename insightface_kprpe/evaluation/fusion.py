@@ -11,7 +11,7 @@ import logging
 import numpy as np
 
 from ..geometry import CANONICAL_KEYPOINTS
-from .metrics import inverse_norms
+from .metrics import inverse_norms, to_numpy
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def landmark_weights(keypoints: np.ndarray, score: np.ndarray, h: float = 0.2) -
     Raises:
         ValueError: shapes do not fit, or keypoints are not finite or look like pixels.
     """
-    keypoints, score = np.asarray(keypoints, dtype=np.float64), np.asarray(score, dtype=np.float64)
+    keypoints, score = (to_numpy(values).astype(np.float64) for values in (keypoints, score))
     if keypoints.ndim != 3 or keypoints.shape[1:] != (5, 2) or score.shape != keypoints.shape[:1]:
         raise ValueError(f"keypoints must be (N, 5, 2) and score (N,), got {keypoints.shape} and {score.shape}")
     if not np.isfinite(keypoints).all() or (keypoints.size and np.abs(np.median(keypoints)) > 2):
@@ -93,7 +93,7 @@ def fusion_weights(
     if method == "landmark":
         return landmark_weights(keypoints, landmark_score)
     weights = norm_weights(embeddings) if "norm" in method else np.ones(len(embeddings))
-    return weights * np.asarray(detector_score, dtype=np.float64) if "detector" in method else weights
+    return weights * to_numpy(detector_score).astype(np.float64) if "detector" in method else weights
 
 
 def pool_templates(
@@ -117,7 +117,7 @@ def pool_templates(
     Raises:
         ValueError: shapes do not fit, embeddings are not finite, or a weight is negative or not finite.
     """
-    embeddings, templates, medias = np.asarray(embeddings), np.asarray(templates), np.asarray(medias)
+    embeddings, templates, medias = (to_numpy(values) for values in (embeddings, templates, medias))
     inverse = inverse_norms(embeddings)
     count = len(inverse)
     if templates.shape != (count,) or medias.shape != (count,) or not count:
@@ -130,16 +130,16 @@ def pool_templates(
     new_template, new_media = (np.append(True, ids[order][1:] != ids[order][:-1]) for ids in (templates, medias))
     new_media |= new_template
     images_in_media = np.diff(np.append(np.flatnonzero(new_media), count))
-    equal = 1 / np.repeat(images_in_media, images_in_media)  # share of each image in its media, in the new order
-    shares = coefficients[order] * equal
+    equal = 1 / np.repeat(images_in_media, images_in_media)  # of each image within its media, in the new order
+    coefficients = coefficients[order] * equal
     starts = np.flatnonzero(new_template)
     pooled = np.empty((len(starts), embeddings.shape[1]))
     weightless = 0
     for row, (start, end) in enumerate(zip(starts, np.append(starts[1:], count), strict=True)):
-        images, share = order[start:end], shares[start:end]
-        if not share.any():
-            share, weightless = equal[start:end] * inverse[images], weightless + 1
-        pooled[row] = share @ embeddings[images].astype(np.float64)
+        images, own = order[start:end], coefficients[start:end]
+        if not own.any():
+            own, weightless = equal[start:end] * inverse[images], weightless + 1
+        pooled[row] = own @ embeddings[images].astype(np.float64)
     if weightless:
         logger.warning("%d of %d templates have no image with a weight above 0: averaged", weightless, len(starts))
     pooled *= inverse_norms(pooled)[:, None]
@@ -147,7 +147,7 @@ def pool_templates(
 
 
 def _checked(weights: np.ndarray, count: int) -> np.ndarray:
-    weights = np.asarray(weights, dtype=np.float64)
+    weights = to_numpy(weights).astype(np.float64)
     if weights.shape != (count,):
         raise ValueError(f"weights must be ({count},), one for each embedding, got shape {weights.shape}")
     if not (np.isfinite(weights).all() and (weights >= 0).all()):

@@ -35,10 +35,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from ..files import user_file
 from .fusion import pool_templates
 from .ijb import identification_rates
-from .metrics import Matches
-from .search import search
+from .metrics import to_numpy
+from .search import Matches, search
 
 PROTOCOLS = (
     "surveillance_to_single",
@@ -92,11 +93,11 @@ def identification(
     Args:
         embeddings, medias, protocol, weights: as for ``search_protocol``.
         ranks: for rank-k, over the probes whose subject is in the gallery.
-        fpirs: false positive identification rates, fractions.
+        fpirs: false positive identification rates.
 
     Returns:
-        For each gallery, and for ``mean`` over them: ``rank_1`` and so on, percent, and ``tpir_at_fpir_0.01`` and so
-        on, percent, unless some gallery holds the subjects of all probes.
+        For each gallery, and for ``mean`` over them: fractions ``rank_1`` and so on, and ``tpir_at_fpir_0.01`` and so
+        on unless some gallery holds the subjects of all probes.
 
     Raises:
         ValueError: as for ``search_protocol``, and where a gallery holds no probe's subject.
@@ -124,7 +125,8 @@ def search_protocol(
     Raises:
         ValueError: shapes do not fit, values are not finite, or a template has a media without images.
     """
-    medias = np.asarray(medias)
+    embeddings, medias = to_numpy(embeddings), to_numpy(medias)
+    weights = None if weights is None else to_numpy(weights)
     if medias.shape != (len(embeddings),) or (weights is not None and np.shape(weights) != medias.shape):
         got = f"{medias.shape} and {None if weights is None else np.shape(weights)}"
         raise ValueError(f"medias and weights must be ({len(embeddings)},), one for each embedding, got {got}")
@@ -174,7 +176,7 @@ def _pool(
         block = np.asarray(embeddings[chosen])
         for row in np.flatnonzero(~np.isfinite(block).all(1))[:1]:
             raise ValueError(f"embeddings must be finite, got NaN or Inf for image {chosen[row]} ({name})")
-        block_weights = None if weights is None else np.asarray(weights)[chosen]
+        block_weights = None if weights is None else weights[chosen]
         pooled[begin:end], _ = pool_templates(block, of_template, of_media, block_weights)
         begin = end
     return pooled, rows.subjects[order[first]]
@@ -248,7 +250,7 @@ def _read_list(path: Path, subject_of_media: dict[int, int]) -> TemplateList:
 
 def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of each line below the header, which must name these columns."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with user_file(path).open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         try:
             head = [name.strip() for name in next(reader, [])]
@@ -260,7 +262,9 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]
                         f"line {reader.line_num}: expected {len(columns)} columns, got {len(row)}; is the file cut off?"
                     )
                 yield reader.line_num, row
-        except (ValueError, csv.Error) as error:  # also text that is not UTF-8
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: after line {reader.line_num}: no UTF-8; save the file as UTF-8") from error
+        except (ValueError, csv.Error) as error:
             raise ValueError(f"{path}: {error}") from error
     if reader.line_num <= 1:
         raise ValueError(f"{path} must have lines below the header, got none; is the file cut off?")

@@ -20,6 +20,7 @@ from ..data.landmark_augmentation import gaussian_blur, lower_resolution, to_flo
 from ..data.landmark_dataset import LandmarkDataset
 from ..files import write_atomically
 from .curves import new_figure, save_figure
+from .metrics import to_numpy
 
 POINT_NAMES = ("left eye", "right eye", "nose", "left mouth", "right mouth")
 FAILURE_THRESHOLD = 0.1  # an image above this NME has failed; the curve ends there, as in the paper's Fig. 8
@@ -35,10 +36,10 @@ class LandmarkResult(NamedTuple):
 
     Attributes:
         nme: mean over images and points.
-        failure_rate: percent of images whose mean error exceeds ``FAILURE_THRESHOLD``.
-        auc: area under the cumulative curve up to that threshold, percent of the whole.
+        failure_rate: fraction of images whose mean error exceeds ``FAILURE_THRESHOLD``.
+        auc: area under the cumulative curve up to that threshold, a fraction of the whole.
         point_errors: (5,) mean error of each of ``POINT_NAMES``.
-        curve: (101,) percent of images with at most each of ``CURVE_THRESHOLDS``.
+        curve: (101,) fraction of images with at most each of ``CURVE_THRESHOLDS``.
         score: mean face score.
         images: how many.
     """
@@ -52,8 +53,9 @@ class LandmarkResult(NamedTuple):
     images: int
 
     def as_dict(self) -> dict:
-        """Plain numbers and lists, for JSON."""
-        values = self._asdict() | {"curve": self.curve.tolist()}
+        """Plain numbers and lists for JSON, rates in percent as in tables."""
+        values = self._asdict() | {"curve": (100 * self.curve).tolist()}
+        values |= {"failure_rate": 100 * self.failure_rate, "auc": 100 * self.auc}
         return values | {"point_errors": dict(zip(POINT_NAMES, self.point_errors.tolist(), strict=True))}
 
 
@@ -71,7 +73,7 @@ def nme(keypoints: np.ndarray, truth: np.ndarray, bbox: np.ndarray) -> np.ndarra
     Raises:
         ValueError: shapes do not fit, a box has no area, or a prediction is not finite.
     """
-    keypoints, truth, bbox = (np.asarray(values, dtype=np.float64) for values in (keypoints, truth, bbox))
+    keypoints, truth, bbox = (to_numpy(values).astype(np.float64) for values in (keypoints, truth, bbox))
     if keypoints.shape != truth.shape or keypoints.shape[1:] != (5, 2) or bbox.shape != (len(truth), 4):
         raise ValueError(
             f"keypoints and truth must be (N, 5, 2) and bbox (N, 4), got {keypoints.shape}, {truth.shape}, {bbox.shape}"
@@ -87,11 +89,12 @@ def nme(keypoints: np.ndarray, truth: np.ndarray, bbox: np.ndarray) -> np.ndarra
 
 def summarize(errors: np.ndarray, scores: np.ndarray) -> LandmarkResult:
     """The figures of a set from the (N, 5) errors of ``nme`` and the (N,) face scores."""
+    errors, scores = to_numpy(errors), to_numpy(scores)
     of_image = errors.mean(1)
-    curve = 100 * np.searchsorted(np.sort(of_image), CURVE_THRESHOLDS, side="right") / len(of_image)
+    curve = np.searchsorted(np.sort(of_image), CURVE_THRESHOLDS, side="right") / len(of_image)
     return LandmarkResult(
         nme=float(of_image.mean()),
-        failure_rate=float(100 * (of_image > FAILURE_THRESHOLD).mean()),
+        failure_rate=float((of_image > FAILURE_THRESHOLD).mean()),
         auc=float((curve[1:] + curve[:-1]).mean() / 2),
         point_errors=errors.mean(0),
         curve=curve,
@@ -127,13 +130,9 @@ def evaluate_landmarks(
         images = to_float(batch.image.to(device))
         with torch.inference_mode():
             keypoints, score = predict(degrade(images) if degrade else images)
-        errors.append(nme(_to_numpy(keypoints), batch.keypoints.numpy(), batch.bbox.numpy()))
-        scores.append(_to_numpy(score).reshape(-1))
+        errors.append(nme(to_numpy(keypoints), batch.keypoints.numpy(), batch.bbox.numpy()))
+        scores.append(to_numpy(score).reshape(-1))
     return summarize(np.concatenate(errors), np.concatenate(scores))
-
-
-def _to_numpy(values: torch.Tensor | np.ndarray) -> np.ndarray:
-    return values.float().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
 def robustness(predict: Predict, dataset: LandmarkDataset, **options) -> dict[str, LandmarkResult]:
@@ -202,7 +201,7 @@ def plot_curves(results: Mapping[str, LandmarkResult], path: str | Path) -> None
     figure = new_figure((6, 4.5))
     axes = figure.subplots()
     for name, result in results.items():
-        axes.plot(CURVE_THRESHOLDS, result.curve, label=f"{name}: NME {result.nme:.4f}")
+        axes.plot(CURVE_THRESHOLDS, 100 * result.curve, label=f"{name}: NME {result.nme:.4f}")
     axes.set(xlabel="NME", ylabel="images (%)", xlim=(0, FAILURE_THRESHOLD), ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")

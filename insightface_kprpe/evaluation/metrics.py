@@ -1,6 +1,6 @@
-"""The numbers of face recognition, each one exact and none of it knowing files or models.
+"""The numbers of 1:1 verification, each one exact and none of it knowing files or models; ``search`` has those of 1:N.
 
-Units: accuracy, TPR, TPIR and rank-k are percent; FPR and FPIR are fractions; a score is a cosine.
+Every rate is a fraction in [0, 1], a score is a cosine. Arrays may be torch tensors, with gradients or without.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 
-# InsightFace tries these squared distances between unit vectors as thresholds.
+# InsightFace tries these squared distances between unit vectors as thresholds, and the finer ones for VAL@FAR.
 DISTANCE_THRESHOLDS = np.arange(0, 4, 0.01)
+FINE_DISTANCE_THRESHOLDS = np.arange(0, 4, 0.001)
+# Cosines in float64 are rounded to so many decimals: what is equal mathematically, as the scores of duplicate images,
+# is equal then, while the order of additions makes an error of about 1e-15.
+SCORE_DECIMALS = 10
 
 ThresholdRule = Literal["insightface", "at_most"]
 
@@ -19,10 +24,10 @@ ThresholdRule = Literal["insightface", "at_most"]
 class KFoldResult(NamedTuple):
     """Verification accuracy over folds; distances are squared Euclidean between unit vectors, in [0, 4]."""
 
-    accuracy: float  # mean over folds, percent
-    std: float  # standard deviation over folds, percent
+    accuracy: float  # mean over folds
+    std: float  # standard deviation over folds
     threshold: float  # mean over folds; a pair is "same" below it
-    fold_accuracies: np.ndarray  # (folds,) percent
+    fold_accuracies: np.ndarray  # (folds,)
     fold_thresholds: np.ndarray  # (folds,)
 
     @property
@@ -31,13 +36,22 @@ class KFoldResult(NamedTuple):
         return 1 - self.threshold / 2
 
 
+class ValidationRate(NamedTuple):
+    """What arcface_torch calls VAL@FAR: the rate of same pairs accepted at a threshold found on the other folds."""
+
+    val: float  # mean over folds
+    std: float  # standard deviation over folds
+    far: float  # mean over folds of the rate of different pairs accepted, where ``target`` was asked for
+    target: float
+
+
 class OperatingPoint(NamedTuple):
     """One point of a ROC (TPR at FPR) or of an open-set search (TPIR at FPIR)."""
 
-    target: float  # the false positive rate that was asked for, fraction
-    fpr: float  # the one that was reached, fraction
-    tpr: float  # percent
-    threshold: float  # scores at or above it are accepted
+    target: float  # the false positive rate that was asked for
+    fpr: float  # the one that was reached
+    tpr: float
+    threshold: float  # scores at or above it are accepted; infinite where that is none
 
 
 class Roc(NamedTuple):
@@ -47,6 +61,14 @@ class Roc(NamedTuple):
     true_positives: np.ndarray  # (points,) int
     thresholds: np.ndarray  # (points,)
     is_corner: np.ndarray  # (points,) bool, False where scikit-learn's roc_curve leaves the point out
+
+
+def to_numpy(values: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Values as an array; a tensor is taken out of its graph and off its device."""
+    if not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    return (values.float() if values.dtype is torch.bfloat16 else values).numpy()
 
 
 def unit_rows(embeddings: np.ndarray, name: str = "embeddings", dtype: type = np.float64) -> np.ndarray:
@@ -60,12 +82,13 @@ def unit_rows(embeddings: np.ndarray, name: str = "embeddings", dtype: type = np
     Raises:
         ValueError: not (N, D), or a row is not finite.
     """
+    embeddings = to_numpy(embeddings)
     return np.asarray(embeddings, dtype=dtype) * inverse_norms(embeddings, name).astype(dtype)[:, None]
 
 
 def inverse_norms(embeddings: np.ndarray, name: str = "embeddings") -> np.ndarray:
     """1 / length of each row as (N,) float64, 0 for a zero row; checked and failing as ``unit_rows`` does."""
-    embeddings = np.asarray(embeddings)
+    embeddings = to_numpy(embeddings)
     if embeddings.ndim != 2:
         raise ValueError(f"{name} must be (N, D), got shape {embeddings.shape}")
     squares = np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64)
@@ -81,7 +104,7 @@ def inverse_norms(embeddings: np.ndarray, name: str = "embeddings") -> np.ndarra
 
 def _as_bool(labels: np.ndarray, count: int, name: str) -> np.ndarray:
     """Check that labels are ``count`` zeros and ones with both present."""
-    labels = np.asarray(labels)
+    labels = to_numpy(labels)
     truth = labels.astype(bool)
     if truth.shape != (count,) or not (labels == truth).all():
         raise ValueError(f"{name} must be ({count},) zeros and ones, one for each pair, got shape {labels.shape}")
@@ -107,31 +130,78 @@ def kfold_accuracy(
     Raises:
         ValueError: shapes differ, values are not finite, pairs are of one kind, or there are fewer pairs than folds.
     """
+    distance, is_same, fold = _pairs_in_folds(embeddings_a, embeddings_b, is_same, folds)
+    sizes, different = (np.bincount(fold[chosen], minlength=folds) for chosen in (slice(None), ~is_same))
+    accepted = [_accepted(distance[kind], fold[kind], folds, DISTANCE_THRESHOLDS) for kind in (is_same, ~is_same)]
+    correct = different[:, None] + accepted[0] - accepted[1]  # (folds, steps)
+    best = (correct.sum(0) - correct).argmax(1)
+
+    accuracies = correct[np.arange(folds), best] / sizes
+    thresholds = DISTANCE_THRESHOLDS[best]
+    return KFoldResult(
+        float(accuracies.mean()), float(accuracies.std()), float(thresholds.mean()), accuracies, thresholds
+    )
+
+
+def val_at_far(
+    embeddings_a: np.ndarray, embeddings_b: np.ndarray, is_same: np.ndarray, far: float = 1e-3, folds: int = 10
+) -> ValidationRate:
+    """VAL@FAR as arcface_torch's ``eval/verification.py`` (and facenet before it) defines it.
+
+    The threshold of a fold is where the FAR of the other folds, drawn as a line over 4,000 thresholds, reaches ``far``:
+    between the last one that does not exceed it and the next. It is 0, and accepts nobody, where no threshold reaches
+    it. SciPy's interpolation, by which arcface_torch finds it, refuses such lines in its present versions.
+
+    Args:
+        embeddings_a, embeddings_b, is_same, folds: as for ``kfold_accuracy``.
+        far: false accept rate, a fraction.
+
+    Returns:
+        Means over the folds that have pairs of both kinds; NaN where there is no such fold.
+
+    Raises:
+        ValueError: as for ``kfold_accuracy``, or the rate is outside [0, 1].
+    """
+    if not 0 <= far <= 1:
+        raise ValueError(f"far must be a fraction in [0, 1], got {far}")
+    distance, is_same, fold = _pairs_in_folds(embeddings_a, embeddings_b, is_same, folds)
+    steps = FINE_DISTANCE_THRESHOLDS
+    counts = _accepted(distance[~is_same], fold[~is_same], folds, steps)
+    different = np.bincount(fold[~is_same], minlength=folds)
+    rates = []
+    for test in range(folds):
+        same_here, different_here = (distance[(fold == test) & kind] for kind in (is_same, ~is_same))
+        if not len(same_here) or not len(different_here):
+            continue
+        others = max(different.sum() - different[test], 1)
+        reached = (counts.sum(0) - counts[test]) / others
+        threshold = 0.0 if reached[-1] < far else float(np.interp(far, reached, steps))
+        rates.append(((same_here < threshold).mean(), (different_here < threshold).mean()))
+    val, reached_far = np.array(rates).reshape(-1, 2).T if rates else np.full((2, 1), np.nan)
+    return ValidationRate(float(val.mean()), float(val.std()), float(reached_far.mean()), far)
+
+
+def _pairs_in_folds(
+    embeddings_a: np.ndarray, embeddings_b: np.ndarray, is_same: np.ndarray, folds: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(N,) squared distances of unit vectors, labels, and fold of each pair; consecutive ones, the first longer."""
     a, b = unit_rows(embeddings_a, "embeddings_a"), unit_rows(embeddings_b, "embeddings_b")
     if a.shape != b.shape:
         raise ValueError(f"embeddings_a and embeddings_b must have one shape, got {a.shape} and {b.shape}")
     is_same = _as_bool(is_same, len(a), "is_same")
     if not 2 <= folds <= len(a):
         raise ValueError(f"folds must be 2 to the number of pairs ({len(a)}), got {folds}")
-
-    steps = len(DISTANCE_THRESHOLDS)
-    # Index of the first threshold above the distance: the pair is called "same" from there on.
-    called_same_from = np.searchsorted(DISTANCE_THRESHOLDS, np.square(a - b).sum(1), side="right")
     sizes = np.full(folds, len(a) // folds)
     sizes[: len(a) % folds] += 1
-    fold = np.repeat(np.arange(folds), sizes)
-    # Moving the threshold past a same pair makes one more right, past a different pair one more wrong.
-    gain = np.zeros((folds, steps + 1), dtype=np.int64)
-    np.add.at(gain, (fold, called_same_from), np.where(is_same, 1, -1))
-    different = np.bincount(fold[~is_same], minlength=folds)
-    correct = different[:, None] + gain[:, :steps].cumsum(1)  # (folds, steps)
-    best = (correct.sum(0) - correct).argmax(1)
+    return np.square(a - b).sum(1), is_same, np.repeat(np.arange(folds), sizes)
 
-    accuracies = 100.0 * correct[np.arange(folds), best] / sizes
-    thresholds = DISTANCE_THRESHOLDS[best]
-    return KFoldResult(
-        float(accuracies.mean()), float(accuracies.std()), float(thresholds.mean()), accuracies, thresholds
-    )
+
+def _accepted(distance: np.ndarray, fold: np.ndarray, folds: int, thresholds: np.ndarray) -> np.ndarray:
+    """(folds, thresholds) how many pairs of each fold are nearer than each threshold."""
+    first_above = np.searchsorted(thresholds, distance, side="right")
+    counts = np.zeros((folds, len(thresholds) + 1), dtype=np.int64)
+    np.add.at(counts, (fold, first_above), 1)
+    return counts[:, :-1].cumsum(1)
 
 
 def roc(scores: np.ndarray, labels: np.ndarray) -> Roc:
@@ -150,13 +220,14 @@ def tpr_at_fpr(
     Args:
         scores: (N,) float, higher is more alike.
         labels: (N,) bool or 0/1, 1 for the same person.
-        fprs: false positive rates, fractions in [0, 1].
+        fprs: false positive rates.
         rule: ``"at_most"`` takes the highest TPR whose FPR does not exceed the target. ``"insightface"`` takes what
             InsightFace's IJB scripts take: the point nearest to the target, above or below it, among the corners that
             scikit-learn's ``roc_curve`` keeps (the looser one of two equally near).
 
     Returns:
-        One point for each of ``fprs``. Where no score is accepted, the threshold is infinite.
+        One point for each of ``fprs``. Where the rule accepts no score, as when more of the highest are tied than the
+        rate allows, its TPR is 0 and its threshold infinite.
 
     Raises:
         ValueError: shapes differ, a score is not finite, one class is missing, a rate is outside [0, 1].
@@ -178,7 +249,7 @@ def tpr_at_fpr(
 
 def split_scores(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Copies of the scores of the positives and of the negatives, checked as ``tpr_at_fpr`` says."""
-    scores = np.asarray(scores)
+    scores = to_numpy(scores)
     if scores.ndim != 1:
         raise ValueError(f"scores must be (N,), got shape {scores.shape}")
     labels = _as_bool(labels, len(scores), "labels")
@@ -231,59 +302,5 @@ def _pick(curve: Roc, target: float, positives: int, negatives: int, rule: Thres
         settled = whole or fpr[chosen] < fpr[corners[-1]] >= target
     if not settled:
         return None
-    tpr = 100.0 * curve.true_positives[chosen] / positives
+    tpr = curve.true_positives[chosen] / positives
     return OperatingPoint(float(target), float(fpr[chosen]), float(tpr), float(curve.thresholds[chosen]))
-
-
-class Matches(NamedTuple):
-    """What a 1:N search says of each probe, against the gallery entries of its own identity (mates) and the others."""
-
-    mate_score: np.ndarray  # (P,) float, best score among mates; -inf where the probe has none
-    other_score: np.ndarray  # (P,) float, best score among the others; -inf where there are none
-    rank: np.ndarray  # (P,) int, 1 + number of others that score at least as high as the best mate; 0 without mate
-
-
-def rank_k(matches: Matches, ranks: Sequence[int] = (1, 5, 20)) -> dict[int, float]:
-    """Closed-set identification: percent of the probes with a mate that find it among the first k (a CMC curve).
-
-    Raises:
-        ValueError: a rank is below 1, or no probe has a mate.
-    """
-    found = matches.rank[matches.rank > 0]
-    if not len(found):
-        raise ValueError("no probe has its identity in the gallery; check that both use the same identity labels")
-    if any(rank < 1 for rank in ranks):
-        raise ValueError(f"ranks must be 1 or more, got {list(ranks)}")
-    return {int(rank): float(100.0 * (found <= rank).mean()) for rank in ranks}
-
-
-def tpir_at_fpir(matches: Matches, fpirs: Sequence[float] = (0.01, 0.1), rank: int = 1) -> list[OperatingPoint]:
-    """Open-set identification: percent of the probes with a mate that find it within ``rank`` and above a threshold.
-
-    The threshold is the best score of the n-th strongest probe without a mate, n = round(FPIR * such probes).
-
-    Args:
-        matches: result of ``search`` or ``match_scores``.
-        fpirs: false positive identification rates, fractions in [0, 1].
-        rank: how far down the list the mate may stand.
-
-    Raises:
-        ValueError: a rate is outside [0, 1], or probes with a mate or without one are missing.
-    """
-    has_mate = matches.rank > 0
-    impostors = np.sort(matches.other_score[~has_mate])[::-1]
-    if not has_mate.any() or not len(impostors):
-        raise ValueError(
-            f"open-set identification needs probes inside and outside the gallery, got {has_mate.sum()} inside and "
-            f"{len(impostors)} outside"
-        )
-    if not all(0 <= fpir <= 1 for fpir in fpirs):
-        raise ValueError(f"fpirs must be fractions in [0, 1], got {list(fpirs)}")
-    points = []
-    for fpir in fpirs:
-        alarms = round(fpir * len(impostors))
-        threshold = impostors[alarms - 1] if alarms else np.nextafter(impostors[0], np.inf, dtype=impostors.dtype)
-        found = (matches.mate_score >= threshold) & (matches.rank <= rank) & has_mate
-        reached = float((impostors >= threshold).mean())
-        points.append(OperatingPoint(fpir, reached, float(100.0 * found.sum() / has_mate.sum()), float(threshold)))
-    return points

@@ -12,12 +12,18 @@ from typing import Any
 import numpy as np
 
 from ..files import write_atomically
-from .curves import plot_cmc, plot_det, plot_roc, thinned
+from .curves import new_figure, plot_cmc, plot_det, plot_roc, thinned
 from .result import Result
+
+REPORT_BYTES = 1 << 20  # a report with its curves has about as much
 
 _COLUMN_NAMES = (
     (r"tpr_at_fpr_(\S+)", r"TPR@FPR=\1"),
     (r"tpir_at_fpir_(\S+)", r"TPIR@FPIR=\1"),
+    (r"tpir_at_far_(\S+)", r"TPIR@FAR=\1"),
+    (r"val_at_far_(\S+)", r"VAL@FAR=\1"),
+    (r"val_std", r"VAL std"),
+    (r"thresh_at_far_(\S+)", r"at FAR=\1"),
     (r"thresh_at_fpr_(\S+)", r"at FPR=\1"),
     (r"thresh_at_fpir_(\S+)", r"at FPIR=\1"),
     (r"rank_(\d+)", r"rank-\1"),
@@ -66,7 +72,7 @@ def format_arcface_torch(results: Sequence[Result], target: str) -> str:
     for result in results:
         if result.protocol.endswith("1:1"):
             prefix = "tpr_at_fpr_"
-            rates[f"{result.name}-{target}"] = {k[len(prefix) :]: v for k, v in result.metrics.items() if prefix in k}
+            rates[f"{result.name}-{target}"] = {k[len(prefix) :]: v for k, v in result.percent.items() if prefix in k}
     heads = list(next(iter(rates.values())))
     return grid([["Methods", *heads], *([name, *(f"{row[h]:.2f}" for h in heads)] for name, row in rates.items())])
 
@@ -87,10 +93,23 @@ def grid(table: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     return "\n".join([rule, lines[0], rule, *lines[1:], rule])
 
 
+def check_report_folder(folder: str | Path) -> None:
+    """Make sure, before a long evaluation, that ``write_report`` will be able to write there and to draw.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the folder cannot be made or written to.
+    """
+    new_figure((1, 1))
+    write_atomically(Path(folder) / ".check", b"\0" * REPORT_BYTES)
+    (Path(folder) / ".check").unlink()
+
+
 def write_report(results: Sequence[Result], folder: str | Path) -> list[Path]:
     """Write ``report.txt``, ``report.md``, ``report.json`` and the curves ``roc_*.png``, ``det_*.png``, ``cmc_*.png``.
 
-    Each protocol has curves of its own, with all models in one figure. ``report.json`` holds all that results hold.
+    Each protocol has curves of its own, with all models in one figure. ``report.json`` holds all that results hold, its
+    rates in percent but for those of the ROC.
 
     Args:
         results: of any models and protocols.
@@ -149,7 +168,8 @@ def _tables(group: Sequence[Result]) -> list[tuple[str, list[list[str]]]]:
             continue
         rows = [["model", "variant"][: _text_columns(group)] + [_column_name(name) for name in columns]]
         for result in group:
-            cells = [_number(name, result.metrics.get(name)) for name in columns]
+            percent = result.percent
+            cells = [_number(name, percent.get(name)) for name in columns]
             rows.append([result.model, result.variant][: _text_columns(group)] + cells)
         tables.append((title, rows))
     return tables
@@ -168,7 +188,9 @@ def _column_name(metric: str) -> str:
 def _number(name: str, value: float | None) -> str:
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:.4f}" if "thresh" in name else str(value) if isinstance(value, int) else f"{value:.2f}"
+    if "thresh" in name:
+        return f"{value:.4f}" if math.isfinite(value) else "none"
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
 def _settings(group: Sequence[Result]) -> list[tuple[str, str]]:
@@ -190,14 +212,14 @@ def _as_json(result: Result) -> dict[str, Any]:
         "model": result.model,
         "variant": result.variant,
         "protocol": result.protocol,
-        "metrics": {name: _plain(value) for name, value in result.metrics.items()},
+        "metrics": {name: _plain(value) for name, value in result.percent.items()},
         "settings": {key: _plain(value) for key, value in result.settings.items()},
     }
     if result.roc is not None:
         fpr, tpr = thinned(*result.roc)
         document["roc"] = {"fpr": fpr.tolist(), "tpr": tpr.tolist()}
     if result.cmc is not None:
-        document["cmc"] = np.asarray(result.cmc).tolist()
+        document["cmc"] = (100 * np.asarray(result.cmc)).tolist()
     return document
 
 

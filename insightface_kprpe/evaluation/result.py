@@ -15,12 +15,13 @@ class Result:
     Attributes:
         model: what tables call the model.
         protocol: e.g. "IJB-C 1:1".
-        metrics: name -> value; rates in percent (``tpr_at_fpr_0.0001``, ``rank_1``), thresholds as cosines.
+        metrics: name -> value; rates as fractions (``tpr_at_fpr_0.0001``, ``rank_1``), thresholds as cosines (with
+            "thresh" in their names), counts as int.
         settings: everything that is needed to get the numbers again (alignment, flip, fusion, source of the keypoints,
             threshold rule, counts), as one reads it.
         variant: what tells this result from others of the same model and protocol, e.g. the fusion.
         roc: false and true positive rates, fractions, both ascending; None where the protocol has none.
-        cmc: (R,) identification rate in percent at rank 1 to R; None where the protocol has none.
+        cmc: (R,) identification rate, a fraction, at rank 1 to R; None where the protocol has none.
     """
 
     model: str
@@ -30,6 +31,14 @@ class Result:
     variant: str = ""
     roc: tuple[np.ndarray, np.ndarray] | None = None
     cmc: np.ndarray | None = None
+
+    @property
+    def percent(self) -> dict[str, float]:
+        """The metrics as people read them, in tables and in ``report.json``: rates in percent, all else as it is."""
+        return {
+            name: value if "thresh" in name or isinstance(value, int) else round(100 * value, 10)
+            for name, value in self.metrics.items()
+        }
 
     @property
     def name(self) -> str:

@@ -19,11 +19,11 @@ import numpy as np
 
 from .result import Result
 
-# Rank-1 below this share of what verification suggests. The suggestion is rough, as real scores are not normal: by the
+# Rank-1 below so many times what verification suggests. The suggestion is rough, as real scores are not normal: by the
 # paper's Table 7, TinyFace is at 2.4 times what 97.67 % on AgeDB suggest, and at 1.3 times what 99.06 % on CFP-FP do.
-RANK_1_SHARE = 0.25
-# Expectations below this (percent) say nothing: the model is weak, or the gallery is very large for it.
-LEAST_EXPECTED_RANK_1 = 10.0
+LEAST_RANK_1_RATIO = 0.25
+# Expectations below this say nothing: the model is weak, or the gallery is very large for it.
+LEAST_EXPECTED_RANK_1 = 0.1
 # Swapped channels must do better by this much of the ROC's area, and by so many standard errors of the difference.
 CHANNEL_GAIN, CHANNEL_ERRORS = 0.01, 3.0
 _NORMAL = NormalDist()
@@ -34,7 +34,7 @@ def sanity_warnings(results: Sequence[Result]) -> list[str]:
     """Sentences about results that do not fit to each other.
 
     The best verification of each model (a metric ``accuracy`` or ``tpr_at_fpr_0.001``) gives the rank-1 rate to expect
-    in a gallery as large as ``settings["gallery"]``, a number of entries. A rank-1 below ``RANK_1_SHARE`` of it
+    in a gallery as large as ``settings["gallery"]``, a number of entries. A rank-1 below ``LEAST_RANK_1_RATIO`` of it
     is worth a warning. Results without these say nothing and are passed over.
 
     Args:
@@ -52,11 +52,11 @@ def sanity_warnings(results: Sequence[Result]) -> list[str]:
             continue
         separation, protocol = separations[result.model]
         expected, rank_1 = expected_rank_1(separation, gallery), result.metrics["rank_1"]
-        if expected >= LEAST_EXPECTED_RANK_1 and rank_1 < RANK_1_SHARE * expected:
+        if expected >= LEAST_EXPECTED_RANK_1 and rank_1 < LEAST_RANK_1_RATIO * expected:
             warnings.append(
-                f"{result.name} on {result.protocol}: rank-1 is {rank_1:.1f} %, where its verification on {protocol} "
-                f"suggests about {expected:.0f} % among {gallery}; the images look unaligned, or their keypoints or "
-                "identities belong to other images: look at a few crops"
+                f"{result.name} on {result.protocol}: rank-1 is {100 * rank_1:.1f} %, where its verification on "
+                f"{protocol} suggests about {100 * expected:.0f} % among {gallery}; the images look unaligned, or "
+                "their keypoints or identities belong to other images: look at a few crops"
             )
     return warnings
 
@@ -70,21 +70,23 @@ def results_of_training(model: str, path: str | Path) -> list[Result]:
     """
     file = Path(path) / "metrics.jsonl"
     accuracies: dict[str, float] = {}
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        with contextlib.suppress(ValueError):  # the line that a kill cut short
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+        with contextlib.suppress(ValueError, AttributeError):  # the line that a kill cut short, or one of others
             accuracies |= {key: value for key, value in json.loads(line).items() if key.startswith("accuracy/")}
-    return [Result(model, f"{key[len('accuracy/') :]} in training", {"accuracy": v}) for key, v in accuracies.items()]
+    # The file has percent.
+    names = {key: f"{key.removeprefix('accuracy/')} in training" for key in accuracies}
+    return [Result(model, names[key], {"accuracy": percent / 100}) for key, percent in accuracies.items()]
 
 
 def verification_separation(metrics: dict[str, float]) -> float | None:
     """How far apart the scores of same and different pairs are, in standard deviations, both taken as normal.
 
     Args:
-        metrics: percent; ``accuracy`` at a balanced threshold, or ``tpr_at_fpr_0.001``, ``_0.01``, ``_0.0001``.
+        metrics: fractions; ``accuracy`` at a balanced threshold, or ``tpr_at_fpr_0.001``, ``_0.01``, ``_0.0001``.
 
     Returns:
-        0 for chance, about 4.6 for 99 % accuracy; None without such a metric. Rates of 0 and 100 % count as 0.01 and
-        99.99 %.
+        0 for chance, about 4.6 for an accuracy of 0.99; None without such a metric. Rates of 0 and 1 count as 0.0001
+        and 0.9999.
     """
     if "accuracy" in metrics:
         return 2 * _quantile(metrics["accuracy"])
@@ -94,12 +96,12 @@ def verification_separation(metrics: dict[str, float]) -> float | None:
     return None
 
 
-def _quantile(percent: float) -> float:
-    return _NORMAL.inv_cdf(min(max(percent / 100, 1e-4), 1 - 1e-4))
+def _quantile(rate: float) -> float:
+    return _NORMAL.inv_cdf(min(max(rate, 1e-4), 1 - 1e-4))
 
 
 def expected_rank_1(separation: float, gallery: int) -> float:
-    """Rank-1 in percent when one mate scores against ``gallery - 1`` others, all scores normal and independent.
+    """Rank-1, a fraction, when one mate scores against ``gallery - 1`` others, all scores normal and independent.
 
     Args:
         separation: from ``verification_separation``.
@@ -113,7 +115,7 @@ def expected_rank_1(separation: float, gallery: int) -> float:
     scores = np.linspace(-8, 16, 4801)  # of the mate, around its mean the separation
     density = np.exp(-np.square(scores - separation) / 2) / math.sqrt(2 * math.pi)
     below = np.array([_NORMAL.cdf(score) for score in scores])
-    return float(100 * (density * below ** (gallery - 1)).sum() * (scores[1] - scores[0]))
+    return float((density * below ** (gallery - 1)).sum() * (scores[1] - scores[0]))
 
 
 def channel_order_warning(scores: np.ndarray, swapped: np.ndarray, is_same: np.ndarray) -> str | None:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .mat_list import read_mat_list
-from .metrics import rank_k
-from .search import search
+from ..data.picture_files import list_pictures, nfc
+from .search import rank_k, search
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 DISTRACTOR_ID = -100
+# Prints the variables of a .mat file: argv[1] is the file, the others are the names. Cells come as lists.
+_PRINT_MAT = """
+import sys
+sys.path[:] = [folder for folder in sys.path if folder]  # not what lies in the current folder
+import json
+from scipy.io import loadmat
+found = loadmat(sys.argv[1], variable_names=sys.argv[2:])
+sys.stdout.reconfigure(encoding="utf-8")
+content = {key: found[key].ravel().tolist() for key in sys.argv[2:] if key in found}
+print(json.dumps(content, default=lambda cell: cell.tolist()))
+"""
 
 
 class TinyFaceSet(NamedTuple):
@@ -42,7 +55,7 @@ def identification(
         ranks: the k.
 
     Returns:
-        ``rank_1`` and so on, percent of the probes. An other image that ties with the right one ranks before it.
+        ``rank_1`` and so on, fractions of the probes. An other image that ties with the right one ranks before it.
 
     Raises:
         ValueError: shapes do not fit, values are not finite, or no probe is in the gallery.
@@ -64,6 +77,7 @@ def read_tinyface(folder: str | Path) -> TinyFaceSet:
     Raises:
         FileNotFoundError: a sub-folder is missing or has no images.
         ValueError: a file name does not begin with an identity, or a list is malformed.
+        ImportError: there are lists and SciPy is not installed.
     """
     folder = Path(folder)
     folder = folder / "Testing_Set" if (folder / "Testing_Set").is_dir() else folder
@@ -75,7 +89,7 @@ def read_tinyface(folder: str | Path) -> TinyFaceSet:
 
 
 def _images(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = list_pictures(folder) if folder.is_dir() else []
     if not paths:
         raise FileNotFoundError(f"no images in {folder}; expected Probe, Gallery_Match and Gallery_Distractor")
     return paths
@@ -88,9 +102,41 @@ def _read_list(folder: Path, images: str, name: str) -> tuple[list[Path], np.nda
     if not mat.is_file():
         return paths, np.array([_identity(path) for path in paths])
     key = name.split("_")[0]
-    names, ids = read_mat_list(mat, f"{key}_set", f"{key}_ids")
-    by_stem = {path.stem: path for path in paths}  # aligned copies of the set may have another suffix
+    names, ids = _read_mat_list(mat, f"{key}_set", f"{key}_ids")
+    by_stem = {nfc(path.stem): path for path in paths}  # aligned copies of the set may have another suffix
     return [by_stem.get(Path(image).stem, folder / images / image) for image in names], ids
+
+
+def _read_mat_list(path: Path, names_key: str, ids_key: str) -> tuple[list[str], np.ndarray]:
+    """N names and (N,) int64 identities of a list in MATLAB's format.
+
+    Args:
+        path: the ``.mat`` file.
+        names_key: variable with a cell of text for each image.
+        ids_key: variable with a whole number for each image.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise ImportError(f"{path} needs: pip install 'insightface-kprpe[tinyface]'")
+    # In a process of its own, which SciPy can bring down when the file is damaged.
+    command = [sys.executable, "-c", _PRINT_MAT, str(path), names_key, ids_key]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    try:
+        if done.returncode:
+            raise ValueError((done.stderr.strip() or "it is damaged").splitlines()[-1])
+        variables = json.loads(done.stdout)
+        missing = [key for key in (names_key, ids_key) if key not in variables]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} not found in it")
+        names, ids = variables[names_key], np.array(variables[ids_key])
+        if not all(isinstance(name, list) and len(name) == 1 and isinstance(name[0], str) for name in names):
+            raise ValueError(f"{names_key} must be a cell of text for each image")
+        if ids.ndim != 1 or ids.dtype.kind not in "iuf" or not (np.isfinite(ids) & (ids == np.rint(ids))).all():
+            raise ValueError(f"{ids_key} must be whole numbers")
+        if len(names) != len(ids) or not len(names):
+            raise ValueError(f"there must be one identity for each image, got {len(ids)} for {len(names)}")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a list in MATLAB's format (version 5 to 7): {error}") from error
+    return [nfc(name) for (name,) in names], ids.astype(np.int64)
 
 
 def _identity(path: Path) -> int:

@@ -21,7 +21,7 @@ from ..fingerprint import fingerprint
 from ..geometry import CANONICAL_KEYPOINTS, SCORE_THRESHOLD, mirror_keypoints
 from .chunks import run_blocks
 from .models import Embedder, EmbedFunction, as_embedder
-from .stores import FolderStore, MemoryStore
+from .stores import Columns, FolderStore, MemoryStore
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class EmbedOptions:
         missing: what to do about an image that is missing or damaged: "fail", or "skip" it and count it.
         cache: folder in which every set gets one for its embeddings, as memory maps that an interrupted run resumes;
             None: they are kept in memory.
-        share: all ranks of the process group make the same call and share the work; False: this rank is on its own.
+        all_ranks: all ranks of the process group make the same call and divide the work; False: this one is on its own.
     """
 
     batch_size: int = 64
@@ -71,7 +71,7 @@ class EmbedOptions:
     aligner_name: str = "DFA"
     missing: Literal["fail", "skip"] = "fail"
     cache: Path | None = None
-    share: bool = False
+    all_ranks: bool = False
 
 
 def embed_faces(
@@ -82,6 +82,7 @@ def embed_faces(
     *,
     name: str = "images",
     source: str = "",
+    files: Sequence[Path] | None = None,
 ) -> Embeddings:
     """Embed crops; the one function that all protocols embed by.
 
@@ -96,6 +97,8 @@ def embed_faces(
         options: how; None: the defaults.
         name: of the set, for the progress bar, errors and the folder in ``options.cache``.
         source: text that tells this set of images from others; a cached result of another one is refused.
+        files: the image files, one for each image, or the one file with all of them: those that have changed since are
+            embedded anew. None where ``source`` tells the content.
 
     Raises:
         ValueError: shapes do not fit, an image is missing and ``options.missing`` is "fail", or the cache holds
@@ -109,18 +112,15 @@ def embed_faces(
             f"{name}: keypoints must be ({len(images)}, 5, 2), one set for each image, and images at least one, got "
             f"{np.shape(keypoints)}"
         )
-    store = _open_store(embed, len(images), keypoints, options, name, source)
-    work = _Work(embed, keypoints, options, name)
+    store = _open_store(embed, len(images), keypoints, options, name, source, files)
+    embed_batch = _EmbedBatch(embed, keypoints, options, name)
     reading = {"batch_size": options.batch_size, "num_workers": options.num_workers, "label": f"embedding {name}"}
-    for block, rows in run_blocks(_Crops(images), store.pending(), work, **reading):
+    for block, rows in run_blocks(_Crops(images), store.pending(), embed_batch, **reading):
         store.write(block, rows)
     result = Embeddings(*store.finish())
     missing = np.flatnonzero(~result.readable)
     if len(missing) == len(images) or (len(missing) and options.missing == "fail"):
-        remedy = "" if options.cache is None else f"; once they are mended, empty the cache {options.cache}"
-        raise ValueError(
-            f"{name}: {len(missing)} of {len(images)} images cannot be read (first: number {missing[0]}){remedy}"
-        )
+        raise ValueError(f"{name}: {len(missing)} of {len(images)} images cannot be read (first: number {missing[0]})")
     if len(missing):
         shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
         logger.warning(
@@ -161,24 +161,22 @@ class _Crops(Dataset):
         return image, index, ""
 
 
-@dataclass(frozen=True)
-class _Work:
+class _EmbedBatch:
     """A batch of crops -> its rows of :class:`Embeddings`."""
 
-    embed: Embedder
-    keypoints: np.ndarray | None
-    options: EmbedOptions
-    name: str
+    def __init__(self, embed: Embedder, keypoints: np.ndarray | None, options: EmbedOptions, name: str) -> None:
+        self.embed, self.keypoints, self.options, self.name = embed, keypoints, options, name
+        self.any_readable = False
 
     @torch.inference_mode()
     def __call__(self, batch: tuple[torch.Tensor, torch.Tensor, list[str]]) -> tuple[np.ndarray, ...]:
         crops, indices, faults = batch
         faulty = np.array([bool(fault) for fault in faults])
+        self.any_readable |= not faulty.all()
         if faulty.any() and self.options.missing == "fail":
             first = int(faulty.argmax())
-            raise ValueError(
-                f"{self.name}: image {int(indices[first])}: {faults[first]}; or choose to skip such images"
-            )
+            remedy = "; or choose to skip such images" if self.any_readable else "; no image could be read so far"
+            raise ValueError(f"{self.name}: image {int(indices[first])}: {faults[first]}{remedy}")
         images = to_network_input(crops.to(self.embed.device).permute(0, 3, 1, 2))
         given = None if self.keypoints is None else np.asarray(self.keypoints[indices.numpy()], dtype=np.float32)
         used, reported, scores = self._keypoints(images, given)
@@ -213,10 +211,16 @@ def _trusted(keypoints: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 
 def _open_store(
-    embed: Embedder, count: int, keypoints: np.ndarray | None, options: EmbedOptions, name: str, source: str
+    embed: Embedder,
+    count: int,
+    keypoints: np.ndarray | None,
+    options: EmbedOptions,
+    name: str,
+    source: str,
+    files: Sequence[Path] | None,
 ) -> MemoryStore | FolderStore:
     if options.cache is None:
-        return MemoryStore(count, options.share)
+        return MemoryStore(count, options.all_ranks)
     model = embed.fingerprint()
     if model is None or not source:
         raise ValueError("to cache embeddings, embed must come from open_model, and source must tell the images apart")
@@ -230,5 +234,13 @@ def _open_store(
         "aligner": "none" if aligner is None else fingerprint(*aligner.state_dict().values()),
         "flip": options.flip,
     }
+    dimension = embed(*blank).shape[1]
+    columns: Columns = {
+        "embeddings": ((dimension,), np.float32),
+        "norms": ((), np.float32),
+        "keypoints": ((5, 2), np.float32),
+        "scores": ((), np.float32),
+        "readable": ((), bool),
+    }
     folder = Path(options.cache) / f"{embed.name}-{name}"
-    return FolderStore(folder, count, embed(*blank).shape[1], identity, options.share)
+    return FolderStore(folder, columns, count, {**identity, "dimension": dimension}, files, options.all_ranks)

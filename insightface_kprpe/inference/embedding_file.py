@@ -61,9 +61,9 @@ def embed_to_file(embed: Embedder, source: str | Path, out: str | Path, options:
     names = (
         [str(path.relative_to(source)) for path in crops.paths] if crops.paths else list(map(str, range(crops.count)))
     )
-    keypoints = read_keypoints(crops.landmark_file, crops.count) if crops.landmark_file.is_file() else None
-    identity = fingerprint("\n".join([str(source.resolve()), *names]))
-    found = embed_faces(embed, _Fitted(crops), keypoints, options, name=source.stem, source=identity)
+    keypoints = read_keypoints(crops.landmark_file, crops.count)[0] if crops.landmark_file.is_file() else None
+    files = {"source": fingerprint("\n".join(names)), "files": crops.paths or [crops.container]}
+    found = embed_faces(embed, _Fitted(crops), keypoints, options, name=source.stem, **files)
     if rank_and_world_size()[0] == 0:
         with atomic_path(out) as temporary:
             (_write_npz if out.suffix == ".npz" else _write_parquet)(temporary, np.array(names), found)

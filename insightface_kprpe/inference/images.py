@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,10 +10,20 @@ import cv2
 import numpy as np
 import torch
 
-from ..data.face_dataset import read_image_file
+from ..data.picture_files import read_image_file
 from ..geometry import ARCFACE_TEMPLATE_112, align_face, similarity_transform
 
 SIZE = 112
+
+
+def as_it_lies(path: Path) -> Path:
+    """The file of this name, also where accents are composed otherwise on the disk (macOS) than in a list."""
+    if not path.exists():
+        for form in ("NFC", "NFD"):
+            other = Path(unicodedata.normalize(form, str(path)))
+            if other.exists():
+                return other
+    return path
 
 
 class AlignedFiles(Sequence):
@@ -37,7 +48,7 @@ class AlignedFiles(Sequence):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return align_face(read_image_file(self.paths[index]), self.landmarks_px[index], SIZE)[0]
+        return align_face(read_image_file(as_it_lies(self.paths[index])), self.landmarks_px[index], SIZE)[0]
 
 
 class WholeFiles(Sequence):
@@ -54,7 +65,7 @@ class WholeFiles(Sequence):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return fit_crop(read_image_file(self.paths[index]))
+        return fit_crop(read_image_file(as_it_lies(self.paths[index])))
 
 
 def fit_crop(image: np.ndarray) -> np.ndarray:

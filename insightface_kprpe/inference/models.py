@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from ..backbones import Backbone
 from ..fingerprint import fingerprint
-from ..packs.layout import KEYPOINT_RECOGNITION, MANIFEST, RECOGNITION
+from ..packs.layout import KEYPOINT_RECOGNITION, MANIFEST, RECOGNITION, read_manifest
 from ..packs.metadata import read_metadata
 from ..packs.providers import settle_providers
 from ..packs.routing import stock_route
@@ -142,14 +141,13 @@ class OnnxEmbedder(Embedder):
         locate: None, as a file never tells what it finds.
 
     Raises:
-        ValueError: the file is no recognition model for 112 x 112 crops.
+        ValueError: the file is no ONNX file, or no recognition model for 112 x 112 crops.
     """
 
     def __init__(self, path: str | Path, name: str | None = None, device: str | torch.device = "cpu") -> None:
         import onnxruntime
 
         self.path, self.name = Path(path), name or Path(path).stem
-        metadata = read_metadata(path)
         self.device = torch.device(device)
         cuda = self.device.type == "cuda"
         gpu = ("CUDAExecutionProvider", {"device_id": self.device.index or 0})
@@ -157,7 +155,14 @@ class OnnxEmbedder(Embedder):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()  # as many as torch's networks get
         asked = {"providers": providers, "sess_options": options}
-        self.session = onnxruntime.InferenceSession(str(path), **settle_providers(asked))
+        metadata = read_metadata(path)
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), **settle_providers(asked))
+        except Exception as error:  # onnxruntime's have no class in common
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{path} could not be loaded by onnxruntime ({reason}); copy or export it again"
+            ) from error
         self.inputs = self.session.get_inputs()
         self.needs_keypoints = metadata.get("inputs") == "images+keypoints"
         self.finds_keypoints = metadata.get("keypoint_source") == "dfa"
@@ -199,8 +204,11 @@ class OnnxEmbedder(Embedder):
 
 def _input_convention(path: Path, metadata: dict[str, str]) -> tuple[float, float]:
     """Mean and std that the file expects: what it says itself, else what InsightFace's loader makes of it."""
-    if metadata:
-        return float(metadata["mean"]), float(metadata["std"])
+    if "mean" in metadata:
+        try:
+            return float(metadata["mean"]), float(metadata["std"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} does not say how to feed it (mean and std): export it anew") from error
     route = stock_route(path)
     if route.task != "recognition" or route.outputs != 1:
         raise ValueError(f"{path} must be a recognition model with one output, InsightFace takes it for {route.kind}")
@@ -265,7 +273,7 @@ def _find(path: str | Path) -> Path:
 def _recognition_file(folder: Path) -> Path:
     """The recognition model of a pack, as FaceAnalysis finds it; of ours, the one with keypoints."""
     if (folder / MANIFEST).is_file():
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = read_manifest(folder)["files"]
         return folder / (KEYPOINT_RECOGNITION if KEYPOINT_RECOGNITION in files else RECOGNITION)
     for path in sorted(folder.glob("*.onnx")):
         if stock_route(path).task == "recognition":

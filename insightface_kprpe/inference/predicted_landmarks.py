@@ -17,12 +17,10 @@ from ..data.face_dataset import to_network_input
 from ..data.landmark_csv import write_landmark_csv
 from ..dfa.aligner import DFA, canonical_keypoints, fit_to_square, square_to_crop
 from ..distributed import barrier, rank_and_world_size
-from ..files import atomic_path
 from ..fingerprint import fingerprint
 from ..geometry import KEYPOINT_LIMIT
-from .chunks import cut_into_blocks, run_blocks
-
-_CHUNK = 2048  # images whose results are saved together; what an interrupted run loses at most, on every rank
+from .chunks import run_blocks
+from .stores import FolderStore
 
 
 def predict_landmarks(
@@ -36,9 +34,9 @@ def predict_landmarks(
 ) -> Path:
     """Write the landmarks and face scores of a set of crops as :mod:`.data.landmark_csv` has them.
 
-    All ranks of a process group share the work. Results are kept in a hidden folder beside the file until all are
+    All ranks of a process group divide the work. Results are kept in a hidden folder beside the file until all are
     there: a run that is started again with the same weights, on any number of ranks, goes on where the last one
-    stopped.
+    stopped, and looks again at images that have changed.
 
     Args:
         crops: what :func:`open_crops` returned.
@@ -58,42 +56,34 @@ def predict_landmarks(
     if out.exists():
         raise ValueError(f"{out} exists already; remove it, or name another file to write to")
     dfa.to(device).eval()
-    parts = out.with_name(f".{out.name}.{_fingerprint(dfa, crops)}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
-    rank, world_size = rank_and_world_size()
-    blocks = cut_into_blocks(crops.count, _CHUNK)
-    mine = [block for block in blocks[rank::world_size] if not _part(parts, block).is_file()]
+    weights = fingerprint(*dfa.state_dict().values(), dfa.anchors, dfa.input_shift)
+    identity = {"aligner": weights, "padding": dfa.padding_ratio, "images": crops.count}
+    folder = out.with_name(f".{out.name}.{fingerprint(str(identity))}.parts")
+    columns = {"landmarks": ((10,), np.float32), "scores": ((), np.float32)}
+    files = crops.paths or [crops.container]
+    store = FolderStore(folder, columns, crops.count, identity, files, all_ranks=True)
     reading = {"batch_size": batch_size, "num_workers": num_workers, "label": "landmarks"}
     squares = _Squares(crops, dfa.image_size)
-    for block, (rows,) in run_blocks(squares, mine, lambda batch: (_locate(dfa, *batch, device),), **reading):
-        with atomic_path(_part(parts, block)) as temporary, open(temporary, "wb") as file:
-            np.save(file, rows)
-    barrier()
-    if rank == 0:
-        rows = np.concatenate([np.load(_part(parts, block), allow_pickle=False) for block in blocks])
-        write_landmark_csv(out, rows[:, :10].reshape(-1, 5, 2), rows[:, 10])
+    for block, rows in run_blocks(squares, store.pending(), lambda batch: _locate(dfa, *batch, device), **reading):
+        store.write(block, rows)
+    landmarks, scores = store.finish()
+    if rank_and_world_size()[0] == 0:
+        write_landmark_csv(out, landmarks.reshape(-1, 5, 2), scores)
         for leftover in out.parent.glob(f".{out.name}.*.parts"):
             shutil.rmtree(leftover)
     barrier()
     return out
 
 
-def _part(folder: Path, block: range) -> Path:
-    return folder / f"{block.start:09d}.npy"
-
-
-def _fingerprint(dfa: DFA, crops: Crops) -> str:
-    """Tells results of other weights, or of another set, apart."""
-    weights = [*dfa.state_dict().values(), dfa.anchors, dfa.input_shift]
-    return fingerprint(f"{crops.count} {dfa.padding_ratio}", *weights)
-
-
 @torch.inference_mode()
-def _locate(dfa: DFA, squares: torch.Tensor, sizes: torch.Tensor, device: str | torch.device) -> np.ndarray:
-    """(n, 11) float32 rows of a batch: ten coordinates and the score."""
+def _locate(
+    dfa: DFA, squares: torch.Tensor, sizes: torch.Tensor, device: str | torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 10) float32 coordinates and (n,) scores of a batch."""
     keypoints, scores, _ = dfa.locate(squares.to(device))
     found = zip(keypoints.float().cpu(), scores.float().cpu(), sizes.tolist(), strict=True)
-    return np.stack([_row(points, score, *size) for points, score, size in found])
+    rows = np.stack([_row(points, score, *size) for points, score, size in found])
+    return rows[:, :10], rows[:, 10]
 
 
 class _Squares(Dataset):

@@ -14,10 +14,11 @@ The stock loader does not look into ``keypoints/``, where a second detector woul
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from ..documents import read_json_object
 
 MANIFEST = "pack.json"
 DETECTION, RECOGNITION = "detection.onnx", "recognition.onnx"
@@ -64,12 +65,56 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise PackError(f"{folder} was not built by this package: it has no {MANIFEST}")
     try:
-        manifest = json.loads(path.read_text())
-        if not all("sha256" in record for record in manifest["files"].values()):
-            raise ValueError("a file has no sha256")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PackError(f"{path} is damaged ({error!r}); build the pack again") from error
+        manifest = read_json_object(path)
+        _check_manifest(manifest)
+    except ValueError as error:
+        raise PackError(f"{path} is damaged ({error}); build the pack again") from error
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Refuse a manifest that those who read it would stumble over."""
+    files = manifest.get("files")
+    if not isinstance(manifest.get("name"), str) or not isinstance(files, dict):
+        raise ValueError("it must have a name and an object of files")
+    for name, record in files.items():
+        parts = PurePosixPath(name).parts
+        if not name or "\\" in name or ".." in parts or PurePosixPath(name).is_absolute():
+            raise ValueError(f"file names must lie in the pack's folder, got {name!r:.60}")
+        if not isinstance(record, dict):
+            raise ValueError(f"{name!r:.60} must have an object, got {type(record).__name__}")
+        for key in ("sha256", "source", "licence"):
+            if not isinstance(record.get(key), str):
+                raise ValueError(f"{name!r:.60} must have a text as {key}, got {record.get(key)!r:.40}")
+        for key in ("evaluation", "change"):
+            if key in record and not _numbers_as_built(record[key], key):
+                raise ValueError(f"{name!r:.60} has a damaged {key}")
+
+
+def _numbers_as_built(values: Any, key: str) -> bool:
+    """Whether what was measured is there as :mod:`..deployment.model_pack` writes it."""
+    if not isinstance(values, dict):
+        return False
+    if key == "change":
+        numbers = [values.get(name) for name in ("minimal_cosine", "mean_cosine", "accuracy_fp32", "accuracy")]
+        return all(isinstance(number, int | float) for number in numbers) and isinstance(values.get("pairs"), str)
+    thresholds = values.get("thresholds")
+    return (
+        isinstance(values.get("set"), str)
+        and isinstance(values.get("accuracy"), int | float)
+        and isinstance(values.get("pairs"), int)
+        and isinstance(thresholds, dict)
+        and all(isinstance(value, int | float) for value in thresholds.values())
+        and all(_is_number(fpr) for fpr in thresholds)
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def load_note(path: str | Path) -> str | None:

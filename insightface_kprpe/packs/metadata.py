@@ -1,4 +1,4 @@
-"""What ONNX files of this package say of themselves: how to feed them, what they are of, their licence."""
+"""What ONNX files say of themselves: how to feed them, what they are of, their licence, and what they need to run."""
 
 from __future__ import annotations
 
@@ -15,28 +15,79 @@ KEYPOINT_CONVENTION = (
     "(batch, 5, 2) float32, x y in [0, 1] of the input crop (pixel / 112): left eye, right eye, nose, left and "
     "right mouth corner as seen in the image"
 )
+# The oldest onnxruntime that takes a file of at most this opset and IR version; newer ones are not in the table.
+_RUNTIMES = (((18, 8), "1.14"), ((20, 9), "1.17"), ((21, 10), "1.18"))
+
+
+def load_onnx(path: str | Path, weights: bool = False) -> onnx.ModelProto:
+    """An ONNX model.
+
+    Args:
+        path: the file.
+        weights: also what lies in other files beside it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or of another kind, or a file that it needs is missing.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"ONNX file not found: {path}")
+    try:
+        model = onnx.load(str(path), load_external_data=weights)
+        whole = model.ir_version > 0 and len(model.graph.node) > 0  # an empty message parses, too
+    except Exception as error:  # protobuf's and onnx's own types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} could not be read as ONNX ({reason}); copy or export it again") from error
+    if not whole:
+        raise ValueError(f"{path} could not be read as ONNX (it holds no graph); copy or export it again")
+    return model
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a file of this package says of itself; empty for other ONNX files."""
-    model = onnx.load(str(path), load_external_data=False)
+    """What a file of this package says of itself; empty for other ONNX files.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`load_onnx`.
+    """
+    return metadata_of(load_onnx(path))
+
+
+def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
+    """The same for a model in memory."""
     prefix = METADATA_PREFIX
     return {p.key[len(prefix) :]: p.value for p in model.metadata_props if p.key.startswith(prefix)}
 
 
-def add_metadata(path: str | Path, entries: Mapping[str, str]) -> None:
-    """Store more in a file, for :func:`read_metadata`; entries of the same name are replaced."""
-    model = onnx.load(str(path))
+def add_metadata(path: str | Path, entries: Mapping[str, str | None]) -> None:
+    """Store more in a file, for :func:`read_metadata`; entries of the same name are replaced, or removed by None."""
+    model = load_onnx(path, weights=True)
     set_metadata(model, entries)
-    with atomic_path(path) as temporary:
-        onnx.save(model, str(temporary))
+    save_onnx(model, path)
 
 
-def set_metadata(model: onnx.ModelProto, entries: Mapping[str, str]) -> None:
+def set_metadata(model: onnx.ModelProto, entries: Mapping[str, str | None]) -> None:
     """The same for a model in memory."""
-    named = {METADATA_PREFIX + key: str(value) for key, value in entries.items()}
+    named = {METADATA_PREFIX + key: value for key, value in entries.items()}
     kept = [prop for prop in model.metadata_props if prop.key not in named]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     for key, value in named.items():
-        model.metadata_props.add(key=key, value=value)
+        if value is not None:
+            model.metadata_props.add(key=key, value=str(value))
+
+
+def save_onnx(model: onnx.ModelProto, path: str | Path) -> None:
+    """Write a model as one file, in the lowest IR version that its opset allows; older runtimes then load it."""
+    model.ir_version = min(model.ir_version, onnx.helper.find_min_ir_version_for(model.opset_import, True))
+    for node in model.graph.node:
+        del node.metadata_props[:]  # where in the Python code it comes from, which that IR version does not know
+    with atomic_path(path) as temporary:
+        onnx.save(model, str(temporary))
+
+
+def minimal_runtime(model: onnx.ModelProto) -> str:
+    """The oldest onnxruntime that runs a model, as "1.14"; "unknown" for files of a newer format than torch exports."""
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    fitting = (version for (most, ir), version in _RUNTIMES if opset <= most and model.ir_version <= ir)
+    return next(fitting, "unknown")

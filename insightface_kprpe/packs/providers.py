@@ -31,14 +31,14 @@ def settle_providers(kwargs: Mapping[str, Any], strict: bool = False) -> dict[st
     kept = [i for i, provider in enumerate(asked) if _name(provider) in available]
     missing = [_name(provider) for provider in asked if _name(provider) not in available]
     if missing:
-        mend = (
+        remedy = (
             "pip uninstall -y onnxruntime && pip install --force-reinstall onnxruntime-gpu"
             if "CUDAExecutionProvider" in missing
             else "see insightface-kprpe doctor"
         )
         _complain(
             f"{', '.join(missing)} asked for, but this onnxruntime {onnxruntime.__version__} has only "
-            f"{', '.join(available)} ({mend})",
+            f"{', '.join(available)} ({remedy})",
             strict,
         )
     result = dict(kwargs, providers=[asked[i] for i in kept] or ["CPUExecutionProvider"])

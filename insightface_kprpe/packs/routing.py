@@ -21,8 +21,16 @@ class Route(NamedTuple):
 
 
 def stock_model(path: str | Path):
-    """What the stock ``insightface.model_zoo`` makes of an ONNX file, on the CPU; None if it ignores it."""
-    return stock_get_model(str(path), providers=["CPUExecutionProvider"])
+    """What the stock ``insightface.model_zoo`` makes of an ONNX file, on the CPU; None if it ignores it.
+
+    Raises:
+        ValueError: onnxruntime does not load it.
+    """
+    try:
+        return stock_get_model(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # of onnxruntime's, protobuf's and insightface's own types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} could not be loaded by onnxruntime ({reason}); copy or export it again") from error
 
 
 def stock_route(path: str | Path) -> Route:

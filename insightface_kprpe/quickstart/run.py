@@ -76,8 +76,9 @@ def run_quickstart(output: Path, seed: int = 0) -> dict[str, float]:
         results = evaluate(data, run, plain_run, net)
     with _step(5, "exporting ONNX and building the model pack, DFA inside"):
         root = output / "insightface"
-        origin = {"source": "quickstart", "architecture": "vit_n_kprpe_dfa"}
-        folder = model_pack.build_from_network(net, detector, PACK, root, LICENCE, LICENCE, origin=origin)
+        folder = model_pack.build(
+            recognition=net, detector=detector, name=PACK, root=root, licence=LICENCE, detector_licence=LICENCE
+        )
         print(f"  {folder}")
     with _step(6, "recognising faces in group photos with the stock insightface FaceAnalysis"):
         results |= recognise(root, output)
@@ -180,14 +181,15 @@ def evaluate(data: Path, run: Path, plain_run: Path, net: nn.Module) -> dict[str
 
     with torch.inference_mode():
         pairs = open_verification("unaligned", data)
-        results["accuracy/unaligned, aligned by DFA"] = verify(align_and_embed, pairs, flip=False).accuracy
+        results["accuracy/unaligned, aligned by DFA"] = 100 * verify(align_and_embed, pairs, flip=False).accuracy
     faces = SyntheticFaces(UNSEEN_PEOPLE, 6, first_identity=FIRST_UNSEEN_IDENTITY)
     images, labels, keypoints = zip(*(faces[i] for i in range(len(faces))), strict=True)
     embeddings = embed_images(TorchEmbedder(net), images, np.stack(keypoints), label="  embedding")
     labels = np.array(labels)
     gallery = np.arange(len(labels)) % 6 == 0
     more = {"unaligned pairs, aligned by DFA": results["accuracy/unaligned, aligned by DFA"]}
-    ranks = identification(embeddings[~gallery], embeddings[gallery], labels[~gallery], labels[gallery], ranks=(1, 5))
+    found = identification(embeddings[~gallery], embeddings[gallery], labels[~gallery], labels[gallery], ranks=(1, 5))
+    ranks = {name: 100 * rate for name, rate in found.items()}
     results |= ranks
     for name, value in {**more, **ranks}.items():
         print(f"  {name:36} {value:10.2f} %")

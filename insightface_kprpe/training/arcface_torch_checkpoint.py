@@ -15,7 +15,7 @@ import torch
 
 from ..partial_fc import PartialFC
 from ..state_dict import load_weights, strip_prefixes
-from .state import Plan, TrainingState
+from .state import Schedule, TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +58,13 @@ def load_centers(files: Sequence[Path], partial_fc: PartialFC) -> bool:
     return True
 
 
-def resume(files: Sequence[Path], state: TrainingState, plan: Plan) -> int:
+def resume(files: Sequence[Path], state: TrainingState, schedule: Schedule) -> int:
     """Continue a run of arcface_torch after its last whole epoch; returns the optimizer steps done.
 
     Args:
         files: what :func:`find` returned.
         state: of a backbone that both know, PartialFC and an optimizer of the same kind.
-        plan: how long the run is.
+        schedule: how long the run is.
 
     Raises:
         ValueError: a file is damaged or of another network, number of people or optimizer.
@@ -79,7 +79,7 @@ def resume(files: Sequence[Path], state: TrainingState, plan: Plan) -> int:
         )
     names = [f"model.{name}" for name in weights if name.rpartition(".")[2] not in _BUFFERS]
     state.restore_moments(_moments(shards, names, state))
-    step = shards[0]["epoch"] * plan.steps_per_epoch
+    step = shards[0]["epoch"] * schedule.steps_per_epoch
     state.go_to(step)
     logger.info("resumed from arcface_torch's checkpoint of %d ranks in %s", len(files), files[0].parent)
     return step

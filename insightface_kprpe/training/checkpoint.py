@@ -6,16 +6,18 @@
   share once, class centers and their moments as shards of one tensor; ``run.pt`` holds the rest. It is written under
   another name and renamed when every rank has finished, so a folder of that name is always whole;
 - ``latest``: the name of the checkpoint to resume from;
-- ``best``: the name of the one that scored best when it was validated.
+- ``best``: the name of the one that scored best when it was validated;
+- ``scores.json``: what validation said, by step.
 
 All ranks must see the same folder.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -26,64 +28,24 @@ import torch
 import torch.distributed as dist
 
 from ..distributed import rank_and_world_size
-from ..files import atomic_path, sync_folder, write_atomically
+from ..files import sync_folder, write_atomically
 from . import arcface_torch_checkpoint
-from .callbacks import METRICS
+from .checkpoint_files import (
+    SCORES,
+    checkpoint_number,
+    latest_checkpoint,
+    list_checkpoints,
+    pointed_checkpoint,
+    read_scores,
+    read_values,
+    save_model,
+)
 from .random_state import random_state, seed_everything, seed_from, set_random_state
-from .sharded_tensors import read_tensors, stage, write_tensors
-from .state import Plan, TrainingState
+from .run_folder import writing
+from .sharded_tensors import read_tensors, stage, stored_bytes, write_tensors
+from .state import Schedule, TrainingState
 
 logger = logging.getLogger(__name__)
-
-NEW_RUN = ".new_run"  # in a run's folder from when a new run starts until it has put an older one aside
-_FOLDER = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
-
-
-def barrier() -> None:
-    """Wait for all ranks, if there are several."""
-    if rank_and_world_size()[1] > 1:
-        dist.barrier()
-
-
-def list_checkpoints(output: str | Path) -> list[Path]:
-    """Whole checkpoints of a run, by their step."""
-    folders = [path for path in (Path(output) / "checkpoints").glob("step_*") if _FOLDER.fullmatch(path.name)]
-    return sorted(folders, key=_number)
-
-
-def latest_checkpoint(output: str | Path) -> Path | None:
-    """The checkpoint to resume from, or None where there is none yet."""
-    named = _pointed(Path(output) / "checkpoints", "latest")
-    if named is not None:
-        return named
-    folders = list_checkpoints(output)
-    return folders[-1] if folders else None
-
-
-def put_aside(output: str | Path) -> None:
-    """Make room for a new run: the checkpoints and metrics of an older become ``checkpoints.old`` (``.old.1``, ...)."""
-    output = Path(output)
-    if list_checkpoints(output):
-        root = output / "checkpoints"
-        aside, number = root.with_suffix(".old"), 0
-        while aside.exists():
-            number += 1
-            aside = root.with_suffix(f".old.{number}")
-        if (output / METRICS).is_file():
-            os.replace(output / METRICS, root / METRICS)
-        os.replace(root, aside)
-        logger.warning(
-            "the checkpoints and metrics of an earlier run are now in %s; resume=True continues a run, and they may be "
-            "removed",
-            aside,
-        )
-    (output / NEW_RUN).unlink(missing_ok=True)
-
-
-def save_model(path: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
-    """Write a backbone's weights as arcface_torch's ``model.pt``: a plain state dict, on CPU."""
-    with atomic_path(path) as temporary:
-        torch.save({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, temporary)
 
 
 class Checkpointer:
@@ -96,57 +58,90 @@ class Checkpointer:
         asynchronous: write in the background while training goes on, from a copy in main memory; at most one at once.
 
     Attributes:
-        best_score: of all validations so far; None before the first.
+        scores: what validation said, by step; None where it gave no number. Of rank 0 alone.
     """
 
     def __init__(self, output: str | Path, keep: int = 2, every: int = 0, asynchronous: bool = False) -> None:
         self.output, self.root = Path(output), Path(output) / "checkpoints"
         self.keep, self.every, self.asynchronous = keep, every, asynchronous
-        self.best_score: float | None = None
+        self.scores: dict[int, float | None] = {}
         self.rank, self.world_size = rank_and_world_size()
         # The background's messages must not mix with those of training.
         self.group = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self._writing: _Background | None = None
 
-    def due(self, step: int, plan: Plan, score: float | None = None) -> bool:
-        """Whether to save after this step."""
+    def due(self, step: int, schedule: Schedule) -> bool:
+        """Whether to save after this step, whatever else asks for it."""
         often = self.every > 0 and step % self.every == 0
-        return often or step % plan.steps_per_epoch == 0 or step == plan.total_steps or self._is_best(score)
+        return often or step % schedule.steps_per_epoch == 0 or step == schedule.total_steps
 
-    def _is_best(self, score: float | None) -> bool:
-        return score is not None and (self.best_score is None or score > self.best_score)
-
-    def save(self, step: int, state: TrainingState, plan: Plan, score: float | None = None) -> None:
+    def save(self, step: int, state: TrainingState, schedule: Schedule) -> None:
         """Save after ``step`` optimizer steps; call it on every rank.
 
         Args:
             step: optimizer steps done.
             state: what to save; may change as soon as the call returns.
-            plan: how long the run is.
-            score: what validation said of this step, the higher the better, the same on every rank; None: nothing.
+            schedule: how long the run is.
+
+        Raises:
+            TrainingError: it could not be written, or the one before, in the background.
         """
         self.wait()
-        best = self._is_best(score)
-        if best:
-            self.best_score = score
         if self.rank == 0:
             self._clear()
         tensors = stage(state.tensors(), state.sharded(), self.group)
         values = {
             "step": step,
-            "steps_per_epoch": plan.steps_per_epoch,
-            "best_score": self.best_score,
+            "steps_per_epoch": schedule.steps_per_epoch,
             "random": self._of_all_ranks(random_state()),  # no rank gets past this before rank 0 has cleared up
             **state.values(),
         }
+        size = stored_bytes(state.tensors(), state.sharded())
 
         def write() -> None:
-            self._write(step, tensors, values, best)
+            last = latest_checkpoint(self.output)
+            whole = f"{last} is whole: make room and go on with resume=True"
+            hint = whole if last else "there is no earlier one; make room, or choose another output"
+            with writing(f"the checkpoint of step {step}", self.root, size, hint):
+                self._write(step, tensors, values)
 
         if self.asynchronous:
             self._writing = _Background(write)
         else:
             write()
+
+    def add_score(self, step: int, state: TrainingState, schedule: Schedule, score: float | None) -> None:
+        """Note what validation said of the checkpoint of this step, and keep it if it is the best; on rank 0.
+
+        Args:
+            step: optimizer steps done. What was not saved, as a network before its first step, is not noted.
+            state: as it was saved.
+            schedule: how long the run is.
+            score: the higher the better; None: it gave no number.
+
+        Raises:
+            TrainingError: the files could not be written.
+        """
+        self.wait()
+        folder = latest_checkpoint(self.output)
+        if folder is None or checkpoint_number(folder)[0] != step:
+            return
+        others = [other for at, other in self.scores.items() if other is not None and at != step]
+        best = score is not None and math.isfinite(score) and all(score > other for other in others)
+        scores = {**self.scores, step: score}
+        with writing("the best checkpoint", self.output):
+            if best:
+                save_model(self.output / "best_model.pt", state.model.state_dict())
+                write_atomically(self.root / "best", f"{folder.name}\n".encode())
+            # Last: a run that is killed before it validates again, to the same end.
+            content = {"steps_per_epoch": schedule.steps_per_epoch, "scores": scores}
+            write_atomically(self.root / SCORES, (json.dumps(content) + "\n").encode())
+        self.scores = scores
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, if anything did."""
+        if self._writing is not None and self._writing.error is not None:
+            self.wait()
 
     def wait(self) -> None:
         """Return when nothing is being written any more; raises what went wrong in the background."""
@@ -154,13 +149,13 @@ class Checkpointer:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def start(self, state: TrainingState, plan: Plan, resume: bool) -> int:
+    def start(self, state: TrainingState, schedule: Schedule, resume: bool) -> int:
         """Go back to the latest checkpoint, or begin anew; returns the optimizer steps done."""
         if self.rank == 0:
             self._clear()
-        return self.resume(state, plan) if resume else 0
+        return self.resume(state, schedule) if resume else 0
 
-    def resume(self, state: TrainingState, plan: Plan) -> int:
+    def resume(self, state: TrainingState, schedule: Schedule) -> int:
         """Go back to the latest checkpoint, or else to that of arcface_torch; returns the optimizer steps done.
 
         With as many ranks as wrote it, the run continues with the same bits; otherwise with the same weights, moments
@@ -172,13 +167,13 @@ class Checkpointer:
         """
         folder = latest_checkpoint(self.output)
         if folder is None and (files := arcface_torch_checkpoint.find(self.output)):
-            return arcface_torch_checkpoint.resume(files, state, plan)
+            return arcface_torch_checkpoint.resume(files, state, schedule)
         if folder is None:
             aside = sorted(path.name for path in self.output.glob("checkpoints.old*"))
             hint = f"; those of earlier runs are in its {', '.join(aside)}" if aside else ""
             logger.info("no checkpoint in %s yet, starting from the beginning%s", self.output, hint)
             return 0
-        values = _read_values(folder)
+        values = read_values(folder)
         if values["optimizer"] != type(state.optimizer).__name__:
             raise ValueError(
                 f"{folder} was written with optimizer {values['optimizer']}, this run has "
@@ -186,15 +181,16 @@ class Checkpointer:
             )
         tensors = read_tensors(folder, state.tensors(), state.sharded(), state.optimized(), self.group)
         state.restore(tensors, values)
-        step, self.best_score = values["step"], values["best_score"]
+        step = values["step"]
         logger.info("resumed from %s", folder)
-        if values["steps_per_epoch"] != plan.steps_per_epoch:
-            step = plan.step_after(step, values["steps_per_epoch"])
+        if values["steps_per_epoch"] != schedule.steps_per_epoch:
+            step = schedule.step_after(step, values["steps_per_epoch"])
             logger.warning(
                 "an epoch had %d steps, now %d: step %d continues as step %d",
-                values["steps_per_epoch"], plan.steps_per_epoch, values["step"], step,
+                values["steps_per_epoch"], schedule.steps_per_epoch, values["step"], step,
             )  # fmt: skip
         state.go_to(step)
+        self.scores = read_scores(self.root / SCORES, schedule, step)
         if len(values["random"]) == self.world_size:
             set_random_state(values["random"][self.rank])
         else:
@@ -206,7 +202,7 @@ class Checkpointer:
         """Remove what a kill left half written."""
         for leftover in self.root.glob("pending_*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        for leftover in [*self.root.glob(".*.tmp"), *self.output.glob(".*model.pt.*.tmp")]:
+        for leftover in [*self.root.glob(".*.tmp"), *self.output.glob(".*.tmp")]:
             leftover.unlink(missing_ok=True)
 
     def _of_all_ranks(self, value: Any) -> list[Any]:
@@ -216,41 +212,41 @@ class Checkpointer:
         dist.all_gather_object(values, value, self.group)
         return values
 
-    def _write(self, step: int, tensors: dict[str, Any], values: dict[str, Any], best: bool) -> None:
+    def _write(self, step: int, tensors: dict[str, Any], values: dict[str, Any]) -> None:
         pending = self.root / f"pending_{step:08d}"
-        write_tensors(pending, tensors, self.group)
-        if self.rank == 0:
-            with open(pending / "run.pt", "wb") as file:
-                torch.save(values, file)
-                file.flush()
-                os.fsync(file.fileno())
-            sync_folder(pending)
-            # Before the checkpoint: a run that is killed here writes it again, but not one that has nothing left to do.
-            model = {key[len("model.") :]: value for key, value in tensors.items() if key.startswith("model.")}
-            save_model(self.output / "model.pt", model)
-            if best:
-                save_model(self.output / "best_model.pt", model)
-            self._publish(pending, step, best)
+        try:
+            write_tensors(pending, tensors, self.group)
+            if self.rank == 0:
+                with open(pending / "run.pt", "wb") as file:
+                    torch.save(values, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                sync_folder(pending)
+                # Before the checkpoint: a run that is killed here writes it again, but not one that is at its end.
+                model = {key[len("model.") :]: value for key, value in tensors.items() if key.startswith("model.")}
+                save_model(self.output / "model.pt", model)
+                self._publish(pending, step)
+        except BaseException:
+            shutil.rmtree(pending, ignore_errors=True)
+            raise
         if self.group is not None:
             dist.barrier(self.group)
 
-    def _publish(self, pending: Path, step: int, best: bool) -> None:
+    def _publish(self, pending: Path, step: int) -> None:
         folder, attempt = self.root / f"step_{step:08d}", 0
         while folder.exists():  # of an earlier attempt, and perhaps what `latest` names: leave it until later
             attempt += 1
             folder = self.root / f"step_{step:08d}.{attempt}"
         os.replace(pending, folder)
         sync_folder(self.root)
-        if best:  # before `latest`: a run killed between the two comes here again
-            write_atomically(self.root / "best", f"{folder.name}\n".encode())
         write_atomically(self.root / "latest", f"{folder.name}\n".encode())
         self._remove_old(folder)
 
     def _remove_old(self, latest: Path) -> None:
         """Remove what is too old, and what an earlier attempt left of this and later steps."""
         folders = list_checkpoints(self.output)
-        done = [folder for folder in folders if _number(folder)[0] < _number(latest)[0]]
-        kept = {latest, _pointed(self.root, "best"), *(done[1 - self.keep :] if self.keep > 1 else [])}
+        done = [folder for folder in folders if checkpoint_number(folder)[0] < checkpoint_number(latest)[0]]
+        kept = {latest, pointed_checkpoint(self.root, "best"), *(done[1 - self.keep :] if self.keep > 1 else [])}
         for folder in folders:
             if folder not in kept:
                 trash = self.root / f"pending_removal_of_{folder.name}"
@@ -275,23 +271,4 @@ class _Background:
     def result(self) -> None:
         self.thread.join()
         if self.error is not None:
-            raise RuntimeError(f"a checkpoint could not be written: {self.error}") from self.error
-
-
-def _number(folder: Path) -> tuple[int, int]:
-    step, attempt = _FOLDER.fullmatch(folder.name).groups()
-    return int(step), int(attempt or 0)
-
-
-def _pointed(root: Path, pointer: str) -> Path | None:
-    """The checkpoint that a pointer file names, if both exist."""
-    path = root / pointer
-    name = path.read_text().strip() if path.is_file() else ""
-    return root / name if _FOLDER.fullmatch(name) and (root / name).is_dir() else None
-
-
-def _read_values(folder: Path) -> dict[str, Any]:
-    try:
-        return torch.load(folder / "run.pt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{folder}/run.pt is damaged; remove {folder} to resume from an older one") from error
+            raise self.error

@@ -1,19 +1,32 @@
-"""The command line that every training program has: a config and ``key=value`` overrides."""
+"""The command line that every training program has: a config, ``key=value`` overrides, and the log."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from easydict import EasyDict as edict
 
 from .config import load_config
-from .loop import TrainingError
+from .loop import EXIT_INTERRUPTED
+from .run_folder import TrainingError, writing
+
+DEBUG = "INSIGHTFACE_KPRPE_DEBUG"  # an environment variable: anything but "" and "0" shows tracebacks
+
+# (config, world size, images a second of one GPU) -> text
+Plan = Callable[[edict, int, float | None], str]
 
 
 def run_command_line(
-    train: Callable[[edict], object], arguments: Sequence[str] | None, base: str, **description: str
+    train: Callable[[edict], object],
+    arguments: Sequence[str] | None,
+    base: str,
+    plan: Plan | None = None,
+    **description: str,
 ) -> None:
     """Read a config and train by it; what a user can mend is one sentence and exit status 1, not a traceback.
 
@@ -21,13 +34,62 @@ def run_command_line(
         train: what to do with the config.
         arguments: of the command line; None: those of this process.
         base: see :func:`~insightface_kprpe.training.config.load_config`.
+        plan: what the option ``--plan`` prints instead; None: there is no such option.
         **description: ``prog``, ``description`` and ``epilog`` of the help.
     """
+    options = _parser(plan is not None, description).parse_intermixed_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides, base)
+        if plan is not None and options.plan:
+            print(plan(config, options.world_size, options.images_per_second))
+            return
+        start_logging(Path(config.output), int(os.environ.get("RANK", 0)))
+        train(config)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except (ValueError, ImportError, OSError, EOFError, RuntimeError) as error:
+        if os.environ.get(DEBUG, "0") not in ("", "0"):
+            raise
+        explained = isinstance(error, ValueError | ImportError | OSError | TrainingError)
+        hint = "" if explained else f" ({DEBUG}=1 in the environment shows where)"
+        sys.exit(f"error: {str(error) or type(error).__name__}{hint}")
+
+
+def _parser(plans: bool, description: dict[str, str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(**description)
     parser.add_argument("config", help="a config file, or the name of one in recognition_configs/ (e.g. quickstart)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values of the config")
-    options = parser.parse_args(arguments)
-    try:
-        train(load_config(options.config, options.overrides, base))
-    except (ValueError, ImportError, FileNotFoundError, TrainingError) as error:
-        sys.exit(f"error: {error}")
+    if plans:
+        parser.add_argument("--plan", action="store_true", help="do not train: print what it needs (memory, steps)")
+        parser.add_argument("--world-size", type=int, default=1, help="with --plan: number of GPUs")
+        parser.add_argument("--images-per-second", type=float, help="with --plan: of one GPU, for the hours")
+    return parser
+
+
+def start_logging(output: Path, rank: int) -> None:
+    """Send the package's log to the console and to ``training.log``; ranks other than 0 keep to warnings."""
+    root = logging.getLogger("insightface_kprpe")
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if rank == 0:
+        with writing("the folder of the run", output):
+            output.mkdir(parents=True, exist_ok=True)
+            handlers.append(_LogFile(output / "training.log"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        root.addHandler(handler)
+    root.propagate = False
+
+
+class _LogFile(logging.FileHandler):
+    """Says once that a line could not be written, as on a full disk, and not with a traceback for each."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            self.failed = True
+            print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)

@@ -6,11 +6,12 @@ import ast
 import difflib
 import importlib.resources
 import json
+import math
 import os
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from easydict import EasyDict as edict
 
@@ -30,8 +31,41 @@ _CHOICES = {
     "gradient_compression": (None, "bf16"),
     "precision": (None, "fp32", "fp16", "bf16"),
 }
-_POSITIVE = ("batch_size", "gradient_acc", "num_epoch", "lr", "clip_grad", "frequent", "verbose", "keep_checkpoints")
-_POSITIVE += ("embedding_size", "image_size", "position_lr_scale")
+
+
+class _Range(NamedTuple):
+    """What a number may be; infinite and NaN never."""
+
+    low: float
+    high: float = math.inf
+    low_allowed: bool = True
+    high_allowed: bool = False
+
+    def holds(self, value: float) -> bool:
+        above = value >= self.low if self.low_allowed else value > self.low
+        return above and (value <= self.high if self.high_allowed else value < self.high)
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"in {'(['[self.low_allowed]}{self.low}, {self.high}{')]'[self.high_allowed]}"
+        return f"{'positive' if self in (_COUNT, _POSITIVE) else f'{self.low} or more'} and finite"
+
+
+_COUNT, _POSITIVE, _NOT_NEGATIVE = _Range(1), _Range(0, low_allowed=False), _Range(0)
+_FRACTION, _BELOW_ONE = _Range(0, 1, high_allowed=True), _Range(0, 1)
+_RANGES = {
+    **dict.fromkeys(("batch_size", "gradient_acc", "num_epoch", "frequent", "verbose", "keep_checkpoints"), _COUNT),
+    **dict.fromkeys(("embedding_size", "image_size"), _COUNT),
+    **dict.fromkeys(("lr", "clip_grad", "position_lr_scale", "logit_scale", "adaface_h"), _POSITIVE),
+    **dict.fromkeys(("num_classes", "num_image", "num_workers", "save_every"), _NOT_NEGATIVE),
+    **dict.fromkeys(("weight_decay", "padding"), _NOT_NEGATIVE),
+    **dict.fromkeys(("momentum", "repeated_augmentation"), _BELOW_ONE),
+    **dict.fromkeys(("init_min_match", "max_bad_images", "interclass_filtering_threshold"), _FRACTION),
+    **dict.fromkeys(("adaface_m", "adaface_t_alpha"), _FRACTION),
+    "sample_rate": _Range(0, 1, low_allowed=False, high_allowed=True),
+    "warmup_epoch": _Range(-1),  # which is none, as in some of arcface_torch's configs
+    "seed": _Range(0, 2**32),
+}
 
 
 class ConfigError(ValueError):
@@ -107,9 +141,14 @@ def dump_config(config: edict, path: str | Path) -> None:
 
 def _find(path: str | Path) -> Path:
     path = Path(path)
-    shipped = configs_folder() / path.with_suffix(".py").name
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+        if path.is_dir() and path.parts:
+            raise ConfigError(f"config must be a file, got the folder {path}; of a run it is {path / 'config.json'}")
+        shipped = configs_folder() / f"{path.stem}.py"
+    except OSError as error:
+        raise ConfigError(f"config must be a file, got {str(path)!r:.80}: {error.strerror}") from error
     is_name = path.suffix in ("", ".py") and path.parts[:-1] in ((), (configs_folder().name,), ("recognition_configs",))
     if is_name and shipped.is_file():
         return shipped
@@ -126,15 +165,16 @@ def _find(path: str | Path) -> Path:
 def _run(path: Path) -> dict[str, Any]:
     if not path.exists():
         return recipes.by_name(path.stem)
+    is_json = path.suffix == ".json"
     try:
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        namespace = runpy.run_path(str(path))
+        config = json.loads(path.read_text()) if is_json else runpy.run_path(str(path)).get("config")
     except Exception as error:
-        raise ConfigError(f"{path} cannot be run as a config: {type(error).__name__}: {error}") from error
-    if not isinstance(namespace.get("config"), dict):
-        raise ConfigError(f"{path} must define `config = edict()`; it does not")
-    return namespace["config"]
+        what = "is no JSON" if is_json else "cannot be run as a config"
+        raise ConfigError(f"{path} {what}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        wanted = "hold one object {...}, as a run's config.json does" if is_json else "define `config = edict()`"
+        raise ConfigError(f"{path} must {wanted}, with names of keys; got {config!r:.60}")
+    return config
 
 
 def _literal(text: str) -> Any:
@@ -158,11 +198,14 @@ def _checked(config: edict, key: str, value: Any, where: str) -> Any:
     if expected is tuple and isinstance(value, str):  # val_targets=lfw
         return (value,)
     if (issubclass(expected, dict) or key == "augment") and isinstance(value, dict):
+        if not all(isinstance(name, str) for name in value):
+            raise ConfigError(f"{where}: {key} must have names for keys, got {value!r}")
         return dict(value)
     if key == "augment" and isinstance(value, str):
         return value
     if type(value) is not expected:
-        raise ConfigError(f"{where}: {key} must be {expected.__name__}, got {type(value).__name__} {value!r}")
+        name = "dict" if issubclass(expected, dict) else expected.__name__
+        raise ConfigError(f"{where}: {key} must be {name}, got {type(value).__name__} {value!r}")
     return value
 
 
@@ -170,12 +213,31 @@ def _check_values(config: edict) -> None:
     for key, choices in _CHOICES.items():
         if key in config and config[key] not in choices:
             raise ConfigError(f"{key} must be one of {choices}, got {config[key]!r}")
-    for key in _POSITIVE:
-        if config.get(key, 1) <= 0:
-            raise ConfigError(f"{key} must be positive, got {config[key]}")
-    if not 0 < config.get("sample_rate", 1) <= 1:
-        raise ConfigError(f"sample_rate must be in (0, 1], got {config.sample_rate}")
-    if not 0 <= config.get("init_min_match", 0) <= 1:
-        raise ConfigError(f"init_min_match must be in [0, 1], got {config.init_min_match}")
+    for key, allowed in _RANGES.items():
+        if key in config and not allowed.holds(config[key]):
+            raise ConfigError(f"{key} must be {allowed}, got {config[key]}")
+    for key, value in config.items():
+        if not all(math.isfinite(number) for number in _leaves(value) if isinstance(number, float)):
+            raise ConfigError(f"{key} must hold finite numbers, got {value}")
+        numeric = key in ("margin_list", "decay_epochs", "augment") and isinstance(value, tuple | dict)
+        if numeric and not all(type(number) in (int, float) for number in _leaves(value)):
+            raise ConfigError(f"{key} must hold numbers, got {value}")
+        if key in ("rec", "data", "network", "output") and value == "":
+            raise ConfigError(f"{key} must not be empty")
+    if len(config.get("margin_list", (1.0, 0.5, 0.0))) != 3:
+        raise ConfigError(f"margin_list must be three numbers, such as (1.0, 0.5, 0.0), got {config.margin_list}")
+    if any(epoch <= 0 for epoch in config.decay_epochs):
+        raise ConfigError(f"decay_epochs must be positive, got {config.decay_epochs}")
     if config.scheduler == "step" and not config.decay_epochs:
         raise ConfigError('scheduler "step" needs decay_epochs, e.g. (10, 16, 22)')
+    if not all(isinstance(target, str) and target for target in config.get("val_targets", ())):
+        raise ConfigError(f"val_targets must be names or paths, got {config.val_targets}")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """A value, or what dicts, lists and tuples hold, however deep."""
+    if not isinstance(value, dict | list | tuple):
+        yield value
+        return
+    for item in value.values() if isinstance(value, dict) else value:
+        yield from _leaves(item)

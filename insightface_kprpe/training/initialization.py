@@ -33,7 +33,7 @@ class Match(NamedTuple):
     unused: list[str]
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
         """Part of the network's tensors that were taken over, in [0, 1]."""
         return len(self.matched) / max(1, len(self.matched) + len(self.missing) + len(self.mismatched))
 
@@ -54,7 +54,7 @@ def initialize(backbone: nn.Module, partial_fc: PartialFC, source: str | Path, m
         backbone: takes over every tensor of the file that has its name and shape.
         partial_fc: takes over the class centers of arcface_torch's checkpoints, where people and embedding size agree.
         source: a weights file, the output folder of a run, or a folder of arcface_torch's ``checkpoint_gpu_*.pt``.
-        min_match: least share of the backbone's tensors that must match, in [0, 1].
+        min_match: least fraction of the backbone's tensors that must match, in [0, 1].
 
     Returns:
         What matched.
@@ -71,10 +71,10 @@ def initialize(backbone: nn.Module, partial_fc: PartialFC, source: str | Path, m
         state = strip_prefixes(read_state_dict(source / "model.pt" if source.is_dir() else source))
     match = compare(backbone, state)
     logger.info("init_from %s: %s", source, match)
-    if match.share < min_match:
+    if match.fraction < min_match:
         raise ValueError(
-            f"init_from must fit at least {min_match:.0%} of the network, {source} fits {match.share:.0%} ({match}); "
-            "choose the network of that file, or set init_min_match lower"
+            f"init_from must fit at least {min_match:.0%} of the network, {source} fits {match.fraction:.0%} "
+            f"({match}); choose the network of that file, or set init_min_match lower"
         )
     backbone.load_state_dict({key: state[key] for key in match.matched}, strict=False)
     if checkpoint and not arcface_torch_checkpoint.load_centers(checkpoint, partial_fc):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import cv2
 import torch
 from easydict import EasyDict as edict
 from torch.utils.data import Dataset
@@ -23,13 +24,15 @@ from ..dfa.weights import start_from
 from ..distributed import process_group, rank_and_world_size
 from ..evaluation.landmarks import evaluate_landmarks
 from ..progress import Progress
-from .callbacks import Metrics, SpeedLog
-from .checkpoint import Checkpointer, put_aside
+from .checkpoint import Checkpointer
 from .command_line import run_command_line
-from .config import dump_config, merge_config
-from .loop import begin, build_loader, run_steps, step_generator
+from .config import merge_config
+from .loop import build_loader, run_steps, step_generator
+from .metrics import Metrics, SpeedLog, open_metrics
 from .optimization import AUTOCAST, distributed, optimize
-from .state import Plan, build_state
+from .run_folder import open_run
+from .state import Schedule, build_state
+from .validation import Validation
 
 logger = logging.getLogger("insightface_kprpe.training.landmark_trainer")  # under "python -m" __name__ is another
 
@@ -39,58 +42,56 @@ T = TypeVar("T")
 def train_dfa(config: edict) -> dict[str, float]:
     """Run a config to its end.
 
+    What goes on is logged by the package's loggers, from level INFO on; :func:`main` shows it and keeps a file of it.
+
     Args:
         config: what ``load_config(path, overrides, base="dfa_base")`` returned.
 
     Returns:
-        ``nme``, ``failure_rate`` and ``score`` of the last validation; empty without a validation set.
+        ``nme``, ``failure_rate`` (in [0, 1]) and ``score`` of the last validation; empty without a validation set, and
+        on ranks other than 0.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, a checkpoint cannot be written, or another run writes to the folder.
+        ValueError: a setting does not fit the others, or the data.
         SystemExit: a signal asked the run to stop; its state is saved.
     """
     output = Path(config.output)
-    resume = begin(output, config.resume)
-    with process_group() as device:
-        rank, world_size = rank_and_world_size()
-
-        dataset = LandmarkDataset(config.data, config.image_size, config.padding)
-        loss = _build(DFALoss, config.loss_kwargs, "loss_kwargs")
-        augmentation = _build(LandmarkAugmentation, config.augmentation_kwargs, "augmentation_kwargs")
-        torch.manual_seed(config.seed)
-        net = RetinaFaceNet(config.body, config.aggregator, config.image_size)
-        if config.init_from is not None:
-            start_from(net, config.init_from)
+    with open_run(output, config.resume) as resume, process_group() as device:
+        net, dataset, loss, augmentation = _build_parts(config)
         net.to(device, memory_format=torch.channels_last)  # a sixth faster
         training = LandmarkTraining(net, dataset, loss, augmentation, config, device)
+        state, schedule = training.state, training.schedule
         checkpoints = Checkpointer(output, config.keep_checkpoints, config.save_every, config.async_save)
-        step = checkpoints.start(training.state, training.plan, resume)
+        step = checkpoints.start(state, schedule, resume)
+        measure = LandmarkValidation(config, net) if config.val is not None and training.rank == 0 else None
 
-        results: dict[str, float] = {}
-        log = validate = metrics = None
-        if rank == 0:
-            validation = None if config.val is None else Validation(config, device)
-            if not resume:  # now that the settings have proved right
-                put_aside(output)
-            dump_config(config, output / "config.json")
-            metrics = Metrics(output, config.tensorboard, step)
-            total_steps = training.plan.total_steps
-            log = SpeedLog(metrics, total_steps, config.batch_size * world_size, config.frequent, step)
-            if validation is not None:
+        with open_metrics(config, output, step, resume) as metrics:
+            log = validation = None
+            if metrics:
+                log = SpeedLog(metrics, schedule.total_steps, training.step_size, config.frequent, step)
+                logger.info("%s", _summary(config, training))
+            if measure:
+                measure.metrics = metrics
+            if config.val is not None:
+                validation = Validation(measure, config.verbose, state, schedule, checkpoints)
+            training.run(step=step, log=log, checkpoints=checkpoints, validation=validation)
 
-                def validate(step: int) -> float:
-                    results.update(validation(step, net))
-                    metrics.write(step, **results)
-                    return -results["nme"]
-
-            logger.info("%s", _summary(config, dataset, net, world_size, device, total_steps))
-        try:
-            training.run(step=step, log=log, checkpoints=checkpoints, validate=validate, verbose=config.verbose)
-        finally:
-            if metrics is not None:
-                metrics.close()
         logger.info("done: %s", output / "model.pt")
-        return results
+        return measure.latest if measure else {}
+
+
+def _build_parts(config: edict) -> tuple[RetinaFaceNet, LandmarkDataset, DFALoss, LandmarkAugmentation]:
+    """What a config asks for; the network has the weights that it starts from."""
+    dataset = LandmarkDataset(config.data, config.image_size, config.padding)
+    check_pictures(dataset)
+    loss = _build(DFALoss, config.loss_kwargs, "loss_kwargs")
+    augmentation = _build(LandmarkAugmentation, config.augmentation_kwargs, "augmentation_kwargs")
+    torch.manual_seed(config.seed)
+    net = RetinaFaceNet(config.body, config.aggregator, config.image_size)
+    if config.init_from is not None:
+        start_from(net, config.init_from)
+    return net, dataset, loss, augmentation
 
 
 def train_landmarks(
@@ -136,10 +137,10 @@ def train_landmarks(
     config = merge_config({"train_landmarks": values}, base="dfa_base")
     device = net.anchors.device
     training = LandmarkTraining(net, dataset, loss or DFALoss(), augmentation, config, device)
-    with Progress(total=training.plan.total_steps, desc=description) as progress:
+    with Progress(total=training.schedule.total_steps, desc=description) as progress:
         last = float("nan")
 
-        def log(step: int, epoch: int, value: float, lr: float, scale: float | None) -> None:
+        def log(step: int, epoch: int, value: float, lr: float, loss_scale: float | None) -> None:
             nonlocal last
             last = value
             progress.update()
@@ -161,7 +162,8 @@ class LandmarkTraining:
         device: where to compute.
 
     Attributes:
-        plan: how long the run is.
+        schedule: how long the run is.
+        step_size: faces a step, over all ranks.
         state: everything that changes.
 
     Raises:
@@ -179,8 +181,9 @@ class LandmarkTraining:
     ) -> None:
         self.rank, world_size = rank_and_world_size()
         sampler = EpochSampler(len(dataset), config.batch_size, self.rank, world_size, config.seed)
-        self.plan = Plan(len(sampler), config.num_epoch)
-        self.state = build_state(config, net, loss.to(device), self.plan, device)
+        self.step_size = config.batch_size * world_size
+        self.schedule = Schedule(len(sampler), config.num_epoch)
+        self.state = build_state(config, net, loss.to(device), self.schedule, device)
         self.loader = build_loader(dataset, sampler, config.num_workers, device, config.seed)
         self.augmentation, self.config, self.device = augmentation, config, device
 
@@ -199,7 +202,7 @@ class LandmarkTraining:
             batches = [self._prepare(batch, step) for batch in batches]
             return optimize(loss_of, batches, network, self.state, self.config.clip_grad)
 
-        run_steps(self.state, take_step, self.loader, self.plan, **options)
+        run_steps(self.state, take_step, self.loader, self.schedule, **options)
 
     def _prepare(self, batch: FaceSample, step: int) -> FaceSample:
         """The batch on the device, augmented; the same step and rank give the same numbers everywhere."""
@@ -209,36 +212,63 @@ class LandmarkTraining:
         return self.augmentation(batch, step_generator(self.config.seed, step, self.rank))
 
 
-class Validation:
-    """Measures the landmark error on a labelled folder and keeps the lowest.
+class LandmarkValidation:
+    """Measures a network's landmark error on a labelled folder.
 
     Args:
         config: ``val``, ``image_size``, ``padding`` and ``num_workers`` are used.
-        device: of the network.
+        net: of the run, not wrapped.
+
+    Attributes:
+        metrics: where results go; to be set before the first call.
+        latest: ``nme``, ``failure_rate`` (in [0, 1]) and ``score`` of the last validation; empty before the first.
     """
 
-    def __init__(self, config: edict, device: torch.device) -> None:
+    metrics: Metrics
+
+    def __init__(self, config: edict, net: RetinaFaceNet) -> None:
         self.dataset = LandmarkDataset(config.val, config.image_size, config.padding, labelled_only=True)
-        self.device, self.workers = device, config.num_workers
+        check_pictures(self.dataset)
+        self.net, self.workers = net, config.num_workers
+        self.latest: dict[str, float] = {}
         self.best = float("inf")
 
-    def __call__(self, step: int, net: RetinaFaceNet) -> dict[str, float]:
-        """Measure; the network is put back into the mode it was in."""
-
-        def predict(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            found = net(images.flip(1))  # the network wants BGR
-            return found.keypoints, found.score
-
-        was_training = net.training
-        net.eval()
-        result = evaluate_landmarks(predict, self.dataset, device=self.device, workers=self.workers)
-        net.train(was_training)
+    def __call__(self, step: int) -> float:
+        """Measure; the network is put back into the mode it was in. Returns minus the error, the higher the better."""
+        was_training = self.net.training
+        self.net.eval()
+        try:
+            device = self.net.anchors.device
+            result = evaluate_landmarks(self._predict, self.dataset, device=device, workers=self.workers)
+        finally:
+            self.net.train(was_training)
         self.best = min(self.best, result.nme)
         logger.info(
             "step %d  %d faces: NME %.4f (best %.4f)  failures %.1f %%  mean score %.3f",
-            step, result.images, result.nme, self.best, result.failure_rate, result.score,
+            step, result.images, result.nme, self.best, 100 * result.failure_rate, result.score,
         )  # fmt: skip
-        return {"nme": result.nme, "failure_rate": result.failure_rate, "score": result.score}
+        self.latest = {"nme": result.nme, "failure_rate": result.failure_rate, "score": result.score}
+        self.metrics.write(step, **{**self.latest, "failure_rate": 100 * result.failure_rate})  # a file has percent
+        return -result.nme
+
+    def _predict(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self.net(images.flip(1))  # the network wants BGR
+        return found.keypoints, found.score
+
+
+def check_pictures(dataset: LandmarkDataset) -> None:
+    """Look at the head of every picture, so that training does not come upon a file that is none hours later.
+
+    Raises:
+        ValueError: a file is no picture that OpenCV reads.
+    """
+    pictures = dict.fromkeys(str(label.picture) for label in dataset.labels)
+    bad = [picture for picture in pictures if not cv2.haveImageReader(picture)]
+    if bad:
+        others = f", nor are {len(bad) - 1} others" if bad[1:] else ""
+        raise ValueError(
+            f"{bad[0]} is no picture{others} (of {len(pictures)}); restore the files, or take them out of label.txt"
+        )
 
 
 def _build(build: Callable[..., T], arguments: Mapping[str, Any], key: str) -> T:
@@ -248,15 +278,13 @@ def _build(build: Callable[..., T], arguments: Mapping[str, Any], key: str) -> T
         raise ValueError(f"{key}: {error}") from error
 
 
-def _summary(
-    config: edict, dataset: LandmarkDataset, net: RetinaFaceNet, world_size: int, device: torch.device, total_steps: int
-) -> str:
-    size = sum(parameter.numel() for parameter in net.parameters())
+def _summary(config: edict, training: LandmarkTraining) -> str:
+    size = sum(parameter.numel() for parameter in training.state.model.parameters())
     return (
         f"{config.body} {'with' if config.aggregator else 'without'} aggregator ({size:,} parameters) on "
-        f"{len(dataset)} faces; {world_size} x {device.type}, {config.precision}, "
-        f"batch {config.batch_size} x {world_size}, {total_steps} steps in {config.num_epoch} epochs; "
-        f"output {config.output}"
+        f"{len(training.loader.dataset)} faces; {training.step_size // config.batch_size} x {training.device.type}, "
+        f"{config.precision}, {training.step_size} faces a step, {training.schedule.total_steps} steps in "
+        f"{config.num_epoch} epochs; output {config.output}"
     )
 
 

@@ -7,48 +7,44 @@ import itertools
 import json
 import logging
 import math
-import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from typing import NoReturn
 
 import cv2
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.sampler import EpochSampler
-from ..distributed import RESTARTS, rank_and_world_size
+from ..distributed import rank_and_world_size
 from ..files import atomic_path, write_atomically
-from .callbacks import StopSignal, start_logging
-from .checkpoint import NEW_RUN, Checkpointer
+from .callbacks import StopSignal
+from .checkpoint import Checkpointer
 from .optimization import Batch, NotFinite
 from .random_state import seed_from
-from .state import Plan, TrainingState
+from .run_folder import TrainingError, writing
+from .state import Schedule, TrainingState
+from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
-EXIT_STOPPED = 128 + 15  # what a shell reports for a process ended by SIGTERM
+EXIT_STOPPED = 128 + signal.SIGTERM  # what a shell reports for a process ended by it
+EXIT_INTERRUPTED = 128 + signal.SIGINT  # and by Ctrl-C
 WORKER_GRACE = 10  # seconds that a reader process goes on after SIGTERM
 
 Log = Callable[[int, int, float, float, float | None], None]  # step, epoch, loss, lr, loss scale of fp16
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where it stood."""
 
 
 def run_steps(
     state: TrainingState,
     take_step: Callable[[int, Sequence[Batch]], float],
     loader: DataLoader,
-    plan: Plan,
+    schedule: Schedule,
     *,
     step: int = 0,
     log: Log | None = None,
     checkpoints: Checkpointer | None = None,
-    validate: Callable[[int], float | None] | None = None,
-    verbose: int = 1,
+    validation: Validation | None = None,
 ) -> None:
     """Take the steps of a run that are still to do.
 
@@ -57,71 +53,73 @@ def run_steps(
         take_step: called with the steps done so far and the batches of this one; returns the loss (of all ranks), or
             raises ``NotFinite``.
         loader: made by :func:`build_loader`.
-        plan: how long the run is.
+        schedule: how long the run is.
         step: steps done before.
         log: called after every step.
-        checkpoints: saves at the end of every epoch, as often as it was told to, after the best validation so far, and
-            when a signal asks the run to stop; None: nothing is saved, and a signal does what it does elsewhere.
-        validate: called with the number of steps done; returns a score, the higher the better, or None. Other ranks
-            wait meanwhile, so it may be None there.
-        verbose: steps between validations; there is always one at the end.
+        checkpoints: saves at the end of every epoch, as often as it was told to, before every validation, and when a
+            signal asks the run to stop; None: nothing is saved, and a signal does what it does elsewhere.
+        validation: takes place when it is due, on every rank; needs ``checkpoints``.
 
     Raises:
-        TrainingError: the loss or a gradient is not finite.
+        TrainingError: the loss or a gradient is not finite, or a checkpoint could not be written.
         SystemExit: a signal asked the run to stop; its state is saved.
     """
+    state.model.train()
     with StopSignal() if checkpoints else contextlib.nullcontext() as stop:
-        while step < plan.total_steps:
-            epoch, done = divmod(step, plan.steps_per_epoch)
-            loader.batch_sampler.set_position(epoch, done * plan.batches_per_step)
-            state.model.train()
-            for batches in grouped(loader, plan.batches_per_step):
-                lr = state.optimizer.param_groups[0]["lr"]
-                try:
-                    loss = take_step(step, batches)
-                except NotFinite as error:
-                    folder = checkpoints.output if checkpoints else None
-                    if checkpoints:
-                        checkpoints.wait()
-                    raise broken_step(error, state, step, plan, batches, loader, folder) from error
-                state.scheduler.step()
-                step += 1
-                if log:
-                    scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
-                    log(step, epoch, loss, lr, scale)
-                stopping = stop.agreed() if stop else False
-                score = None
-                if (step % verbose == 0 or step == plan.total_steps) and not stopping:
-                    score = _same_on_all_ranks(validate(step) if validate else None)
-                if checkpoints and (stopping or checkpoints.due(step, plan, score)):
-                    checkpoints.save(step, state, plan, score)
-                if stopping:
+        if validation:
+            validation.start(step)
+        for batches in remaining_steps(loader, schedule, step):
+            epoch, lr = step // schedule.steps_per_epoch, state.optimizer.param_groups[0]["lr"]
+            try:
+                loss = take_step(step, batches)
+            except NotFinite as error:
+                if checkpoints:
                     checkpoints.wait()
-                    logger.warning("stopped by a signal after step %d; continue with resume=True", step)
-                    raise SystemExit(EXIT_STOPPED)
-                if step % plan.steps_per_epoch == 0:
-                    break
+                raise broken_step(error, state, step, schedule, batches, loader, checkpoints) from error
+            state.scheduler.step()
+            step += 1
+            if log:
+                log(step, epoch, loss, lr, state.scaler.get_scale() if state.scaler.is_enabled() else None)
+            if checkpoints:
+                checkpoints.check()
+                number, validating = stop.agreed(), validation is not None and validation.due(step)
+                if number or validating or checkpoints.due(step, schedule):
+                    checkpoints.save(step, state, schedule)
+                if number:
+                    _stop(number, step, checkpoints)
+                if validating:
+                    validation(step)
         if checkpoints:
             checkpoints.wait()
+    if validation:
+        validation.warn_if_failed()
 
 
-def _same_on_all_ranks(score: float | None) -> float | None:
-    """What rank 0 says, on all ranks once rank 0 has got here."""
-    if rank_and_world_size()[1] == 1:
-        return score
-    value = torch.tensor(math.nan if score is None else score, dtype=torch.float64)  # on the CPU: goes over gloo
-    dist.broadcast(value, 0)
-    return None if value.isnan() else value.item()
+def remaining_steps(loader: DataLoader, schedule: Schedule, step: int) -> Iterator[tuple[Batch, ...]]:
+    """The batches of every step that is still to do, epoch by epoch."""
+    while step < schedule.total_steps:
+        epoch, done = divmod(step, schedule.steps_per_epoch)
+        loader.batch_sampler.set_position(epoch, done * schedule.batches_per_step)
+        for batches in itertools.islice(grouped(loader, schedule.batches_per_step), schedule.steps_per_epoch - done):
+            yield batches
+            step += 1
+
+
+def _stop(number: int, step: int, checkpoints: Checkpointer) -> NoReturn:
+    """End the run by a signal, once its state lies on the disk."""
+    checkpoints.wait()
+    logger.warning("stopped by a signal after step %d; continue with resume=True", step)
+    raise SystemExit(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED)
 
 
 def broken_step(
     error: NotFinite,
     state: TrainingState,
     step: int,
-    plan: Plan,
+    schedule: Schedule,
     batches: Sequence[Batch],
     loader: DataLoader,
-    output: Path | None,
+    checkpoints: Checkpointer | None,
 ) -> TrainingError:
     """Write what a step that is not finite was made of, and say where training stood.
 
@@ -129,34 +127,43 @@ def broken_step(
         error: of the step.
         state: not changed by it.
         step: steps done before.
-        plan: how long the run is.
+        schedule: how long the run is.
         batches: of the step, as they were loaded.
         loader: of the batches.
-        output: ``bad_batch_step_N_rank_R.json`` and ``.pt`` are written here; None: nowhere.
+        checkpoints: ``bad_batch_step_N_rank_R.json`` and ``.pt`` are written to their run's folder; None: nowhere.
     """
-    epoch, done = divmod(step, plan.steps_per_epoch)
-    lr, scale = state.optimizer.param_groups[0]["lr"], state.scaler.get_scale()
-    names = ", ".join(error.names[:3]) + (f" and {len(error.names) - 3} more" if len(error.names) > 3 else "")
+    epoch = step // schedule.steps_per_epoch
+    lr, loss_scale = state.optimizer.param_groups[0]["lr"], state.scaler.get_scale()
     saved = ""
-    if output is not None:
-        path = output / f"bad_batch_step_{step + 1}_rank_{rank_and_world_size()[0]}.json"
-        loader.batch_sampler.set_position(epoch, done * plan.batches_per_step)
-        indices = [int(i) for batch in itertools.islice(loader.batch_sampler, plan.batches_per_step) for i in batch]
-        keys = [loader.dataset.record_key(index) for index in indices]
+    if checkpoints:
+        path = checkpoints.output / f"bad_batch_step_{step + 1}_rank_{rank_and_world_size()[0]}.json"
         report = {
-            "step": step + 1, "epoch": epoch, "lr": lr, "loss_scale": scale, "loss": str(error.loss),
-            "not_finite": error.names, "indices": indices, "keys": keys,
+            "step": step + 1, "epoch": epoch, "lr": lr, "loss_scale": loss_scale, "loss": str(error.loss),
+            "not_finite": error.names, **_images_of(step, schedule, loader),
         }  # fmt: skip
-        write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
-        with atomic_path(path.with_suffix(".pt")) as temporary:
-            torch.save([[tensor.cpu() for tensor in batch] for batch in batches], temporary)
-        saved = f"its images are in {path.with_suffix('.pt')}, their keys in {path.name}; "
+        try:
+            with writing("the images of this step", path.parent):
+                write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+                with atomic_path(path.with_suffix(".pt")) as temporary:
+                    torch.save([[tensor.cpu() for tensor in batch] for batch in batches], temporary)
+            saved = f"its images are in {path.with_suffix('.pt')}, their keys in {path.name}; "
+        except TrainingError as full:
+            saved = f"{full}; "
+    names = ", ".join(error.names[:3]) + (f" and {len(error.names) - 3} more" if len(error.names) > 3 else "")
     what = f"loss is {error.loss}" if not math.isfinite(error.loss) else "a gradient is not finite"
     return TrainingError(
-        f"{what} at step {step + 1} (epoch {epoch}, lr {lr:.6g}, loss scale {scale:g}; not finite: "
+        f"{what} at step {step + 1} (epoch {epoch}, lr {lr:.6g}, loss scale {loss_scale:g}; not finite: "
         f"{names or 'nothing on this rank but the loss'}); {saved}"
         "lower lr, lengthen warmup_epoch or use precision bf16; resume=True starts from the last checkpoint"
     )
+
+
+def _images_of(step: int, schedule: Schedule, loader: DataLoader) -> dict[str, list]:
+    """Indices and keys of the images that this rank takes in a step."""
+    epoch, done = divmod(step, schedule.steps_per_epoch)
+    loader.batch_sampler.set_position(epoch, done * schedule.batches_per_step)
+    indices = [int(i) for batch in itertools.islice(loader.batch_sampler, schedule.batches_per_step) for i in batch]
+    return {"indices": indices, "keys": [loader.dataset.record_key(index) for index in indices]}
 
 
 def build_loader(
@@ -177,6 +184,7 @@ def build_loader(
 def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)  # one thread a worker: they are many
     # A signal to the whole process group is for the rank, which may still need a batch before it saves and stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
@@ -191,24 +199,3 @@ def grouped(batches: Iterable[Batch], size: int) -> Iterator[tuple[Batch, ...]]:
 def step_generator(*numbers: int) -> torch.Generator:
     """A CPU generator that the same numbers (seed, step, rank) put into the same state everywhere."""
     return torch.Generator().manual_seed(seed_from(*numbers))
-
-
-def begin(output: Path, resume: bool) -> bool:
-    """Make a run's folder and open its log; to be called before anything that may fail.
-
-    torchrun starts a failed run again, with the same arguments. If the first attempt was a new run in the folder of an
-    older one and failed before it had put that aside, the second is a new run too.
-
-    Returns:
-        Whether to go on from the last checkpoint: asked for, or this is torchrun's second attempt after a failure.
-    """
-    rank = rank_and_world_size()[0] if dist.is_initialized() else int(os.environ.get("RANK", 0))
-    output.mkdir(parents=True, exist_ok=True)
-    start_logging(output, rank)
-    if int(os.environ.get(RESTARTS, 0)) > 0:
-        return resume or not (output / NEW_RUN).exists()
-    if rank == 0 and not resume:
-        (output / NEW_RUN).touch()
-    elif rank == 0:
-        (output / NEW_RUN).unlink(missing_ok=True)
-    return resume

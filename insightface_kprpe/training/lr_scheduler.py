@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 def lr_factor(
     scheduler: str, total_steps: int, warmup_steps: int = 0, decay_steps: Sequence[int] = ()
 ) -> Callable[[int], float]:
-    """The share of the peak learning rate that step number ``step`` (0, 1, ...) uses.
+    """The factor of the peak learning rate that step number ``step`` (0, 1, ...) uses.
 
     Args:
         scheduler: "polynomial" (linear to 0, as arcface_torch), "cosine" (to 0) or "step" (divided by 10).

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import torch
 from easydict import EasyDict as edict
 
-from ..backbones import get_model
 from ..backbones.vit_with_dfa import weights_follow
-from ..data.face_dataset import open_faces
 from ..partial_fc import shard_range
+from .build import build_backbone, open_training_set
 from .memory import forward_flops, network_needs
 from .optimization import AUTOCAST
-from .trainer import check_labels
 
 FLOAT = 4  # bytes; weights, gradients, moments, class centers and logits are float32 in every precision
 _MOMENTS = {"adamw": 2, "sgd": 1}
@@ -75,7 +73,7 @@ def plan_training(config: edict, world_size: int = 1, images_per_second: float |
         raise ValueError(f"world size and images per second must be positive, got {world_size}, {images_per_second}")
     if not (config.num_classes and config.num_image):
         try:
-            check_labels(open_faces(config.rec, config.num_classes, config.num_image, config.seed), config)
+            open_training_set(config)
         except ValueError as error:
             raise ValueError(f"to plan without the data, pass num_classes=N and num_image=N; {error}") from error
     step_images = config.batch_size * world_size * config.gradient_acc
@@ -88,10 +86,7 @@ def plan_training(config: edict, world_size: int = 1, images_per_second: float |
 
     def build() -> torch.nn.Module:
         with weights_follow():
-            net = get_model(config.network, num_features=config.embedding_size, **config.network_kwargs)
-        if config.gradient_checkpointing:
-            net.set_grad_checkpointing()
-        return net
+            return build_backbone(config)
 
     with torch.device("meta"):
         net = build()

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..evaluation.curves import new_figure, save_figure
 from ..files import write_atomically
+from .run_folder import METRICS, writing
 
 WINDOW = 25  # logged steps that a smoothed curve averages
 _SIZE = (7.5, 3.6)  # inches
@@ -85,47 +86,70 @@ def report_run(run: str | Path, out: str | Path | None = None) -> list[Path]:
 
     Raises:
         FileNotFoundError: the folder has no ``metrics.jsonl``.
-        ValueError: nothing was logged yet.
+        ValueError: nothing was logged yet, or ``config.json`` is damaged.
         ImportError: matplotlib is not installed.
+        TrainingError: the report could not be written.
     """
+    new_figure(_SIZE)  # says what to install before anything is read or written
     run = Path(run)
     out = run / "report" if out is None else Path(out)
-    series = read_metrics(run / "metrics.jsonl")
+    series, settings = read_metrics(run / METRICS), _read_settings(run / "config.json")
+    with writing("the report", out):
+        return _write_report(run.resolve().name, series, settings, out)
+
+
+def _write_report(name: str, series: Series, settings: Mapping[str, Any], out: Path) -> list[Path]:
     pictures = []
     accuracies = {name: name.removeprefix("accuracy/") for name in series if name.startswith("accuracy/")}
     panels = {**PANELS, "verification": Panel("Verification", "accuracy, %", accuracies)}
-    for name, panel in panels.items():
+    for kind, panel in panels.items():
         if any(metric in series for metric in panel.metrics):
-            pictures.append(out / f"{name}.png")
+            pictures.append(out / f"{kind}.png")
             _draw(panel, series, pictures[-1])
-    config = run / "config.json"
-    settings = json.loads(config.read_text()) if config.is_file() else {}
-    page = _page(run.resolve().name, summary(series), pictures, settings)
+    page = _page(name, summary(series), pictures, settings)
     write_atomically(out / "report.html", page.encode())
     return [*pictures, out / "report.html"]
 
 
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}; remove it to draw the report without the config") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold one object {{...}}, got {settings!r:.60}; remove it to draw without it")
+    return settings
+
+
 def read_metrics(path: Path) -> Series:
-    """The metrics of a ``metrics.jsonl`` by name; a line that a kill cut short is left out.
+    """The metrics of a ``metrics.jsonl`` by name; what is no number, and a line that a kill cut short, is left out.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds no metrics.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"RUN must be a training's output folder with metrics.jsonl, got {path.parent}")
+        raise FileNotFoundError(f"RUN must be a training's output folder with {METRICS}, got {path.parent}")
     points: dict[str, dict[int, float]] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(row, dict) or not _is_number(row.get("step")):
             continue
         for name, value in row.items():
-            if name != "step":
-                points.setdefault(name, {})[row["step"]] = value
+            if name != "step" and _is_number(value):
+                points.setdefault(name, {})[int(row["step"])] = float(value)
     if not points:
         raise ValueError(f"{path} holds no metrics yet; try again after the first `frequent` steps")
     return {name: (np.array(list(by_step)), np.array(list(by_step.values()))) for name, by_step in points.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15  # which NaN is not
 
 
 def summary(series: Series) -> list[tuple[str, str]]:
@@ -168,7 +192,7 @@ def _draw(panel: Panel, series: Series, path: Path) -> None:
             axes.plot(steps, values, color=f"C{number}", alpha=0.2)
             values = smoothed(values)
         axes.plot(steps, values, label=label, linewidth=1.4, **style)
-        if panel.band.get(metric) in series:
+        if panel.band.get(metric) in series and len(series[panel.band[metric]][0]) == len(steps):
             _, deviation = series[panel.band[metric]]
             axes.fill_between(steps, values - deviation, values + deviation, color=f"C{number}", alpha=0.15)
     if panel.smooth:

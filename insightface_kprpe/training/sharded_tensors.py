@@ -66,6 +66,16 @@ def write_tensors(folder: Path, tensors: dict[str, Any], group: dist.ProcessGrou
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), process_group=group)
 
 
+def stored_bytes(tensors: Mapping[str, torch.Tensor], rows: Rows) -> int:
+    """About how many bytes the tensors of all ranks take; arguments as for :func:`stage`."""
+    total = 0
+    for key, tensor in tensors.items():
+        name = _owner(key, rows)
+        sharded = name is not None and tensor.shape == tensors[name].shape and len(tensor) > 0
+        total += tensor.nbytes * rows[name][1] // len(tensor) if sharded else tensor.nbytes
+    return total
+
+
 def read_tensors(
     folder: Path,
     wanted: Mapping[str, torch.Tensor],
@@ -129,7 +139,10 @@ def _empty_tensors(
     problems += [f"unexpected {key}" for key in sorted(moments) if _parameter(key) not in optimized]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{folder} is of another network or loss: {'; '.join(problems[:5])}{more}")
+        raise ValueError(
+            f"{folder} is of another network or loss: {'; '.join(problems[:5])}{more}; to train this one from those "
+            "weights, for instance on other people, start a new run in another output with init_from= that run's folder"
+        )
     for key in moments:
         name, size = _parameter(key), stored[key].size
         if name in rows and size == (rows[name][1], *wanted[name].shape[1:]):

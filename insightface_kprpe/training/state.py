@@ -16,7 +16,7 @@ from ..partial_fc import PartialFC
 from .lr_scheduler import build_scheduler
 
 
-class Plan(NamedTuple):
+class Schedule(NamedTuple):
     """How long a run is; a step is one of the optimizer.
 
     Attributes:
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
         return self.steps_per_epoch * self.epochs
 
     def step_after(self, step: int, steps_per_epoch: int) -> int:
-        """The step that has seen as much of the data as ``step`` of a plan with other epochs."""
+        """The step that has seen as much of the data as ``step`` of a run with other epochs."""
         epoch, done = divmod(step, steps_per_epoch)
         return epoch * self.steps_per_epoch + round(done * self.steps_per_epoch / steps_per_epoch)
 
@@ -130,15 +130,17 @@ def _below(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Te
     return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def build_state(config: edict, net: nn.Module, loss: nn.Module, plan: Plan, device: torch.device) -> TrainingState:
+def build_state(
+    config: edict, net: nn.Module, loss: nn.Module, schedule: Schedule, device: torch.device
+) -> TrainingState:
     """What a config's ``optimizer``, ``scheduler`` and ``precision`` ask for; network and loss are on the device."""
     optimizer = build_optimizer(config, net, loss)
     scheduler = build_scheduler(
         optimizer,
         config.scheduler,
-        plan.total_steps,
-        round(max(0.0, config.warmup_epoch) * plan.steps_per_epoch),
-        [epoch * plan.steps_per_epoch for epoch in config.decay_epochs],
+        schedule.total_steps,
+        round(max(0.0, config.warmup_epoch) * schedule.steps_per_epoch),
+        [epoch * schedule.steps_per_epoch for epoch in config.decay_epochs],
     )
     scaler_class = ShardedGradScaler if rank_and_world_size()[1] > 1 else torch.amp.GradScaler
     scaler = scaler_class(device.type, enabled=config.precision == "fp16")

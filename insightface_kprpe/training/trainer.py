@@ -5,31 +5,33 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 from easydict import EasyDict as edict
 
-from ..backbones import get_model
 from ..data.augmentation import Augmentation, build_augmentation
-from ..data.face_dataset import FaceDataset, open_faces
 from ..data.feed import BadImages, DeviceFeed, RawBatch, ReadableFaces
 from ..data.sampler import EpochSampler
-from ..data.verification_pairs import open_verification
+from ..data.verification_pairs import VerificationPairs, check_pairs, open_verification, verification_file
 from ..distributed import process_group, rank_and_world_size
-from ..losses import AdaFace, CombinedMarginLoss
 from ..partial_fc import PartialFC
-from .callbacks import Metrics, SpeedLog, Verification
-from .checkpoint import Checkpointer, put_aside
+from .build import build_backbone, margin_loss, open_training_set
+from .callbacks import Verification
+from .checkpoint import Checkpointer
 from .command_line import run_command_line
-from .config import dump_config
 from .initialization import initialize
 from .keypoint_watch import KeypointWatch
-from .loop import begin, build_loader, run_steps, step_generator
+from .loop import build_loader, run_steps, step_generator
+from .metrics import Metrics, SpeedLog, open_metrics
 from .norm_watch import NormWatch
 from .optimization import AUTOCAST, distributed, optimize
-from .state import Plan, TrainingState, build_state
-from .wandb_run import save_artifact, start_wandb
+from .plan import format_plan, plan_training
+from .random_state import random_numbers_of_its_own
+from .run_folder import open_run
+from .state import Schedule, TrainingState, build_state
+from .validation import Validation
 
 logger = logging.getLogger("insightface_kprpe.training.trainer")  # under "python -m" __name__ is another
 
@@ -40,104 +42,156 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 def train(config: edict) -> dict[str, float]:
     """Run a config to its end.
 
+    What goes on is logged by the package's loggers, from level INFO on; :func:`main` shows it and keeps a file of it.
+
     Args:
         config: what :func:`~insightface_kprpe.training.config.load_config` returned.
 
     Returns:
-        The last verification accuracy (percent) of every validation set.
+        The last verification accuracy, in [0, 1], of every validation set; empty on ranks other than 0.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, a checkpoint cannot be written, or another run writes to the folder.
+        ValueError: a setting does not fit the others, or the data.
         SystemExit: a signal asked the run to stop; its state is saved.
     """
     output = Path(config.output)
-    resume = begin(output, config.resume)
-    with process_group() as device:
-        rank, world_size = rank_and_world_size()
-
-        dataset = open_faces(config.rec, config.num_classes, config.num_image, config.seed)
-        check_labels(dataset, config)
-        repeat = {"repetition": config.repeated_augmentation, "labels": dataset.labels}
-        sampler = EpochSampler(len(dataset), config.batch_size, rank, world_size, config.seed, **repeat)
-        augment = build_augmentation(config.augment)
-        plan = Plan(len(sampler) // config.gradient_acc, config.num_epoch, config.gradient_acc)
-        if not plan.steps_per_epoch:
-            raise ValueError(f"gradient_acc must fit {len(sampler)} batches an epoch, got {config.gradient_acc}")
-
-        torch.manual_seed(config.seed)
-        backbone = get_model(config.network, num_features=config.embedding_size, **config.network_kwargs)
-        # In channels-last layout the patch embedding's result is (B, N, D) as it lies in memory.
-        backbone.to(device, memory_format=torch.channels_last)
-        if config.gradient_checkpointing:
-            backbone.set_grad_checkpointing()
-        if config.compile:
-            backbone.compile()  # in place: names of weights stay what they are
-        if backbone.needs_keypoints and not backbone.finds_keypoints:
-            dataset.warn_without_landmarks()
-        torch.manual_seed(config.seed + 1 + rank)  # class centers, dropped paths and masked patches differ by rank
-        partial_fc = PartialFC(margin_loss(config), config.embedding_size, config.num_classes, config.sample_rate)
-        state = build_state(config, backbone, partial_fc.to(device), plan, device)
+    with open_run(output, config.resume) as resume, process_group() as device:
+        sets = open_sets(config)
+        training = FaceTraining(config, device)
+        state, schedule = training.state, training.schedule
         checkpoints = Checkpointer(output, config.keep_checkpoints, config.save_every, config.async_save)
-        step = checkpoints.start(state, plan, resume)
+        step = checkpoints.start(state, schedule, resume)
         if config.init_from is not None and step == 0:
-            initialize(backbone, partial_fc, config.init_from, config.init_min_match)
+            initialize(state.model, state.loss, config.init_from, config.init_min_match)
+        with random_numbers_of_its_own():  # wandb draws some
+            opened = open_metrics(config, output, step, resume)
+        with opened as metrics:
+            verification = Verification(sets, state.model, metrics) if metrics else None
+            validation = None
+            if config.val_targets:
+                validation = Validation(
+                    verification, config.verbose, state, schedule, checkpoints, config.verify_at_start
+                )
+            training.run(metrics, step=step, checkpoints=checkpoints, validation=validation)
 
-        keypoint_watch = KeypointWatch(backbone) if backbone.position_tables() and backbone.needs_keypoints else None
-        accuracies: dict[str, float] = {}
-        log = validate = metrics = wandb = None
-        if rank == 0:
-            sets = [open_verification(target, config.rec) for target in config.val_targets]
-            wandb = start_wandb(config, output, resumed=step > 0) if config.using_wandb else None
-            if not resume:  # now that the settings have proved right
-                put_aside(output)
-            dump_config(config, output / "config.json")
-            metrics = Metrics(output, config.tensorboard, step, wandb)
-            verification = Verification(sets, metrics)
-            step_size = config.batch_size * world_size * config.gradient_acc
-            log = SpeedLog(metrics, plan.total_steps, step_size, config.frequent, step)
-            logger.info("%s", _summary(config, dataset, backbone, world_size, device, plan.total_steps))
-
-            def validate(step: int) -> float | None:
-                if keypoint_watch and (use := keypoint_watch.values()):
-                    metrics.write(step, **use)
-                accuracies.update(verification(step, backbone))
-                return sum(accuracies.values()) / len(accuracies) if accuracies else None
-
-            if config.verify_at_start:
-                validate(step)
-        network = distributed(backbone, device, config.gradient_compression)
-        loader = build_loader(ReadableFaces(dataset), sampler, config.num_workers, device, config.seed)
-        loader = DeviceFeed(loader, device, BadImages(dataset, config.max_bad_images))
-
-        watch = NormWatch(partial_fc.margin_loss)
-
-        def take_step(step: int, batches: Sequence[Batch]) -> float:
-            seed = (config.seed, step, rank)
-            batches = [prepare(batch, device, (*seed, part), augment) for part, batch in enumerate(batches)]
-            if backbone.finds_keypoints:
-                batches = [(images, labels, None) for images, labels, _ in batches]
-            if keypoint_watch:
-                keypoint_watch(batches[-1][0], batches[-1][2])
-            looking = metrics is not None and (step + 1) % config.frequent == 0
-            loss = train_step(network, batches, state, config, watch if looking else None)
-            if looking:
-                metrics.write(step + 1, **watch.values())
-            return loss
-
-        try:
-            run_steps(
-                state, take_step, loader, plan,
-                step=step, log=log, checkpoints=checkpoints, validate=validate, verbose=config.verbose,
-            )  # fmt: skip
-            if keypoint_watch:
-                keypoint_watch.warn_if_ignored()
-            if wandb is not None and config.save_artifacts:
-                save_artifact(wandb, output / "model.pt")
-        finally:
-            if metrics is not None:
-                metrics.close()
         logger.info("done: %s", output / "model.pt")
-        return accuracies
+        return verification.latest if verification else {}
+
+
+class FaceTraining:
+    """The steps of one run.
+
+    Args:
+        config: of the run; its ``num_classes`` and ``num_image`` are filled in.
+        device: where to compute.
+
+    Attributes:
+        schedule: how long the run is.
+        state: everything that changes.
+
+    Raises:
+        ValueError: a setting does not fit the others, or the data.
+    """
+
+    def __init__(self, config: edict, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.rank, self.world_size = rank_and_world_size()
+        self.augment = build_augmentation(config.augment)
+        torch.manual_seed(config.seed)
+        self.backbone = build_backbone(config)
+        # In channels-last layout the patch embedding's result is (B, N, D) as it lies in memory.
+        self.backbone.to(device, memory_format=torch.channels_last)
+        if config.compile:
+            self.backbone.compile()  # in place: names of weights stay what they are
+
+        faces = open_training_set(config)
+        if self.backbone.needs_keypoints and not self.backbone.finds_keypoints:
+            faces.warn_without_landmarks()
+        repeat = {"repetition": config.repeated_augmentation, "labels": faces.labels}
+        sampler = EpochSampler(len(faces), config.batch_size, self.rank, self.world_size, config.seed, **repeat)
+        self.schedule = Schedule(len(sampler) // config.gradient_acc, config.num_epoch, config.gradient_acc)
+        if not self.schedule.steps_per_epoch:
+            raise ValueError(f"gradient_acc must fit {len(sampler)} batches an epoch, got {config.gradient_acc}")
+        loader = build_loader(ReadableFaces(faces), sampler, config.num_workers, device, config.seed)
+        self.loader = DeviceFeed(loader, device, BadImages(faces, config.max_bad_images))
+
+        torch.manual_seed(config.seed + 1 + self.rank)  # centers, dropped paths and masked patches differ by rank
+        partial_fc = PartialFC(margin_loss(config), config.embedding_size, config.num_classes, config.sample_rate)
+        self.state = build_state(config, self.backbone, partial_fc.to(device), self.schedule, device)
+        self.norms = NormWatch(partial_fc.margin_loss)
+        looks = self.backbone.position_tables() and self.backbone.needs_keypoints
+        self.keypoints = KeypointWatch(self.backbone) if looks else None
+
+    def run(self, metrics: Metrics | None, *, step: int, **options: Any) -> None:
+        """Take the steps that are still to do.
+
+        Args:
+            metrics: where numbers go, on rank 0; None on the others.
+            step: steps done before.
+            **options: those of :func:`~insightface_kprpe.training.loop.run_steps`.
+        """
+        config, self.metrics = self.config, metrics
+        self.network = distributed(self.backbone, self.device, config.gradient_compression)
+        if metrics:
+            step_size = config.batch_size * self.world_size * config.gradient_acc
+            self.speed = SpeedLog(metrics, self.schedule.total_steps, step_size, config.frequent, step)
+            logger.info("%s", self._summary())
+        log = self._log if metrics else None
+        run_steps(self.state, self._take_step, self.loader, self.schedule, step=step, log=log, **options)
+        if self.keypoints:
+            self.keypoints.warn_if_ignored()
+
+    def _take_step(self, step: int, batches: Sequence[Batch]) -> float:
+        seed = (self.config.seed, step, self.rank)
+        batches = [prepare(batch, self.device, (*seed, part), self.augment) for part, batch in enumerate(batches)]
+        if self.backbone.finds_keypoints:
+            batches = [(images, labels, None) for images, labels, _ in batches]
+        if self.keypoints:
+            self.keypoints(batches[-1][0], batches[-1][2])
+        looking = self.metrics is not None and (step + 1) % self.config.frequent == 0
+        loss = train_step(self.network, batches, self.state, self.config, self.norms if looking else None)
+        if looking:
+            self.metrics.write(step + 1, **self.norms.values())
+        return loss
+
+    def _log(self, step: int, *numbers: Any) -> None:
+        self.speed(step, *numbers)
+        if self.keypoints and (step % self.config.verbose == 0 or step == self.schedule.total_steps):
+            self.metrics.write(step, **self.keypoints.values())
+
+    def _summary(self) -> str:
+        config, size = self.config, sum(parameter.numel() for parameter in self.backbone.parameters())
+        return (
+            f"{config.network} ({size / 1e6:.1f}M parameters) on {config.num_image} images of {config.num_classes} "
+            f"people; {self.world_size} x {self.device.type}, {config.precision}, batch {config.batch_size} x "
+            f"{self.world_size} x {config.gradient_acc}, {self.schedule.total_steps} steps in {config.num_epoch} "
+            f"epochs; output {config.output}"
+        )
+
+
+def open_sets(config: edict) -> list[VerificationPairs]:
+    """The verification sets of a config, looked through so that none ends in an error hours later; on rank 0.
+
+    Raises:
+        ValueError: a set is missing, damaged, or of no use.
+    """
+    if rank_and_world_size()[0] != 0:
+        return []
+    sets = []
+    for target in config.val_targets:
+        sets.append(open_verification(target, config.rec))
+        try:
+            check_pairs(sets[-1])
+        except ValueError as error:
+            raise ValueError(
+                f"val_targets: {verification_file(target, config.rec)}: {error}; replace the file, or leave it out of "
+                "val_targets"
+            ) from error
+    names = [pairs.name for pairs in sets]
+    if len(set(names)) < len(names):
+        raise ValueError(f"val_targets must have different names, got {', '.join(names)}; rename a file")
+    return sets
 
 
 def train_step(
@@ -204,47 +258,11 @@ def norms_of(embed: Callable[[Batch], torch.Tensor], batches: Sequence[Batch], b
     return norms
 
 
-def margin_loss(config: edict) -> nn.Module:
-    """The margin that the config asks for."""
-    if config.loss == "adaface":
-        return AdaFace(config.adaface_m, config.adaface_h, config.adaface_t_alpha)
-    return CombinedMarginLoss(64.0, *config.margin_list, config.interclass_filtering_threshold)
-
-
-def check_labels(dataset: FaceDataset, config: edict) -> None:
-    """Fill in ``num_classes`` and ``num_image``, or refuse labels that would index beyond the class centers.
-
-    Raises:
-        ValueError: a label is negative or not below ``num_classes``.
-    """
-    config.num_classes = config.num_classes or dataset.num_classes
-    lowest, highest = int(dataset.labels.min()), int(dataset.labels.max())
-    if lowest < 0 or highest >= config.num_classes:
-        raise ValueError(
-            f"num_classes must be above every label, got {config.num_classes} for labels {lowest} to {highest} of "
-            f"{config.rec}; set num_classes={highest + 1}, or 0 to count"
-        )
-    if config.num_image not in (0, len(dataset)):
-        logger.warning("num_image is %d in the config, %s has %d", config.num_image, config.rec, len(dataset))
-    config.num_image = len(dataset)
-
-
 def prepare(batch: RawBatch, device: torch.device, seed: Iterable[int], augment: Augmentation) -> Batch:
     """Augment a batch on the device; the same seed gives the same choices everywhere."""
     images, labels, keypoints = (tensor.to(device, non_blocking=True) for tensor in batch[:3])
     images, keypoints = augment(images, keypoints, step_generator(*seed))
     return images, labels, keypoints
-
-
-def _summary(
-    config: edict, dataset: FaceDataset, net: nn.Module, world_size: int, device: torch.device, total_steps: int
-) -> str:
-    size = sum(parameter.numel() for parameter in net.parameters())
-    return (
-        f"{config.network} ({size / 1e6:.1f}M parameters) on {len(dataset)} images of {config.num_classes} people; "
-        f"{world_size} x {device.type}, {config.precision}, batch {config.batch_size} x {world_size} x "
-        f"{config.gradient_acc}, {total_steps} steps in {config.num_epoch} epochs; output {config.output}"
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -253,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train,
         arguments,
         base="base",
+        plan=lambda config, *options: format_plan(plan_training(config, *options)),
         prog="train_v2.py",
         description="Train a face recognition network. One process: python train_v2.py CONFIG; "
         "several: torchrun --nproc_per_node=8 train_v2.py CONFIG.",

@@ -191,7 +191,9 @@ def check_network(name: str, settings: Mapping[str, Any], architecture: Architec
         ValueError: it is another network; the message says which.
     """
     plain = {key: value for key, value in settings.items() if not key.startswith("dfa_")}
-    sizes = {key: value for key, value in plain.items() if key != "num_features"}  # said better by the comparison below
+    sizes = {
+        key: value for key, value in plain.items() if key != "num_features"
+    }  # the comparison below says that better
     check_settings(sizes, architecture, where)
     try:
         with torch.device("meta"):

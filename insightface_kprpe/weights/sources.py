@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ from .architecture import (
     read_architecture,
 )
 from .cvlface import config_of_yaml
-from .hub import fetch_snapshot, is_hub_source
+from .description import Description
+from .hub import FORM, fetch_snapshot, is_hub_source, only_weights
 from .network import check_config, load_network
 
 logger = logging.getLogger(__name__)
@@ -42,53 +43,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ("model.safetensors", "model.pt")
 _FILE_SUFFIXES = (".pt", ".pth", ".onnx", ".bin")  # that nobody gives to a folder
 _ALIGNER_KEYS = ("body", "aggregator", "image_size")
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a network is, and where it came from.
-
-    Attributes:
-        source: file or folder, or "hf:owner/name@commit".
-        format: of the source.
-        task: "recognition" or "aligner".
-        architecture: for people.
-        config: what ``load_run`` (or ``load_dfa``) needs to build the network.
-        color_order: of the images that the network takes.
-        keypoint_convention: of the keypoints that it takes, or finds.
-        parameters: how many.
-        sha256: of the weights file.
-        licence: of the weights.
-    """
-
-    source: str
-    format: str
-    task: str
-    architecture: str
-    config: dict[str, Any] = field(repr=False)
-    color_order: str
-    keypoint_convention: str
-    parameters: int
-    sha256: str
-    licence: str = "unknown"
-
-    def text(self) -> str:
-        """Several lines for people."""
-        return "\n".join(
-            f"{name:<12} {value}"
-            for name, value in (
-                ("source", self.source),
-                ("format", self.format),
-                ("task", self.task),
-                ("architecture", self.architecture),
-                ("network", self.config.get("network", "DFA")),
-                ("parameters", f"{self.parameters:,}"),
-                ("colors", self.color_order),
-                ("keypoints", self.keypoint_convention),
-                ("sha256", self.sha256),
-                ("licence", self.licence),
-            )
-        )
 
 
 def load_published(
@@ -102,7 +56,8 @@ def load_published(
 
     Args:
         source: arcface_torch's ``model.pt``; a CVLface folder (``model.pt``, ``model.yaml``); a snapshot of a CVLface
-            model on the Hub (``model.safetensors``, ``pretrained_model/model.yaml``) or "hf:owner/name[@revision]";
+            model on the Hub (``model.safetensors``, ``pretrained_model/model.yaml``), or on the Hub itself
+            "hf:owner/name[/path][@revision]";
             what :func:`convert` wrote; an output folder of this package's training. All of them by the folder, or by
             the weights file in it.
         network: name of the backbone; None: what lies beside the weights says, else their shapes do.
@@ -120,9 +75,9 @@ def load_published(
         ValueError: the weights are damaged, are not those of a network of this package, or are not what the folder
             says; the message tells what they are.
     """
-    name = str(source)
+    name, card = str(source), None
     if is_hub_source(source):
-        source, name = fetch_snapshot(source, cache, offline)
+        source, name, card = fetch_snapshot(source, cache, offline)
     folder, weights = _locate(Path(source))
     content, beside = description_beside(weights)
     config, kind = _read_config(content, beside)
@@ -136,14 +91,14 @@ def load_published(
     build = _build_aligner if LANDMARK_NETWORK in state else _build_recogniser
     net, facts = build(state, config, f"{weights} ({kind})")
     check_turned_once(net, content, str(weights))
-    if content.get("color_space") == "BGR":
+    if str(content.get("color_space")).upper() == "BGR":
         facts["color_order"] += " (the first layer was turned from BGR)"
     return net, Description(
         source=f"{name}, converted from {before['source']}" if "source" in before else name,
         format=kind,
         parameters=sum(parameter.numel() for parameter in net.parameters()),
         sha256=file_sha256(weights),
-        licence=licence or before.get("licence") or _licence(folder),
+        licence=licence or before.get("licence") or _licence(folder) or (card and _licence(card)) or "unknown",
         **facts,
     )
 
@@ -217,17 +172,21 @@ def convert(net: nn.Module, description: Description, out: str | Path) -> Path:
 def _locate(source: Path) -> tuple[Path, Path]:
     """The folder that describes the network, and the weights file."""
     source = source.expanduser()
+    if source.suffix == ".onnx":
+        raise ValueError(f"{source} is an ONNX file, not weights; evaluate, embed, recognize and pack take it as it is")
     if source.is_file():
         return (source.parent.parent if source.parent.name == "pretrained_model" else source.parent), source
     if not source.is_dir():
-        raise FileNotFoundError(f"weights not found: {source} is no file or folder (on the Hub: hf:OWNER/NAME)")
+        raise FileNotFoundError(f"weights not found: {source} is no file or folder (on the Hub: {FORM})")
     for folder in (source, source / "pretrained_model"):
         for name in WEIGHTS:
             if (folder / name).is_file():
                 return source, folder / name
     checkpoints = sorted(str(path.parent) for path in source.glob("checkpoints/*/model.pt"))
-    hint = f"; did you mean {checkpoints[-1]}?" if checkpoints else ""
-    raise FileNotFoundError(f"{source} holds no weights: expected {' or '.join(WEIGHTS)} in it{hint}")
+    if checkpoints:
+        raise FileNotFoundError(f"{source} holds no {' or '.join(WEIGHTS)}; did you mean {checkpoints[-1]}?")
+    files = [path.name for path in source.iterdir() if path.is_file()]
+    return source, source / only_weights(files, PurePosixPath(), str(source))
 
 
 def _read_config(content: dict[str, Any], beside: Path | None) -> tuple[dict[str, Any], str]:
@@ -349,11 +308,11 @@ def _build_aligner(
     }
 
 
-def _licence(folder: Path) -> str:
+def _licence(folder: Path) -> str | None:
     """What the front matter of a model card says."""
     card = folder / "README.md"
     if card.is_file() and (text := card.read_text(errors="replace")).startswith("---"):
         found = re.search(r"^license: *([\w.-]+) *$", text.split("---")[1], re.MULTILINE)
         if found:
             return found[1]
-    return "unknown"
+    return None

@@ -46,6 +46,49 @@ def tpr_at_fpr(scores: np.ndarray, labels: np.ndarray, target: float) -> tuple[f
     return best
 
 
+def nearest_on_roc(scores: np.ndarray, labels: np.ndarray, target: float) -> tuple[float, float, float]:
+    """(FPR, TPR, threshold) that InsightFace's IJB scripts take: the nearest corner, the loosest of equally near."""
+    return min(reversed(roc_corners(scores, labels)), key=lambda corner: abs(corner[0] - target))
+
+
+def val_at_far(
+    a: np.ndarray, b: np.ndarray, is_same: np.ndarray, target: float, folds: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """VAL and FAR of each fold at the squared distance where a line through the other folds' FAR reaches the target."""
+    distance = ((unit(a) - unit(b)) ** 2).sum(1)
+    thresholds = np.arange(0, 4, 0.001)
+    rates = []
+    for test in np.array_split(np.arange(len(a)), folds):
+        train = np.setdiff1d(np.arange(len(a)), test)
+        far = (distance[train][~is_same[train], None] < thresholds).mean(0)
+        chosen = 0.0
+        if far.max() >= target:
+            before = max(i for i in range(len(far)) if far[i] <= target)
+            chosen = thresholds[before]
+            if before + 1 < len(far):
+                chosen += (target - far[before]) / (far[before + 1] - far[before]) * 0.001
+        accepted = distance[test] < chosen
+        rates.append((accepted[is_same[test]].mean(), accepted[~is_same[test]].mean()))
+    val, far = np.array(rates).T
+    return val, far
+
+
+def insightface_1n(
+    probe: np.ndarray, gallery: np.ndarray, probe_ids: np.ndarray, gallery_ids: np.ndarray, fars: tuple[float, ...]
+) -> dict[str, float]:
+    """Rank-1 and the rate of mated similarities above the ceil(P * FAR)-th largest of the nonmated ones."""
+    similarity = unit(probe) @ unit(gallery).T
+    mate = [int(np.flatnonzero(gallery_ids == who)[0]) for who in probe_ids]
+    mated = np.array([row[m] for row, m in zip(similarity, mate, strict=True)])
+    nonmated = np.concatenate([np.delete(row, m) for row, m in zip(similarity, mate, strict=True)])
+    nonmated = sorted(nonmated, reverse=True)
+    result = {"rank_1": np.mean([row.argmax() == m for row, m in zip(similarity, mate, strict=True)])}
+    for far in fars:
+        threshold = nonmated[int(np.ceil(len(probe) * far)) - 1]
+        result |= {f"tpir_at_far_{far}": (mated > threshold).mean(), f"thresh_at_far_{far}": threshold}
+    return result
+
+
 def match(scores: np.ndarray, is_mate: np.ndarray) -> tuple[float, float, int]:
     """One probe against a gallery: best mate, best other, and 1 + the others that score as high as the best mate."""
     others = scores[~is_mate]

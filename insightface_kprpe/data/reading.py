@@ -1,0 +1,55 @@
+"""Many items read ahead by worker processes, which do not outlive the one that they work for."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+_AT_ONCE = 64  # items that a worker hands over together
+_LOOK_EVERY = 0.5  # seconds
+
+
+class Items(Dataset):
+    """``read(0)`` to ``read(count - 1)``; a ValueError or OSError becomes its text."""
+
+    def __init__(self, count: int, read: Callable[[int], Any]) -> None:
+        self.count, self.read = count, read
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.read(index)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+
+def results(items: Items, num_workers: int, label: str) -> Iterator[Any]:
+    """All items in order, read ahead by worker processes, under a progress bar."""
+    loader = DataLoader(items, _AT_ONCE, num_workers=num_workers, collate_fn=list, worker_init_fn=end_with_parent)
+    with tqdm(total=len(items), desc=label, unit="img", disable=None) as progress:
+        for batch in loader:
+            progress.update(len(batch))
+            yield from batch
+
+
+def end_with_parent(worker: int = 0) -> None:
+    """Make a worker process end when its parent is gone, however that was killed; for ``worker_init_fn``.
+
+    torch's own watch is not enough: a worker whose results nobody takes waits for ever to hand them over.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_EVERY)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,63 @@
+"""Verification of a ``.bin`` set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ...data.verification_pairs import VerificationPairs
+from ...inference.embedding import EmbedOptions, embed_faces
+from ...inference.models import Embedder
+from ..channels import pair_cosines, warn_of_swapped_channels
+from ..curves import roc_points
+from ..hardest import write_hardest_pairs
+from ..metrics import kfold_accuracy, tpr_at_fpr, val_at_far
+from ..result import Result
+from .common import common_settings, metrics_of, reports, unreached
+
+FPRS = (1e-4, 1e-3)
+
+
+def run_pairs(
+    embed: Embedder, pairs: VerificationPairs, options: EmbedOptions, sheets: Path | None = None
+) -> list[Result]:
+    """Verification of a ``.bin`` set: accuracy over ten folds, arcface_torch's VAL@FAR, and TPR at FPR over all pairs.
+
+    A sample of the pairs is also embedded with red and blue swapped; where that is better, a warning says so.
+
+    Args:
+        embed: the model.
+        pairs: what to verify. A pair of which an image cannot be read is left out, if the options permit it.
+        options: how to embed.
+        sheets: folder for a picture of the hardest pairs.
+
+    Returns:
+        One result; none on ranks other than the first, if they share the work.
+    """
+    found = embed_faces(embed, pairs.images, pairs.keypoints, options, name=pairs.name, source=pairs.source)
+    if not reports(options):
+        return []
+    whole = found.readable[0::2] & found.readable[1::2]
+    first, second, is_same = found.embeddings[0::2][whole], found.embeddings[1::2][whole], pairs.is_same[whole]
+    folds, validation = kfold_accuracy(first, second, is_same), val_at_far(first, second, is_same)
+    scores = pair_cosines(first, second)
+    kept = np.flatnonzero(whole)
+    warn_of_swapped_channels(embed, pairs, options, kept, scores)
+    if sheets is not None:
+        file = sheets / f"hardest_{embed.name}_{pairs.name}.png"
+        write_hardest_pairs(file, pairs.images, np.stack([2 * kept, 2 * kept + 1], 1), scores, is_same)
+    points = tpr_at_fpr(scores, is_same, FPRS)
+    metrics = {"accuracy": folds.accuracy, "accuracy_std": folds.std, "cosine_threshold": folds.cosine_threshold}
+    metrics |= {f"val_at_far_{validation.target}": validation.val, "val_std": validation.std} | metrics_of(points)
+    settings = {
+        **common_settings(embed, options, found, pairs.keypoint_source, [f"image {i}" for i in range(2 * len(whole))]),
+        "alignment": "crops as they are in the set",
+        "pairs": f"{len(is_same)}, {int(is_same.sum())} of them of one person",
+        "threshold rule": (
+            "accuracy: best on the other nine folds; VAL (arcface_torch): their FAR, interpolated, is the target; "
+            "TPR: the highest whose FPR is at most the target"
+        ),
+        **unreached(points),
+    }
+    return [Result(embed.name, pairs.name, metrics, settings, roc=roc_points(scores, is_same))]
