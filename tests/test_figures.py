@@ -17,7 +17,7 @@ from insightface_kprpe.evaluation.attention_figures import AttentionMaps, write_
 from insightface_kprpe.evaluation.figure_faces import FigureFaces, read_faces
 from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112, CANONICAL_KEYPOINTS
 
-TINY = {"patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_features": 8}
+TINY = {"patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 3.0, "num_features": 8}
 
 
 def tiny(position="kprpe", **settings):

@@ -64,6 +64,18 @@ def test_sizes_are_the_published_ones(name):
     assert (net.img_size, net.num_features, net.needs_keypoints) == (112, 512, False)
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("vit_t_dp005_mask0", 76_653_813), ("vit_s_dp005_mask_0", 304_196_926), ("vit_b_dp005_mask_005", 455_533_594)],
+)
+def test_lvfaces_files_are_of_arcface_torchs_vits(name, size):
+    """Bytes of LVFace-T, -S and -B_Glint360K.onnx as published; the graph is what weights leave over."""
+    with torch.device("meta"):
+        state = ik.get_model(name).state_dict()
+    weights = sum(value.numel() * 4 for key, value in state.items() if value.ndim and key != "mask_token")
+    assert 50_000 < size - weights < 250_000
+
+
 def test_arcface_torchs_last_normalisation_has_no_scale_to_learn():
     frozen = [name for name, value in random_net("r18", widths=WIDTHS).named_parameters() if not value.requires_grad]
     assert frozen == ["features.weight"]

@@ -126,4 +126,4 @@ def contact_sheet(crops: Crops, keypoints: np.ndarray, scores: np.ndarray, count
 def locate_in(crops: Crops, indices: Sequence[int], dfa: DFA) -> np.ndarray:
     """(n, 5, 2) float32 keypoints in [0, 1] of some crops, as :func:`predict_landmarks` would write them."""
     squares, sizes = zip(*(_Squares(crops, dfa.image_size)[index] for index in indices), strict=True)
-    return _locate(dfa.eval(), torch.stack(squares), torch.stack(sizes), "cpu")[:, :10].reshape(-1, 5, 2)
+    return _locate(dfa.eval(), torch.stack(squares), torch.stack(sizes), "cpu")[0].reshape(-1, 5, 2)

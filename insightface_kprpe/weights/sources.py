@@ -85,8 +85,8 @@ def load_published(
     state = found.tensors
     if network is not None:
         config, kind = {"network": network, "network_kwargs": {}}, "weights, with the network's name given"
-    elif "network" not in config and (name_by_tensors := _name_by_tensors(found, weights)):
-        config, kind = config | {"network": name_by_tensors}, "AdaFace" if _is_of_adaface(found) else kind
+    elif "network" not in config and (by_tensors := _name_by_tensors(found, weights)):
+        config, kind = config | {"network": by_tensors}, "AdaFace" if by_tensors.startswith("ir_") else kind
     before = config.get("published", {})  # what it was before convert()
     build = _build_aligner if LANDMARK_NETWORK in state else _build_recogniser
     net, facts = build(state, config, f"{weights} ({kind})")
