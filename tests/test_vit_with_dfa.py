@@ -21,6 +21,7 @@ from insightface_kprpe.packs.metadata import read_metadata
 from insightface_kprpe.state_dict import load_weights
 from insightface_kprpe.training import trainer
 from insightface_kprpe.training.config import load_config
+from insightface_kprpe.training.state import Schedule, build_state
 from insightface_kprpe.weights.network import load_run
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "patch_size": 28}
@@ -78,8 +79,8 @@ def test_the_aligner_never_trains(net, images):
     net.train()
     assert net.training and net.blocks[0].training and not any(module.training for module in net.dfa.modules())
     before = {name: value.clone() for name, value in net.dfa.state_dict().items()}
-    optimizer = trainer.build_state(
-        load_config("quickstart"), net, torch.nn.Linear(16, 3), trainer.Plan(1, 1), torch.device("cpu")
+    optimizer = build_state(
+        load_config("quickstart"), net, torch.nn.Linear(16, 3), Schedule(1, 1), torch.device("cpu")
     ).optimizer
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert held.isdisjoint(map(id, net.dfa.parameters())) and id(net.pos_embed) in held
