@@ -218,6 +218,9 @@ PARTS: dict[str, list[Run]] = {
     "aligned": compare(
         "aligned", "fiw_aligned", 1, rates(0.002) | scaled("KPRPE", 30), **{**REAL, "augment": {}, "num_epoch": 3}
     ),
+    "aligned_drawn": compare(
+        "aligned_drawn", "drawn_aligned", 1, rates(0.002) | scaled("KPRPE", 30), **{**DRAWN, "augment": {}}
+    ),
     "best": [Run("best", "KPRPE best", "KPRPE", 0, "fiw_unaligned", BEST)],
     "variants": compare(
         "drawn", "drawn_loose", 1, {"KPRPE x30, no warm-up": kprpe(warmup_epoch=0.0)}
