@@ -218,6 +218,16 @@ PARTS: dict[str, list[Run]] = {
     "aligned": compare(
         "aligned", "fiw_aligned", 1, rates(0.002) | scaled("KPRPE", 30), **{**REAL, "augment": {}, "num_epoch": 3}
     ),
+    "aligned_drawn": compare(
+        "aligned_drawn", "drawn_aligned", 1, rates(0.002) | scaled("KPRPE", 30), **{**DRAWN, "augment": {}}
+    ),
+    # From scratch: the scale of the logits, and the margin.
+    "logits": compare(
+        "logits", "fiw_unaligned", 1, {
+            f"ViT s {s:g} margin {m:g}": ("ViT", {"logit_scale": s, "margin_list": (1.0, 0.0, m)})
+            for s, m in ((64.0, 0.2), (16.0, 0.1), (24.0, 0.2))
+        }, num_epoch=2, augment=SLIGHTLY,
+    ),
     "best": [Run("best", "KPRPE best", "KPRPE", 0, "fiw_unaligned", BEST)],
     "variants": compare(
         "drawn", "drawn_loose", 1, {"KPRPE x30, no warm-up": kprpe(warmup_epoch=0.0)}
