@@ -129,6 +129,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert (tmp_path / "checkpoints" / "best").read_text() == "step_00000002\n" and again.scores[6] is None
     again.add_score(6, state, SCHEDULE, 91.0)
     assert (tmp_path / "checkpoints" / "best").read_text() == "step_00000006\n"
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000005", "step_00000006"]
     assert [step for step in range(1, 10) if Checkpointer(tmp_path, every=2).due(step, SCHEDULE)] == [2, 4, 5, 6, 8]
 
 

@@ -135,6 +135,7 @@ class Checkpointer:
             if best:
                 save_model(self.output / "best_model.pt", state.model.state_dict())
                 write_atomically(self.root / "best", f"{folder.name}\n".encode())
+                self._remove_old(folder)  # the best so far is one no more
             # Last: a run that is killed before it validates again, to the same end.
             content = {"steps_per_epoch": schedule.steps_per_epoch, "scores": scores}
             write_atomically(self.root / SCORES, (json.dumps(content) + "\n").encode())
