@@ -228,15 +228,16 @@ def test_files_that_were_added_are_said_once(tmp_path):
 
 def test_how_to_build_a_pack_again(tmp_path):
     folder = tmp_path / "models" / "ours"
+    evaluation = {"set": "lfw", "pairs": 6000, "accuracy": 99.0, "thresholds": {}}
     files = {
         "detection.onnx": {"source": "buffalo_l/det_10g.onnx", "architecture": "SCRFD"},
-        "recognition.onnx": {"source": "my run", "precision": "int8", "evaluation": {"set": "lfw"}},
+        "recognition.onnx": {"source": "my run", "precision": "int8", "evaluation": evaluation},
         "keypoints/dfa.onnx": {"source": "hf:a/dfa@1", "architecture": "DFA"},
     }
 
     def command():
         folder.mkdir(parents=True, exist_ok=True)
-        record = {name: {"sha256": "", **file} for name, file in files.items()}
+        record = {name: {"sha256": "", "licence": "", **file} for name, file in files.items()}
         (folder / "pack.json").write_text(json.dumps({"name": "ours", "files": record}))
         return installed_packs.rebuild_command(folder).removeprefix("insightface-kprpe pack ")
 

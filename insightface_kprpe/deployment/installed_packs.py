@@ -146,7 +146,8 @@ def rebuild_command(folder: Path) -> str:
         words += ["--precision", recognition["precision"]]
     if "evaluation" in recognition:
         words += ["--evaluate", f"{recognition['evaluation']['set']}.bin"]
-    extras = {record["task"]: record["source"] for name, record in files.items() if name not in _BUILT}
+    others = [record for name, record in files.items() if name not in _BUILT and "task" in record]
+    extras = {record["task"]: record["source"] for record in others}
     if extras:
         words += ["--with", ",".join(extras), "--from", next(iter(extras.values())).partition("/")[0]]
     return shlex.join([*words, "--name", folder.name, "--root", str(folder.parent.parent)])

@@ -204,7 +204,7 @@ class OnnxEmbedder(Embedder):
 
 def _input_convention(path: Path, metadata: dict[str, str]) -> tuple[float, float]:
     """Mean and std that the file expects: what it says itself, else what InsightFace's loader makes of it."""
-    if "mean" in metadata:
+    if "inputs" in metadata:  # exported by this package; in a pack others, too, say where they are from
         try:
             return float(metadata["mean"]), float(metadata["std"])
         except (KeyError, ValueError) as error:

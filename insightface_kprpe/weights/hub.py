@@ -45,6 +45,7 @@ def fetch_snapshot(source: str, cache: str | Path | None = None, offline: bool =
 
     Raises:
         ValueError: not of that form, or the folder holds several weights files.
+        FileNotFoundError: it holds none.
         ImportError: ``huggingface_hub`` is not installed.
         RuntimeError: it could not be downloaded; the message says why.
     """
@@ -80,7 +81,7 @@ def fetch_snapshot(source: str, cache: str | Path | None = None, offline: bool =
                 )
                 inside = only_weights(files, inside, source)
                 root = download(["README.md", *described, *_beside(inside)])
-    except AmbiguousWeightsError:
+    except (AmbiguousWeightsError, NoWeightsError):
         raise
     except Exception as error:  # of huggingface_hub, requests or httpx, by its version
         if offline:
@@ -101,7 +102,11 @@ def fetch_snapshot(source: str, cache: str | Path | None = None, offline: bool =
 
 
 class AmbiguousWeightsError(ValueError):
-    """A folder holds no weights file, or several; the message says what to name."""
+    """A folder holds several weights files, or ONNX files alone; the message says what to name."""
+
+
+class NoWeightsError(FileNotFoundError):
+    """A folder holds neither weights nor ONNX files."""
 
 
 def _beside(file: PurePosixPath) -> list[str]:
@@ -119,7 +124,8 @@ def only_weights(files: Iterable[str], folder: PurePosixPath, source: str) -> Pu
         source: for the message.
 
     Raises:
-        AmbiguousWeightsError: there is none, or there are several.
+        AmbiguousWeightsError: there are several, or ONNX files alone.
+        NoWeightsError: there is nothing of the kind.
     """
     here = sorted(PurePosixPath(file) for file in files)
     here = [file for file in here if file.parent == folder or folder in file.parents]
@@ -132,7 +138,7 @@ def only_weights(files: Iterable[str], folder: PurePosixPath, source: str) -> Pu
         return best[0]
     others = best or [file for file in here if file.suffix == ".onnx"]
     if not others:
-        raise AmbiguousWeightsError(f"{source} holds no weights ({', '.join(WEIGHTS_SUFFIXES)}) and no ONNX files")
+        raise NoWeightsError(f"{source} holds no weights ({', '.join(WEIGHTS_SUFFIXES)}) and no ONNX files")
     kind = f"{len(best)} weights files" if best else "ONNX files alone, which evaluate, embed and pack take"
     names = ", ".join(map(str, others[:5])) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     raise AmbiguousWeightsError(f"{source} holds {kind}: {names}; name the one to take")
