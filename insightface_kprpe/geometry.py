@@ -149,26 +149,39 @@ def transform_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return np.asarray(points) @ matrix[:, :2].T + matrix[:, 2]
 
 
-def known_landmarks(landmarks: np.ndarray) -> np.ndarray:
-    """Where five points can be a face's, as against numbers that say "unknown": zeros, -1 and the like.
+def distinct_landmarks(landmarks: np.ndarray) -> np.ndarray:
+    """Where five points are several: a face can be aligned by them, rightly or not.
 
     Args:
         landmarks: (..., 5, 2) float in any unit.
 
     Returns:
-        (...) bool; False where points coincide, are not finite, or lie as no face's points can.
+        (...) bool; False where points coincide, as zeros and -1 do, or are not finite.
     """
     points = np.asarray(landmarks, dtype=np.float64)
     finite = np.isfinite(points).all((-2, -1))
     points = np.where(finite[..., None, None], points, 0.0)
-    largest = np.abs(points).max((-2, -1))
+    spread = ((points - points.mean(-2, keepdims=True)) ** 2).sum((-2, -1))
+    return finite & (spread > 5 * (_COINCIDE * np.maximum(np.abs(points).max((-2, -1)), 1.0)) ** 2)
+
+
+def known_landmarks(landmarks: np.ndarray) -> np.ndarray:
+    """Where five points can be a face's, as against numbers that say "unknown" or nothing.
+
+    Args:
+        landmarks: (..., 5, 2) float in any unit.
+
+    Returns:
+        (...) bool; False where points are not distinct, or lie as no face's points can.
+    """
+    distinct = distinct_landmarks(landmarks)
+    points = np.where(distinct[..., None, None], np.asarray(landmarks, dtype=np.float64), 0.0)
     template = ARCFACE_TEMPLATE_112.astype(np.float64)
     points, template = ((values - values.mean(-2, keepdims=True)) @ np.array([1, 1j]) for values in (points, template))
-    spread = (np.abs(points) ** 2).sum(-1)
-    apart = spread > 5 * (_COINCIDE * np.maximum(largest, 1.0)) ** 2
     # The squared correlation of the two shapes as complex numbers, which no turn, scale or shift changes.
     shared = np.abs((points.conj() * template).sum(-1)) ** 2
-    return finite & apart & (shared >= _FACE_LIKENESS * spread * (np.abs(template) ** 2).sum())
+    possible = (np.abs(points) ** 2).sum(-1) * (np.abs(template) ** 2).sum()
+    return distinct & (shared >= _FACE_LIKENESS * possible)
 
 
 def mirror_keypoints(keypoints):

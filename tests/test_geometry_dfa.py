@@ -8,6 +8,7 @@ from insightface_kprpe.geometry import (
     ARCFACE_TEMPLATE_112,
     CANONICAL_KEYPOINTS,
     MIRROR_ORDER,
+    distinct_landmarks,
     known_landmarks,
     similarity_transform,
     theta_from_similarity,
@@ -56,7 +57,7 @@ def test_faces_in_any_pose_and_unit_are_known(scale):
 @pytest.mark.parametrize("scale", [1, 4000])
 def test_points_that_coincide_are_unknown(number, scale):
     points = np.full((5, 2), scale * number) + 1e-4 * np.arange(10).reshape(5, 2)
-    assert not known_landmarks(points)
+    assert not known_landmarks(points) and not distinct_landmarks(points)
 
 
 def test_numbers_that_no_face_has_are_unknown():
@@ -65,5 +66,6 @@ def test_numbers_that_no_face_has_are_unknown():
         [face, face[list(MIRROR_ORDER)], np.where(face > 0.6, np.nan, face), face[:, ::-1], face + [[9, 0]] * 5]
     )
     assert known_landmarks(odd).tolist() == [True, False, False, False, True]
+    assert distinct_landmarks(odd).tolist() == [True, True, False, True, True]
     random = np.random.default_rng(0).uniform(-1, 1, (2000, 5, 2))
     assert 0.4 < 1 - known_landmarks(random).mean() < 0.7  # half of what is drawn by chance

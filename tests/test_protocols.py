@@ -458,3 +458,15 @@ def test_options_are_checked(embed):
         embed_faces(embed, images[:, :50])
     with pytest.raises(ValueError, match="at least one"):
         embed_faces(embed, [])
+
+
+def test_faces_without_landmarks_are_missing_ones(tmp_path, caplog):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((150, 150, 3), np.uint8))
+    landmarks = np.stack([CANONICAL_KEYPOINTS * 150, np.zeros((5, 2)), np.full((5, 2), -1), np.full((5, 2), np.nan)])
+    with caplog.at_level("WARNING"):
+        aligned = AlignedFiles([tmp_path / "a.png"] * 4, landmarks)
+    assert f"3 of 4 faces have no landmarks (first: {tmp_path / 'a.png'})" in caplog.text
+    assert aligned[0].shape == (112, 112, 3) and np.isfinite(aligned.keypoints).all()
+    for index in (1, 2, 3):
+        with pytest.raises(ValueError, match=r"a\.png: its landmarks coincide, there is nothing to align by"):
+            aligned[index]

@@ -7,7 +7,10 @@ import cv2
 import numpy as np
 import pytest
 
+from insightface_kprpe.data.landmark_csv import write_landmark_csv
 from insightface_kprpe.data.verification_bin import read_verification_bin, write_verification_bin
+from insightface_kprpe.data.verification_pairs import open_verification
+from insightface_kprpe.geometry import CANONICAL_KEYPOINTS
 
 IMAGES = [cv2.imencode(".jpg", np.full((112, 112, 3), value, np.uint8))[1].tobytes() for value in (0, 80, 160, 240)]
 IS_SAME = [True, False]
@@ -156,3 +159,16 @@ def test_bad_sets_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="image 1 must be a compressed image as bytes"):
         write_verification_bin(tmp_path / "a.bin", [IMAGES[0], np.zeros((112, 112, 3))], [True])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_share_of_faces_without_landmarks_is_told(tmp_path):
+    image = cv2.imencode(".png", np.zeros((112, 112, 3), np.uint8))[1].tobytes()
+    write_verification_bin(tmp_path / "pairs.bin", [image] * 4, [True, False])
+    keypoints = np.tile(CANONICAL_KEYPOINTS, (4, 1, 1)) + 0.01
+    write_landmark_csv(tmp_path / "pairs_ldmk_5points.csv", keypoints)
+    assert open_verification(str(tmp_path / "pairs.bin")).keypoint_source == "pairs_ldmk_5points.csv"
+    keypoints[1] = 0
+    write_landmark_csv(tmp_path / "pairs_ldmk_5points.csv", keypoints)
+    pairs = open_verification(str(tmp_path / "pairs.bin"))
+    assert pairs.keypoint_source == "pairs_ldmk_5points.csv, the canonical template for 1 of 4"
+    np.testing.assert_allclose(pairs.keypoints[1], CANONICAL_KEYPOINTS)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cv2
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -33,18 +34,20 @@ class Items(Dataset):
 
 def results(items: Items, num_workers: int, label: str) -> Iterator[Any]:
     """All items in order, read ahead by worker processes, under a progress bar."""
-    loader = DataLoader(items, _AT_ONCE, num_workers=num_workers, collate_fn=list, worker_init_fn=end_with_parent)
+    loader = DataLoader(items, _AT_ONCE, num_workers=num_workers, collate_fn=list, worker_init_fn=start_worker)
     with tqdm(total=len(items), desc=label, unit="img", disable=None) as progress:
         for batch in loader:
             progress.update(len(batch))
             yield from batch
 
 
-def end_with_parent(worker: int = 0) -> None:
-    """Make a worker process end when its parent is gone, however that was killed; for ``worker_init_fn``.
+def start_worker(worker: int) -> None:
+    """What a process that reads images does first, as ``worker_init_fn`` of every loader.
 
-    torch's own watch is not enough: a worker whose results nobody takes waits for ever to hand them over.
+    It ends when its parent is gone, however that was killed. torch's own watch is not enough: a worker whose results
+    nobody takes waits for ever to hand them over.
     """
+    cv2.setNumThreads(0)  # one thread a worker: they are many
     parent = os.getppid()
 
     def watch() -> None:

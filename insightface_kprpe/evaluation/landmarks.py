@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..data.landmark_augmentation import gaussian_blur, lower_resolution, to_float
 from ..data.landmark_dataset import LandmarkDataset
+from ..data.reading import start_worker
 from ..files import write_atomically
 from .curves import new_figure, save_figure
 from .metrics import to_numpy
@@ -124,7 +125,7 @@ def evaluate_landmarks(
         workers: processes that read images.
         description: what the progress bar says.
     """
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, worker_init_fn=start_worker)
     errors, scores = [], []
     for batch in tqdm(loader, desc=description, disable=None, leave=False):
         images = to_float(batch.image.to(device))

@@ -9,6 +9,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..data.reading import start_worker
 from ..distributed import rank_and_world_size
 
 
@@ -40,7 +41,7 @@ def run_blocks(
         Each block and the arrays of all its images.
     """
     batches = [list(block[i : i + batch_size]) for block in blocks for i in range(0, len(block), batch_size)]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=_start_worker)
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=start_worker)
     results = iter(loader)
     hidden = None if rank_and_world_size()[0] == 0 else True  # None: where the output is no terminal
     with tqdm(total=sum(map(len, blocks)), desc=label, leave=False, disable=hidden) as progress:
@@ -50,9 +51,3 @@ def run_blocks(
                 parts.append(compute(next(results)))
                 progress.update(min(batch_size, len(block) - start))
             yield block, tuple(np.concatenate(column) for column in zip(*parts, strict=True))
-
-
-def _start_worker(worker: int) -> None:
-    import cv2
-
-    cv2.setNumThreads(0)  # one thread a worker: they are many

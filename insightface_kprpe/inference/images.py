@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ import numpy as np
 import torch
 
 from ..data.picture_files import read_image_file
-from ..geometry import ARCFACE_TEMPLATE_112, align_face, similarity_transform
+from ..geometry import ARCFACE_TEMPLATE_112, CANONICAL_KEYPOINTS, align_face, distinct_landmarks, similarity_transform
+
+logger = logging.getLogger(__name__)
 
 SIZE = 112
 
@@ -29,6 +32,9 @@ def as_it_lies(path: Path) -> Path:
 class AlignedFiles(Sequence):
     """Faces cut out of image files and moved onto InsightFace's template, as ``norm_crop`` does.
 
+    Where the five points coincide, as those of unknown landmarks do, there is nothing to align by: a warning counts
+    such faces, and they are treated like images that cannot be read.
+
     Args:
         paths: of N images.
         landmarks_px: (N, 5, 2) float, pixels of each image.
@@ -43,11 +49,18 @@ class AlignedFiles(Sequence):
         similarity = similarity_transform(points, torch.tensor(ARCFACE_TEMPLATE_112, dtype=torch.float64))
         moved = points @ similarity[..., :2].mT + similarity[:, None, :, 2]
         self.keypoints = (moved / SIZE).float().numpy()
+        self.alignable = distinct_landmarks(landmarks_px)
+        self.keypoints[~self.alignable] = CANONICAL_KEYPOINTS
+        if not self.alignable.all():
+            first, count = int(self.alignable.argmin()), int((~self.alignable).sum())
+            logger.warning("%d of %d faces have no landmarks (first: %s)", count, len(paths), paths[first])
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
+        if not self.alignable[index]:
+            raise ValueError(f"{self.paths[index]}: its landmarks coincide, there is nothing to align by")
         return align_face(read_image_file(as_it_lies(self.paths[index])), self.landmarks_px[index], SIZE)[0]
 
 

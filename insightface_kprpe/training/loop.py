@@ -12,10 +12,10 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
-import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..data.reading import start_worker
 from ..data.sampler import EpochSampler
 from ..distributed import rank_and_world_size
 from ..files import atomic_path, write_atomically
@@ -183,7 +183,7 @@ def build_loader(
 
 
 def _start_worker(worker: int) -> None:
-    cv2.setNumThreads(0)  # one thread a worker: they are many
+    start_worker(worker)
     # A signal to the whole process group is for the rank, which may still need a batch before it saves and stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
