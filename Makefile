@@ -1,14 +1,16 @@
 # make quickstart   everything once on drawn faces: train, verify, export, recognise
 # make test         the whole test suite, on two processes (JOBS=8 for more)
 # make lint         ruff
+# make fuzz         10,000 damaged files for all readers (DAMAGED=100000 for more), and a table of what became of them
 
 PYTHON ?= python3
 # The version the suite was last run with. Any torch >= 2.6 will do: make test TORCH=torch==2.6.0
 TORCH ?= torch==2.13.0
 JOBS ?= 2
+DAMAGED ?= 10000
 BIN := .venv/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint fuzz clean
 
 quickstart: .venv/installed
 	$(BIN)/insightface-kprpe quickstart
@@ -20,6 +22,9 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+fuzz: .venv/installed-test
+	$(BIN)/python tests/fuzz $(DAMAGED)
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv

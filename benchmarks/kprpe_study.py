@@ -208,6 +208,8 @@ PARTS: dict[str, list[Run]] = {
     "base": list(BASES.values()),
     "real": compare("real", "fiw_unaligned", 3, rates(0.002) | scaled("KPRPE", 30), **REAL),
     "irpe": compare("real", "fiw_unaligned", 3, scaled("iRPE", 10), **REAL),
+    # Is it the tables' rate, and would another rate help the plain ViT as much?
+    "controls": compare("real", "fiw_unaligned", 1, rates(0.004) | scaled("KPRPE", 1) | rates(0.001), **REAL),
     # What is the best scale, and has every network its own best rate?
     "scale": compare("drawn", "drawn_loose", 1, rates(0.002) | scaled("KPRPE", 30, 1, 10, 100, 3), **DRAWN),
     "tuning": compare("drawn", "drawn_loose", 1, rates(0.001, 0.004) | scaled("iRPE", 10, 1, 30), **DRAWN),

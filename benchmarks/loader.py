@@ -65,7 +65,7 @@ def pil_recipe(image: Image.Image) -> Image.Image:
             image = enhancers[number](image).enhance(factor)
         elif number < 6:
             image = ImageOps.equalize(image) if number == 4 else image.convert("L").convert("RGB")
-    if random.random() < PAPER["degrade"]:
+    if random.random() < PAPER["degrade_probability"]:
         if random.random() < 0.5:
             image = image.filter(ImageFilter.GaussianBlur(random.uniform(0.5, 3)))
         else:
@@ -78,7 +78,7 @@ def pil_recipe(image: Image.Image) -> Image.Image:
     image = image.transform(
         (112, 112), Image.AFFINE, (a, b, a * x + b * y + 56, -b, a, a * y - b * x + 56), Image.BILINEAR
     )
-    if random.random() < PAPER["erase"]:
+    if random.random() < PAPER["erase_probability"]:
         pixels = np.array(image)
         height, width = random.randint(16, 64), random.randint(16, 64)
         top, left = random.randint(0, 112 - height), random.randint(0, 112 - width)

@@ -5,32 +5,37 @@
 The faults are those of ``mutation_faults.txt``. A copy holds the package, the tests and nothing else: no development
 data lies beside it, so what counts is what every contributor's checkout can see. A fault is caught when a test fails,
 and survives when all tests of its area pass. Exit status 1: some survived; 2: the table or the tests need repair.
+
+Tests run in forks of this process, which has imported torch and the like once and for all.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
-import queue
 import re
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import pytest
 
 from insightface_kprpe.files import write_atomically
 
 TABLE = Path(__file__).with_name("mutation_faults.txt")
 CHECKOUT = TABLE.parents[1]
-PARTS = ("insightface_kprpe", "recognition_configs", "tests", "setup.cfg", "pyproject.toml", "ruff.toml")
+PACKAGE = "insightface_kprpe"
+PARTS = (PACKAGE, "recognition_configs", "tests", "setup.cfg", "pyproject.toml", "ruff.toml")
+PRELOADED = ("torch", "cv2", f"{PACKAGE}._timm")
 TIME_LIMIT = 900  # seconds; a fault that makes ranks wait for each other for ever is caught, too
 
 
@@ -49,7 +54,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Area:
-    """The tests that should catch some faults, the likeliest first, and the faults."""
+    """What to call pytest with, the tests likeliest to catch a fault first, and the faults."""
 
     tests: tuple[str, ...]
     faults: tuple[Fault, ...]
@@ -77,7 +82,7 @@ def read_table() -> dict[str, Area]:
             title, *lines = block.splitlines()
             old, new = ("\n".join(line[2:] for line in lines if line.startswith(sign)) for sign in ("- ", "+ "))
             faults.append(Fault(title, old, new))
-        areas[name] = Area(tuple(tests.split()), tuple(faults))
+        areas[name] = Area(tuple(shlex.split(tests)), tuple(faults))
     return areas
 
 
@@ -111,46 +116,99 @@ def locate(fault: Fault) -> Path:
     return found[0].relative_to(CHECKOUT)
 
 
-def run_tests(tree: Path, tests: Iterable[str]) -> tuple[int, str]:
-    """pytest's exit status (1 also where it was not done in time) and output, with ``tree`` as all there is."""
-    environment = os.environ | {
-        "PYTHONPATH": str(tree),
-        "PYTHONDONTWRITEBYTECODE": "1",  # two faults of one length within a second would share a compiled file
-        "OMP_NUM_THREADS": "1",
-        "KPRPE_SHARED": str(tree / "absent"),
-    }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, cwd=tree, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=TIME_LIMIT)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with the ranks that wait for each other
-            return 1, "FAILED (not done in time)"
-    return process.returncode, output
+class Tests:
+    """pytest in a fork of this process, with a copy of the checkout as all there is.
 
-
-def try_fault(area: str, tests: Iterable[str], fault: Fault, trees: queue.Queue[Path]) -> Outcome:
-    """Plant a fault in one of the copies, run the tests of its area, and take it out again.
-
-    Raises:
-        RuntimeError: the tests did not run to an end.
+    Args:
+        tree: the copy.
+        arguments: of pytest.
     """
-    tree, file, started = trees.get(), locate(fault), time.perf_counter()
-    original = (tree / file).read_text()
-    try:
-        (tree / file).write_text(original.replace(fault.old, fault.new))
-        status, output = run_tests(tree, tests)
-    finally:
-        (tree / file).write_text(original)
-        trees.put(tree)
-    if status not in (0, 1):
-        raise RuntimeError(f"{fault.name}: pytest ended with status {status}\n{output[-2000:]}")
-    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.*?)(?: - .*)?$", output, re.MULTILINE)
-    caught_by = (failed.group(1) if failed else "a test") if status else None
-    return Outcome(area, fault.name, str(file), caught_by, round(time.perf_counter() - started, 1))
+
+    def __init__(self, tree: Path, arguments: Sequence[str]) -> None:
+        self.log = tree.parent / "log"
+        self.started = time.perf_counter()
+        self.pid = os.fork()
+        if not self.pid:
+            self._run(tree, arguments)
+
+    def _run(self, tree: Path, arguments: Sequence[str]) -> None:
+        status = 3
+        try:
+            os.setsid()
+            log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for stream in (1, 2):
+                os.dup2(log, stream)
+            os.chdir(tree)
+            for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
+                del sys.modules[name]
+            sys.path.insert(0, str(tree))
+            sys.dont_write_bytecode = True  # two faults of one length within a second would share a compiled file
+            os.environ |= {
+                "PYTHONPATH": str(tree),
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "KPRPE_SHARED": str(tree / "absent"),
+            }
+            status = pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *arguments])
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+
+    def wait(self, seconds: float) -> int | None:
+        """pytest's exit status; None where it does not end within some seconds."""
+        end = time.perf_counter() + seconds
+        while not (done := os.waitpid(self.pid, os.WNOHANG))[0]:
+            if time.perf_counter() > end:
+                return None
+            time.sleep(0.05)
+        return os.waitstatus_to_exitcode(done[1])
+
+    def kill(self) -> None:
+        """End it, with the ranks that wait for each other."""
+        os.killpg(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+    def output(self) -> str:
+        """What it said."""
+        return self.log.read_text(errors="replace")
+
+
+class Trial:
+    """One fault, planted in a copy of the checkout until the tests have ended.
+
+    Args:
+        tree: the copy.
+        area: name of the fault's area.
+        tests: of the area.
+        fault: what to plant.
+    """
+
+    def __init__(self, tree: Path, area: str, tests: Sequence[str], fault: Fault) -> None:
+        self.tree, self.area, self.fault = tree, area, fault
+        self.file = locate(fault)
+        self.original = (tree / self.file).read_text()
+        (tree / self.file).write_text(self.original.replace(fault.old, fault.new))
+        self.tests = Tests(tree, tests)
+
+    def outcome(self) -> Outcome | None:
+        """What became of it; None while the tests still run.
+
+        Raises:
+            RuntimeError: the tests did not run.
+        """
+        status, seconds = self.tests.wait(0), time.perf_counter() - self.tests.started
+        caught_by = None
+        if status is None:
+            if seconds < TIME_LIMIT:
+                return None
+            self.tests.kill()
+            caught_by = "(not done in time)"
+        elif status == 1:
+            failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.*?)(?: - .*)?$", self.tests.output(), re.MULTILINE)
+            caught_by = failed.group(1) if failed else "a test"
+        elif status:
+            raise RuntimeError(f"{self.fault.name}: pytest ended with {status}\n{self.tests.output()[-2000:]}")
+        (self.tree / self.file).write_text(self.original)
+        return Outcome(self.area, self.fault.name, str(self.file), caught_by, round(seconds, 1))
 
 
 def check_without_faults(tree: Path, areas: Iterable[Area]) -> None:
@@ -160,20 +218,12 @@ def check_without_faults(tree: Path, areas: Iterable[Area]) -> None:
         RuntimeError: they do not.
     """
     (tree / "tests" / "test_copy.py").write_text(
-        "import insightface_kprpe\n\n\ndef test_copy():\n"
-        f"    assert insightface_kprpe.__file__.startswith({str(tree)!r})\n"
+        f"import {PACKAGE}\n\n\ndef test_copy():\n    assert {PACKAGE}.__file__.startswith({str(tree)!r})\n"
     )
-    tests = {"tests/test_copy.py": None} | {test: None for area in areas for test in area.tests}
-    status, output = run_tests(tree, tests)
-    if status:
-        raise RuntimeError(f"the tests must pass before a fault is planted\n{output[-4000:]}")
-
-
-def table(outcomes: Iterable[Outcome]) -> str:
-    """One line a fault, survivors marked."""
-    rows = [(o.area, o.name, o.caught_by or "*** survived ***") for o in outcomes]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(f"{area:{widths[0]}}  {name:{widths[1]}}  {caught}" for area, name, caught in rows)
+    for arguments in [("tests/test_copy.py",), *(area.tests for area in areas)]:
+        tests = Tests(tree, arguments)
+        if tests.wait(float("inf")):
+            raise RuntimeError(f"the tests must pass before a fault is planted\n{tests.output()[-4000:]}")
 
 
 def try_all(areas: dict[str, Area], jobs: int) -> list[Outcome]:
@@ -186,17 +236,32 @@ def try_all(areas: dict[str, Area], jobs: int) -> list[Outcome]:
     planned = [(name, area.tests, fault) for name, area in areas.items() for fault in area.faults]
     for *_, fault in planned:
         locate(fault)
-    outcomes = []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        trees: queue.Queue[Path] = queue.Queue()
-        for job in range(jobs):
-            trees.put(copy_tree(Path(folder) / str(job)))
-        check_without_faults(trees.queue[0], areas.values())
-        for outcome in pool.map(lambda item: try_fault(*item, trees), planned):
-            outcomes.append(outcome)
-            sys.stderr.write("." if outcome.caught_by else "S")
-            sys.stderr.flush()
-    return outcomes
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for module in PRELOADED:
+        importlib.import_module(module)
+    waiting, running, outcomes = list(reversed(planned)), [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        free = [copy_tree(Path(folder) / str(job)) for job in range(jobs)]
+        check_without_faults(free[0], areas.values())
+        while waiting or running:
+            while waiting and free:
+                running.append(Trial(free.pop(), *waiting.pop()))
+            time.sleep(0.05)
+            for trial in list(running):
+                if outcome := trial.outcome():
+                    outcomes[trial.fault] = outcome
+                    running.remove(trial)
+                    free.append(trial.tree)
+                    sys.stderr.write("." if outcome.caught_by else "S")
+                    sys.stderr.flush()
+    return [outcomes[fault] for *_, fault in planned]
+
+
+def table(outcomes: Iterable[Outcome]) -> str:
+    """One line a fault, survivors marked."""
+    rows = [(o.area, o.name, o.caught_by or "*** survived ***") for o in outcomes]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{area:{widths[0]}}  {name:{widths[1]}}  {caught}" for area, name, caught in rows)
 
 
 def main() -> int:

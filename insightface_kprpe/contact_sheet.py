@@ -11,7 +11,7 @@ import numpy as np
 from .files import write_atomically
 
 CELL = 144  # pixels of one face
-_COLOURS = ((80, 80, 255), (80, 255, 80), (255, 255, 80), (255, 80, 255), (80, 255, 255))  # BGR, one a point
+_COLORS = ((80, 80, 255), (80, 255, 80), (255, 255, 80), (255, 80, 255), (80, 255, 255))  # BGR, one a point
 
 
 def face_cell(image: np.ndarray, keypoints: np.ndarray | None = None, caption: str = "") -> np.ndarray:
@@ -32,11 +32,11 @@ def face_cell(image: np.ndarray, keypoints: np.ndarray | None = None, caption: s
     left, top = (CELL - new[0]) // 2, (CELL - new[1]) // 2
     cell = np.zeros((CELL, CELL, 3), np.uint8)
     cell[top : top + new[1], left : left + new[0]] = cv2.resize(image[..., ::-1], new, interpolation=smooth)
-    points = () if keypoints is None else zip(keypoints, _COLOURS, strict=True)
-    for (x, y), colour in points:
-        centre = round(left + float(x) * new[0]), round(top + float(y) * new[1])
-        cv2.circle(cell, centre, 3, (0, 0, 0), -1, cv2.LINE_AA)
-        cv2.circle(cell, centre, 2, colour, -1, cv2.LINE_AA)
+    points = () if keypoints is None else zip(keypoints, _COLORS, strict=True)
+    for (x, y), color in points:
+        center = round(left + float(x) * new[0]), round(top + float(y) * new[1])
+        cv2.circle(cell, center, 3, (0, 0, 0), -1, cv2.LINE_AA)
+        cv2.circle(cell, center, 2, color, -1, cv2.LINE_AA)
     _write(cell, caption, CELL - 6)
     return cell
 
@@ -71,5 +71,5 @@ def write_sheet(path: str | Path, sheet: np.ndarray) -> None:
 def _write(picture: np.ndarray, text: str, baseline: int) -> None:
     """White text with a black rim. (A thicker stroke below would not do: it may make the letters wider.)"""
     rim = [(x, y, (0, 0, 0)) for x in (3, 4, 5) for y in (-1, 0, 1)]
-    for x, y, colour in [*rim, (4, 0, (255, 255, 255))]:
-        cv2.putText(picture, text, (x, baseline + y), cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA)
+    for x, y, color in [*rim, (4, 0, (255, 255, 255))]:
+        cv2.putText(picture, text, (x, baseline + y), cv2.FONT_HERSHEY_SIMPLEX, 0.4, color, 1, cv2.LINE_AA)

@@ -26,7 +26,6 @@ def read_npz(path: Path, required: Iterable[str], optional: Iterable[str] = ()) 
 
     Raises:
         ValueError: it is no such file, an array is missing, compressed, of Python objects, or does not fit its header.
-        OSError: it cannot be read.
     """
     required, optional = tuple(required), tuple(optional)
     try:
@@ -37,7 +36,9 @@ def read_npz(path: Path, required: Iterable[str], optional: Iterable[str] = ()) 
             if missing:
                 raise ValueError(f"it has no array {', '.join(missing)}")
             return {name: _read(archive, members[f"{name}.npy"]) for name in names}
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # damaged archives and headers raise anything from OSError to TokenError
         raise ValueError(f"it is no whole .npz file ({error or type(error).__name__})") from error
 
 

@@ -6,7 +6,7 @@ import logging
 import pickle
 import re
 import zipfile
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,13 +97,10 @@ def _load(path: Path) -> Any:
 
 
 class _Ignored:
-    """What is left of an object whose class is not torch's."""
+    """What is left of an object whose class is not torch's: a mapping, which torch's reader fills but never calls."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
+    def __new__(cls, *args: Any, **kwargs: Any) -> OrderedDict:
+        return OrderedDict()
 
 
 def _reason(error: Exception) -> str:

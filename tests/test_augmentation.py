@@ -56,11 +56,11 @@ SINGLE = {
     "rotation": {"rotation": 20.0},
     "scale": {"scale": 0.2},
     "translation": {"translation": 0.1},
-    "colour": {"color_operations": 2},
-    "degrade": {"degrade": 1.0},
-    "erase": {"erase": 1.0},
+    "color": {"color_operations": 2},
+    "degrade": {"degrade_probability": 1.0},
+    "erase": {"erase_probability": 1.0},
     "paper": "paper",
-    "paper, always": {**PAPER, "rotation_probability": 1.0, "degrade": 1.0, "erase": 1.0},
+    "paper, always": {**PAPER, "rotation_probability": 1.0, "degrade_probability": 1.0, "erase_probability": 1.0},
 }
 
 
@@ -157,7 +157,7 @@ def test_without_arguments_only_mirroring():
     [
         ("strong", '"paper"'),
         ({"rotate": 3.0}, "rotation, .*got rotate"),
-        ({"erase": 1.5}, "erase must be a probability"),
+        ({"erase_probability": 1.5}, "erase_probability must be a probability"),
         ({"scale": 1.0}, r"scale must be in \[0, 1\)"),
         ({"color_magnitude": (3, 31)}, "0 to 30"),
     ],

@@ -126,7 +126,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert again.scores == checkpoints.scores == {1: 70.0, 2: 90.0, 3: 80.0, 4: None, 5: 85.0}
     again.save(6, state, SCHEDULE)
     again.add_score(6, state, SCHEDULE, float("nan"))
-    assert (tmp_path / "checkpoints" / "best").read_text() == "step_00000002\n"
+    assert (tmp_path / "checkpoints" / "best").read_text() == "step_00000002\n" and again.scores[6] is None
     again.add_score(6, state, SCHEDULE, 91.0)
     assert (tmp_path / "checkpoints" / "best").read_text() == "step_00000006\n"
     assert [step for step in range(1, 10) if Checkpointer(tmp_path, every=2).due(step, SCHEDULE)] == [2, 4, 5, 6, 8]

@@ -1,3 +1,5 @@
+import errno
+import os
 import subprocess
 import sys
 
@@ -85,3 +87,64 @@ def test_mistakes_are_one_sentence_without_traceback(arguments, tmp_path):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("error: ")
     assert not list(tmp_path.iterdir())
+
+
+def fail(error):
+    def raising():
+        raise error
+
+    return raising
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("size must be 1,\n  got 2"), "size must be 1, got 2"),
+        (OSError(errno.ENOSPC, "No space left on device", "out.npz"), "no space is left to write out.npz; free some"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error (given: {folder})"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "some/folder"), "some/folder: Is a directory"),
+        (OSError(errno.EXDEV, "Invalid link", "a/b", None, "c"), "a/b -> c: Invalid link"),
+        (EOFError(), "a file ends too early (no more data) (given: {folder})"),
+        (EOFError("Ran out of input"), "a file ends too early (Ran out of input) (given: {folder})"),
+        (RuntimeError("no wheels"), "no wheels (given: {folder})"),
+        (RuntimeError(), "RuntimeError (given: {folder})"),
+        (MemoryError(), "there is not enough memory (given: {folder})"),
+        (
+            KeyError("files"),
+            "KeyError: 'files' (unexpected; INSIGHTFACE_KPRPE_DEBUG=1 or --debug before the verb shows",
+        ),
+    ],
+)
+def test_every_error_is_a_sentence(error, sentence, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
+
+    @cli.app.command("fail")
+    def failing(folder: str) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["insightface-kprpe", "fail", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert str(exit_.value.code).startswith(f"error: {sentence.format(folder=tmp_path)}")
+    assert "\n" not in exit_.value.code
+
+
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_debug_shows_the_traceback(how, monkeypatch):
+    monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    cli.app.command("fail")(fail(EOFError("cut")))
+    if how == "variable":
+        os.environ["INSIGHTFACE_KPRPE_DEBUG"] = "1"
+    monkeypatch.setattr(sys, "argv", ["insightface-kprpe", *(["--debug"] if how == "option" else []), "fail"])
+    with pytest.raises(ValueError, match="a file ends too early") as raised:
+        cli.main()
+    assert isinstance(raised.value.__cause__, EOFError)
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["nonsense"], 2), (["rec", "pack"], 2)])
+def test_mistakes_in_the_command_itself_keep_their_status(arguments, status, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["insightface-kprpe", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == status

@@ -155,6 +155,12 @@ def test_reads_files(folder):
     assert rates["mean"] == {"rank_1": 1}
 
 
+def test_a_gallery_without_any_subject_of_the_probes_is_named(folder):
+    (folder / "uav" / "gallery_G2.csv").write_text("template,subject,media\n6,9,90\n")
+    with pytest.raises(ValueError, match=r"gallery_G2\.csv holds no subject of .*probe\.csv"):
+        ijbs.read_ijbs(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [

@@ -11,7 +11,13 @@ from insightface_kprpe.data.landmark_augmentation import (
 from insightface_kprpe.data.landmark_dataset import FaceSample
 
 SIZE = 160
-GEOMETRY_ONLY = {"color": 0.0, "gray": 0.0, "blur": 0.0, "low_resolution": 0.0, "faceless": 0.0}
+GEOMETRY_ONLY = {
+    "color": 0.0,
+    "gray_probability": 0.0,
+    "blur_probability": 0.0,
+    "low_resolution_probability": 0.0,
+    "faceless_probability": 0.0,
+}
 
 
 def dotted(count, seed=0):
@@ -38,11 +44,11 @@ def find(images):
 @pytest.mark.parametrize(
     "geometry",
     [
-        {"mirror": 1.0, "scale": (1.0, 1.0), "shift": 0.0, "rotation": 0.0},
-        {"mirror": 0.0, "scale": (0.7, 1.2), "shift": 0.0, "rotation": 0.0},
-        {"mirror": 0.0, "scale": (1.0, 1.0), "shift": 0.1, "rotation": 0.0},
-        {"mirror": 0.0, "scale": (1.0, 1.0), "shift": 0.0, "rotation": 40.0},
-        {"mirror": 0.5, "scale": (0.7, 1.2), "shift": 0.1, "rotation": 30.0},
+        {"mirror_probability": 1.0, "scale": (1.0, 1.0), "shift": 0.0, "rotation": 0.0},
+        {"mirror_probability": 0.0, "scale": (0.7, 1.2), "shift": 0.0, "rotation": 0.0},
+        {"mirror_probability": 0.0, "scale": (1.0, 1.0), "shift": 0.1, "rotation": 0.0},
+        {"mirror_probability": 0.0, "scale": (1.0, 1.0), "shift": 0.0, "rotation": 40.0},
+        {"mirror_probability": 0.5, "scale": (0.7, 1.2), "shift": 0.1, "rotation": 30.0},
     ],
     ids=["mirror", "scale", "shift", "rotation", "all"],
 )
@@ -56,9 +62,9 @@ def test_points_move_with_pixels(geometry):
     mirrored = (moved.keypoints[torch.arange(40), partner] - found).norm(dim=-1)
     error = (
         straight
-        if geometry["mirror"] == 0
+        if geometry["mirror_probability"] == 0
         else mirrored
-        if geometry["mirror"] == 1
+        if geometry["mirror_probability"] == 1
         else torch.minimum(straight, mirrored)
     )
     assert error.mean() * SIZE < 0.5
@@ -69,7 +75,15 @@ def test_points_move_with_pixels(geometry):
 def test_degradation_leaves_points_in_place():
     batch = dotted(2)
     moved = LandmarkAugmentation(
-        mirror=0, scale=(1, 1), shift=0, rotation=0, blur=1, low_resolution=1, faceless=0, color=0, gray=0
+        mirror_probability=0,
+        scale=(1, 1),
+        shift=0,
+        rotation=0,
+        blur_probability=1,
+        low_resolution_probability=1,
+        faceless_probability=0,
+        color=0,
+        gray_probability=0,
     )(batch, torch.Generator().manual_seed(0))
     torch.testing.assert_close(moved.keypoints, batch.keypoints)
     found = find(moved.image)
@@ -90,14 +104,14 @@ def test_unknown_stays_unknown():
     batch = dotted(2)
     keypoints, bbox = batch.keypoints.clone(), batch.bbox.clone()
     keypoints[::2], bbox[4:] = -1, -1
-    moved = LandmarkAugmentation(faceless=0)(FaceSample(batch.image, keypoints, bbox))
+    moved = LandmarkAugmentation(faceless_probability=0)(FaceSample(batch.image, keypoints, bbox))
     assert (moved.keypoints[::2] == -1).all() and (moved.keypoints[1::2] != -1).all()
     assert (moved.bbox[4:] == -1).all() and (moved.bbox[:4] != -1).all()
 
 
 def test_images_without_a_face():
     batch = dotted(4)
-    moved = LandmarkAugmentation(faceless=1)(batch)
+    moved = LandmarkAugmentation(faceless_probability=1)(batch)
     assert (moved.keypoints == -1).all() and (moved.bbox == -1).all()
     assert moved.image.abs().max() <= 1 and moved.image.shape == batch.image.shape
 
@@ -116,7 +130,14 @@ def test_color_changes_colors_only():
     batch = dotted(2)
     images = torch.rand(10, 3, 32, 32) * 2 - 1
     augment = LandmarkAugmentation(
-        mirror=0, scale=(1, 1), shift=0, rotation=0, blur=0, low_resolution=0, faceless=0, gray=1
+        mirror_probability=0,
+        scale=(1, 1),
+        shift=0,
+        rotation=0,
+        blur_probability=0,
+        low_resolution_probability=0,
+        faceless_probability=0,
+        gray_probability=1,
     )
     moved = augment(FaceSample(images, batch.keypoints, batch.bbox))
     torch.testing.assert_close(moved.keypoints, batch.keypoints)

@@ -189,19 +189,31 @@ def test_weights_in_a_second_file_come_into_the_pack(files, tmp_path, picture):
     app.get(picture)
 
 
+def without_operator(source, target):
+    """A model whose last node asks for something that onnxruntime does not have."""
+    model = onnx.load(str(source))
+    model.graph.node[-1].op_type = "NoSuchOperator"
+    onnx.save(model, str(target))
+    return target
+
+
 def test_a_pack_that_does_not_work_where_it_lies_is_not_published(files, tmp_path):
     _, folder = files
-    detector = externalised(folder / "detector.onnx", tmp_path / "detector.onnx")
+    parts = {"recognition": folder / "one.onnx", "detector": folder / "detector.onnx", "root": tmp_path / "root"}
+    half = externalised(folder / "detector.onnx", tmp_path / "detector.onnx")
     (tmp_path / "detector.onnx.data").unlink()
-    with pytest.raises(ValueError, match=r"detector\.onnx could not be read as ONNX"):
-        model_pack.build(recognition=folder / "one.onnx", detector=detector, root=tmp_path / "root")
-    model = onnx.load(str(folder / "detector.onnx"))
-    model.graph.node[-1].op_type = "NoSuchOperator"
-    onnx.save(model, str(tmp_path / "strange.onnx"))
-    with pytest.raises(
-        model_pack.PackError, match=r"detection\.onnx does not work: could not be loaded by onnxruntime"
+    strange = without_operator(folder / "detector.onnx", tmp_path / "strange.onnx")
+    for detector, message in (
+        (half, r"detector\.onnx could not be read as ONNX"),
+        (strange, r"strange\.onnx could not be loaded by onnxruntime"),
     ):
-        model_pack.build(recognition=folder / "one.onnx", detector=tmp_path / "strange.onnx", root=tmp_path / "root")
+        with pytest.raises(ValueError, match=message):
+            model_pack.build(**parts | {"detector": detector})
+    parts["recognition"] = without_operator(folder / "one.onnx", tmp_path / "odd.onnx")
+    with pytest.raises(
+        model_pack.PackError, match=r"recognition\.onnx does not work: could not be loaded by onnxruntime"
+    ):
+        model_pack.build(**parts)
     assert list((tmp_path / "root").rglob("*.onnx")) == []
 
 
@@ -235,9 +247,8 @@ def test_the_oldest_runtime_gives_the_same_numbers(root, tmp_path):
         pytest.skip("KPRPE_OLD_PYTHON names no Python with onnxruntime 1.14")
     folder = root / "models" / "kprpe"
     paths = [folder / name for name in ("detection.onnx", "recognition.onnx", "keypoints/recognition.onnx")]
-    for form in ("fp16", "int8"):
-        paths.append(tmp_path / f"{form}.onnx")
-        precision.WRITERS[form](folder / "keypoints" / "recognition.onnx", paths[-1])
+    paths.append(tmp_path / "int8.onnx")
+    precision.WRITERS["int8"](folder / "keypoints" / "recognition.onnx", paths[-1])
     arguments = []
     for number, path in enumerate(paths):
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -256,6 +267,8 @@ def test_the_oldest_runtime_gives_the_same_numbers(root, tmp_path):
 
 
 def test_newer_files_say_what_they_need(files, tmp_path):
+    precision.WRITERS["fp16"](files[1] / "one.onnx", tmp_path / "half.onnx")
+    assert minimal_runtime(onnx.load(str(tmp_path / "half.onnx"))) == "1.17"
     model = onnx.load(str(files[1] / "one.onnx"))
     for version, ir, needed in (
         (18, 8, "1.14"),

@@ -18,7 +18,7 @@ from insightface_kprpe.backbones.interface import Backbone
 from insightface_kprpe.data.landmark_csv import write_landmark_csv
 from insightface_kprpe.data.synthetic import draw_face, verification_pairs
 from insightface_kprpe.data.verification_bin import write_verification_bin
-from insightface_kprpe.data.verification_pairs import open_verification
+from insightface_kprpe.data.verification_pairs import VerificationPairs, open_verification
 from insightface_kprpe.dfa import DFA
 from insightface_kprpe.evaluation import ijb
 from insightface_kprpe.evaluation.fusion import FUSION_METHODS, norm_weights
@@ -162,6 +162,57 @@ def test_identification_does_not_vanish_without_a_word(ijb_folder, embed, caplog
         (ijb_folder / "meta" / f"ijbc_1N_gallery_{gallery}.csv").unlink()
     (result,) = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions())
     assert "ijbc_1N_gallery_*.csv" in result.settings["1:N"]
+
+
+class Unused(Thumbnail):
+    def forward(self, images, keypoints):
+        raise AssertionError("nothing may be embedded")
+
+
+def rewrite(path, change):
+    path.write_text(change(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("template_pair_label.txt", lambda text: text + "0 999 0\n", "p2 names templates that have no images .*: 999"),
+        ("template_pair_label.txt", lambda text: text.replace(" 1\n", " 0\n"), "of different people only"),
+        ("1N_probe_mixed.csv", lambda text: text + "998,1,x.jpg\n", "probe names templates .*: 998"),
+        ("1N_gallery_G2.csv", lambda text: text + "997,77,x.jpg\n", "gallery G2 names templates .*: 997"),
+        ("1N_gallery_G1.csv", lambda text: text.replace(",1,", ",91,").replace(",0,", ",90,").replace(",2,", ",92,"),
+         "gallery G1 holds no subject of the probes"),
+    ],
+)  # fmt: skip
+def test_lists_that_do_not_fit_are_refused_before_anything_is_embedded(ijb_folder, name, change, message):
+    rewrite(ijb_folder / "meta" / f"ijbc_{name}", change)
+    with pytest.raises(ValueError, match=message):
+        run_ijb(TorchEmbedder(Unused(), "unused"), ijb_folder, "IJBC", ["norm"], EmbedOptions())
+
+
+def test_pairs_that_cannot_be_measured_are_refused_before_anything_is_embedded():
+    images, is_same, keypoints = verification_pairs(4, 12)
+    unused = TorchEmbedder(Unused(), "unused")
+    for count, labels, message in ((4, is_same, "at least 10 pairs"), (12, is_same | True, "the same person only")):
+        pairs = VerificationPairs("drawn", images[: 2 * count], keypoints[: 2 * count], labels[:count])
+        with pytest.raises(ValueError, match=f"drawn: .*{message}"):
+            run_pairs(unused, pairs, EmbedOptions())
+
+
+def test_lists_that_skipped_images_have_emptied_leave_the_rest(ijb_folder, embed, caplog):
+    for person in range(PEOPLE // 2):  # all images of the first gallery
+        for frame in (0, 1):
+            (ijb_folder / "loose_crop" / f"{FRAMES * person + frame}.png").unlink()
+    (result,) = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions(missing="skip"))
+    assert result.protocol == "IJB-C 1:1" and "1:N could not be measured" in caplog.text
+
+
+def test_a_gallery_of_everybody_has_no_open_set(ijb_folder, embed):
+    (ijb_folder / "meta" / "ijbc_1N_gallery_G2.csv").unlink()
+    rewrite(ijb_folder / "meta" / "ijbc_1N_gallery_G1.csv", lambda text: text + "6,3,x\n8,4,x\n10,5,x\n")
+    _, joined, mean, first = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions())
+    assert joined.settings["gallery"] == PEOPLE and "tpir_at_far_0.1" in joined.metrics
+    assert mean.metrics == first.metrics == {key: joined.metrics[key] for key in ("rank_1", "rank_5", "rank_10")}
 
 
 def test_an_infinite_threshold_is_explained(ijb_folder, embed):

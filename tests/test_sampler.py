@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from insightface_kprpe.data import sampler as module
-from insightface_kprpe.data.sampler import EpochSampler, People
+from insightface_kprpe.data.sampler import EpochSampler, ImagesOfPeople
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_large_epochs_are_worked_through_in_parts(labels, monkeypatch):
 
 
 def test_every_image_of_a_person_is_drawn_equally_often():
-    people = People(np.array([7, 3, 7, 7, 3, 9]))
+    people = ImagesOfPeople(np.array([7, 3, 7, 7, 3, 9]))
     draws = np.linspace(0, 1, 999, endpoint=False, dtype=np.float32)
     assert np.bincount(people.draw(np.full(999, 2), draws), minlength=6).tolist() == [333, 0, 333, 333, 0, 0]
     assert set(people.draw(np.full(999, 4), draws)) == {1, 4}

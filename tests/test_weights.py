@@ -49,11 +49,29 @@ def test_the_network_is_found_among_other_tensors(tmp_path, wrap, caplog):
         assert "the network's tensors are under 'backbone.'; left out: head.weight" in caplog.text
 
 
+class AttributeDict(dict):
+    """What Lightning stores hyperparameters in."""
+
+
+class Callback:
+    """Whose class, in old Lightning, is a key."""
+
+
+class Executed:
+    """What would run if it were loaded as pickles are."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('executed')",))
+
+
 def test_other_objects_beside_the_weights_are_left_out_unseen(tmp_path):
     source, target = net(), net()
     state = {f"model.{key}": value for key, value in source.state_dict().items()}
-    hyperparameters = argparse.Namespace(lr=0.1, path=Path("data"))
-    torch.save({"state_dict": state, "hyper_parameters": hyperparameters}, tmp_path / "last.ckpt")
+    others = {
+        "hyper_parameters": AttributeDict(lr=0.1, options=argparse.Namespace(path=Path("data"))),
+        "callbacks": {Callback: {"best": torch.ones(())}, "other": Executed()},
+    }
+    torch.save({"state_dict": state} | others, tmp_path / "last.ckpt")
     ik.load_weights(target, tmp_path / "last.ckpt")
     assert torch.equal(source.pos_embed, target.pos_embed)
 
@@ -133,6 +151,9 @@ def test_unsafe_and_damaged_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match="could not be read as weights.*another kind of file") as error:
             read_state_dict(path)
         assert "weights_only" not in str(error.value)
+    torch.save(Executed(), tmp_path / "tensor.pt")
+    with pytest.raises(ValueError, match="no state dict"):
+        read_state_dict(tmp_path / "tensor.pt")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     with pytest.raises(ValueError, match="no state dict"):
         read_state_dict(tmp_path / "tensor.pt")

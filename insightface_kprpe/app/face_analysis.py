@@ -92,11 +92,11 @@ def embed_aligned(self, crops: Sequence[np.ndarray], keypoints: np.ndarray | Non
         keypoints: (B, 5, 2) float in [0, 1] of each crop, for a model that takes them; None: the template's.
 
     Returns:
-        (B, D) float32, not normalised.
+        (B, D) float32, not normalized.
 
     Raises:
         ValueError: a crop is no picture or of another size, ``crops`` is a single one, keypoints do not fit, or the
-            pack recognises nobody.
+            pack recognizes nobody.
     """
     if "recognition" not in self.models:
         raise ValueError(f"embed_aligned needs a recognition model, this pack has only {', '.join(self.models)}")

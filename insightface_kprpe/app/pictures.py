@@ -1,4 +1,4 @@
-"""Pictures of any of the usual kinds as the one kind that detectors and recognisers take: (H, W, 3) uint8 BGR."""
+"""Pictures of any of the usual kinds as the one kind that detectors and recognizers take: (H, W, 3) uint8 BGR."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def as_bgr(image: np.ndarray, name: str = "image") -> np.ndarray:
         raise ValueError(f"{name} must be an array, got None; cv2.imread returns None for what it cannot read")
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
         got = f"shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"{name} must be (H, W) grey, (H, W, 3) BGR or (H, W, 4) BGRA, got {got}")
+        raise ValueError(f"{name} must be (H, W) gray, (H, W, 3) BGR or (H, W, 4) BGRA, got {got}")
     if image.ndim == 3 and image.shape[2] not in (1, 3, 4):
         raise ValueError(
             f"{name} must have 1, 3 or 4 channels last, got shape {image.shape}; channels first? transpose(1, 2, 0)"

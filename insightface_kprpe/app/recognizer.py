@@ -34,7 +34,7 @@ class KeypointRecognizer(ArcFaceONNX):
 
     def __init__(self, model_file: str, session, aligner: FaceAligner | None = None, aligned: bool = True) -> None:
         super().__init__(model_file, session)
-        # The parent guesses from the names of nodes whether the file normalises pixels itself; ours say it.
+        # The parent guesses from the names of nodes whether the file normalizes pixels itself; ours say it.
         metadata = read_metadata(model_file)
         self.input_mean = float(metadata.get("mean", self.input_mean))
         self.input_std = float(metadata.get("std", self.input_std))

@@ -91,7 +91,7 @@ def register() -> None:
     """Make ``FaceAnalysis`` and ``insightface.model_zoo`` use the classes of this package for files exported by it.
 
     A two-input recognition model becomes a :class:`KeypointRecognizer`, a DFA a :class:`FaceAligner`; ``FaceAnalysis``
-    takes grey, BGRA and 16-bit pictures, ``aligned`` and ``strict_providers``, and gets the methods ``get_batch`` and
+    takes gray, BGRA and 16-bit pictures, ``aligned`` and ``strict_providers``, and gets the methods ``get_batch`` and
     ``embed_aligned`` (:mod:`.face_analysis`). ``Face`` can be copied and pickled, and an unpickled ``FaceAnalysis``
     registers itself, so that both travel between processes. Other models are loaded as before. Calling it twice does no
     harm; :func:`unregister` takes it back.

@@ -63,11 +63,7 @@ class OffsetAttention(Attention):
     @staticmethod
     def can_run(tokens: torch.Tensor) -> bool:
         """Whether the way over lines is open: real float32 numbers on a CPU, and no one who records operations."""
-        device = tokens.device.type
-        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tokens) is not torch.Tensor
-        return (
-            device == "cpu" and tokens.dtype == torch.float32 and not recorded and not torch.is_autocast_enabled(device)
-        )
+        return computes_on_cpu(tokens) and tokens.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
     def forward(
         self, x: torch.Tensor, attn_mask: torch.Tensor | Lines | None = None, is_causal: bool = False
@@ -108,7 +104,7 @@ def offset_attention(qkv: torch.Tensor, lines: Lines, scale: float, hidden: torc
     if torch.is_grad_enabled() and any(t.requires_grad for t in (qkv, lines.table, lines.slope)):
         return _OffsetAttention.apply(qkv, *lines[:4], scale, hidden)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    chunks = _chunks(q)
+    chunks = image_chunks(q)
     biases = q.new_empty(chunks[0].stop, q.shape[1], q.shape[2], q.shape[2])
     slopes = _slope_lines(lines.slope, lines.index)
     out = qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:])
@@ -120,7 +116,14 @@ def offset_attention(qkv: torch.Tensor, lines: Lines, scale: float, hidden: torc
     return out
 
 
-def _chunks(q: torch.Tensor) -> list[slice]:
+def computes_on_cpu(tokens: torch.Tensor) -> bool:
+    """Whether these are real numbers on a CPU, and no one records the operations to run them elsewhere."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tokens) is not torch.Tensor
+    return tokens.device.type == "cpu" and not recorded
+
+
+def image_chunks(q: torch.Tensor) -> list[slice]:
+    """As many images at a time as have their logits in the cache; q: (B, H, N, d)."""
     batch, heads, length, _ = q.shape
     size = max(1, torch.get_num_threads() * _CHUNK // (heads * length * length))
     return [slice(start, min(start + size, batch)) for start in range(0, max(batch, 1), size)]
@@ -158,7 +161,7 @@ class _OffsetAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, table, slope, index, onehot, scale, hidden):
         qkv = qkv.permute(2, 0, 3, 1, 4)
-        chunks = _chunks(qkv[0])
+        chunks = image_chunks(qkv[0])
         _, batch, heads, length, width = qkv.shape
         room = qkv.new_empty(batch, heads, length, length)  # biases, then logits, then weights
         out = qkv.new_empty(batch, length, heads, width)
@@ -180,7 +183,7 @@ class _OffsetAttention(torch.autograd.Function):
         qkv, out, room, index, onehot = ctx.saved_tensors
         _, batch, heads, length, width = qkv.shape
         side = len(index)
-        chunks = _chunks(qkv[0])
+        chunks = image_chunks(qkv[0])
         qkv_grad = qkv.new_empty(batch, length, 3, heads, width)
         table_grad = qkv.new_empty(batch, heads, side, onehot.shape[-1])
         total = qkv.new_zeros(heads, side, side, length)  # gradient of the biases, summed over the batch

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from .._timm import Attention
 from ..geometry import CANONICAL_KEYPOINTS, KEYPOINT_LIMIT
-from .offset_attention import Lines, line_index
+from .offset_attention import Lines, computes_on_cpu, image_chunks, line_index
 
 # Piecewise index of iRPE (Wu et al., ICCV 2021): exact up to ALPHA patches, logarithmic up to GAMMA, +-3 beyond.
 ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2
@@ -194,19 +194,27 @@ class ContextualAttention(Attention):
         """
         batch, length, _ = x.shape
         q, k, v = self.qkv(x).reshape(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
-        q = q * self.scale
         bucket = (attn_mask if attn_mask.dim() == 3 else attn_mask.unsqueeze(0)).unsqueeze(1)
         bucket = bucket.expand(batch, self.num_heads, length, length)
+        if not computes_on_cpu(x):
+            return self.proj(self._attend(q, k, v, bucket))
+        # A few images at a time: what one operator writes for all pairs of patches the next finds in the cache.
+        parts = [self._attend(q[chunk], k[chunk], v[chunk], bucket[chunk]) for chunk in image_chunks(q)]
+        return self.proj(torch.cat(parts))
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bucket: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, d) queries, keys and values and (B, H, N, N) buckets -> (B, N, D)."""
+        q = q * self.scale
         logits = q @ k.transpose(-2, -1)
         # A query's own table is read at the key's bucket, a key's own table at the bucket it sees the query in.
         logits = logits + (q @ self.rpe_k.lookup_table_weight).gather(-1, bucket)
         by_key = ((k * self.scale) @ self.rpe_q.lookup_table_weight).gather(-1, bucket)
         weights = (logits + by_key.transpose(-2, -1)).softmax(-1)
         # How much attention each bucket got, times the value of that bucket.
-        received = weights.new_zeros(batch, self.num_heads, length, NUM_BUCKETS).scatter_add(-1, bucket, weights)
+        received = weights.new_zeros(*q.shape[:3], NUM_BUCKETS).scatter_add(-1, bucket, weights)
         v = v.to(weights.dtype)
         out = weights @ v + received @ self.rpe_v.lookup_table_weight.to(weights.dtype)
-        return self.proj(out.transpose(1, 2).reshape(batch, length, -1))
+        return out.transpose(1, 2).flatten(2)
 
 
 def check_keypoints(keypoints: torch.Tensor | None, batch: int, num_keypoints: int, check_values: bool) -> None:

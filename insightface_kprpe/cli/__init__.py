@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,8 @@ from typing import Annotated
 import typer
 
 from . import arcface_torch, data, deployment, evaluation, faces, training  # noqa: F401 - they add their verbs
-from .app import app
+from .app import DEBUG, app
+from .errors import describe
 
 
 @app.command()
@@ -41,9 +43,11 @@ def models(
 
 
 def main() -> None:
-    """Run the command line; what a user can mend is one sentence and exit status 1, not a traceback."""
+    """Run the command line; whatever goes wrong is one sentence and exit status 1, not a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         app()
-    except (ValueError, RuntimeError, ImportError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        sys.exit(f"error: {describe(error, sys.argv[1:])}")

@@ -90,7 +90,7 @@ def rec_repack(
 ) -> None:
     """Bring a .rec file of any kind (im2rec, shuffled) into InsightFace's layout, or shuffle one, and read it back.
 
-    Images are copied byte for byte (JPEG quality and colours stay) in the order of their labels, which are renumbered
+    Images are copied byte for byte (JPEG quality and colors stay) in the order of their labels, which are renumbered
     from 0 without gaps; the rows of ldmk_5points.csv move with them. With --shuffle they are in random order, and the
     records that say where each person's images are do not exist.
     """

@@ -1,6 +1,6 @@
 """Augmentation in batch on the training device: pixels and keypoints are moved by the same matrix.
 
-The pixels' colours, blur and erasing are in :mod:`.photometric`; :class:`Augmentation` puts all of it together.
+The pixels' colors, blur and erasing are in :mod:`.photometric`; :class:`Augmentation` puts all of it together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..geometry import mirror_keypoints
 from .photometric import random_color, random_degradation, random_erasing
 
-# The paper's supplement, Table 6, where it gives numbers; RandAugment is applied to colours only.
+# The paper's supplement, Table 6, where it gives numbers; RandAugment is applied to colors only.
 PAPER = {
     "rotation": 20.0,
     "rotation_probability": 0.2,
@@ -22,8 +22,8 @@ PAPER = {
     "translation": 0.1,
     "color_operations": 2,
     "color_magnitude": (5, 23),  # 14 +- 9 of 31 grades
-    "degrade": 0.2,
-    "erase": 0.2,
+    "degrade_probability": 0.2,
+    "erase_probability": 0.2,
 }
 # On a CPU: with much more, the memory that goes back to the system and is fetched anew costs more than the warp itself.
 _WARPED_AT_ONCE = 16
@@ -49,6 +49,27 @@ def warp_images(images: torch.Tensor, matrix: torch.Tensor, black: float = -1.0)
     if black == 0:
         return F.grid_sample(images, grid, align_corners=False)
     return F.grid_sample(images - black, grid, align_corners=False).add_(black)
+
+
+def similarity_about_center(
+    angle: torch.Tensor, zoom: torch.Tensor, shift: torch.Tensor, mirrored: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The matrices that mirror, turn and scale crops about their centers, in this order, and then shift them.
+
+    Args:
+        angle: (B,) radians, clockwise as seen.
+        zoom: (B,) factors by which what is seen grows.
+        shift: (B, 2) along x and y, as fractions of the side.
+        mirrored: (B,) bool; None: none is.
+
+    Returns:
+        (B, 2, 3) float, from [0, 1] of the old crop to [0, 1] of the new one.
+    """
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    sign = 1.0 if mirrored is None else torch.where(mirrored, -1.0, 1.0)
+    linear = torch.stack([torch.stack([cos * sign, -sin], -1), torch.stack([sin * sign, cos], -1)], -2)
+    center = torch.full((2,), 0.5, device=angle.device)
+    return torch.cat([linear, (center + shift - linear @ center).unsqueeze(-1)], -1)
 
 
 def move_keypoints(keypoints: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -85,7 +106,7 @@ def random_similarity(
     probability: float,
     rotation_probability: float = 1.0,
 ) -> torch.Tensor:
-    """Turn, scale and shift some of the crops about their centres, their keypoints along with them.
+    """Turn, scale and shift some of the crops about their centers, their keypoints along with them.
 
     Args:
         images: (B, 3, S, S) float in [0, 1]; changed in place.
@@ -112,10 +133,7 @@ def random_similarity(
     shift = torch.stack([uniform(translation), uniform(translation)], -1)
     if rotation_probability < 1:
         angle = torch.where(torch.rand(count, generator=generator) < rotation_probability, angle, 0.0)
-    cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    linear = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
-    centre = torch.full((2,), 0.5)
-    matrix = torch.cat([linear, (centre + shift - linear @ centre).unsqueeze(-1)], -1)
+    matrix = similarity_about_center(angle, zoom, shift)
     matrix, rows = matrix[chosen].to(images.device), torch.where(chosen)[0].to(images.device)
     at_once = _WARPED_AT_ONCE if images.device.type == "cpu" else len(rows)
     if len(rows) == count:  # views will do
@@ -128,9 +146,9 @@ def random_similarity(
 
 
 class Augmentation:
-    """Mirroring, colour, degradation, similarity and erasing, in this order; all but mirroring are off by default.
+    """Mirroring, color, degradation, similarity and erasing, in this order; all but mirroring are off by default.
 
-    What lies outside the old crop, and what is erased, is black, whatever the colours became.
+    What lies outside the old crop, and what is erased, is black, whatever the colors became.
 
     Args:
         rotation: largest angle in degrees, either way.
@@ -140,8 +158,8 @@ class Augmentation:
         probability: share of the crops that are turned, scaled and shifted at all.
         color_operations: operations of RandAugment on each crop.
         color_magnitude: lowest and highest of them, in 0 to 30.
-        degrade: share of the crops that are blurred or lose resolution.
-        erase: share of the crops of which a part is blacked out.
+        degrade_probability: share of the crops that are blurred or lose resolution.
+        erase_probability: share of the crops of which a part is blacked out.
 
     Raises:
         ValueError: a probability is not in [0, 1], or another number out of its range.
@@ -156,13 +174,18 @@ class Augmentation:
         probability: float = 1.0,
         color_operations: int = 0,
         color_magnitude: tuple[int, int] = PAPER["color_magnitude"],
-        degrade: float = 0.0,
-        erase: float = 0.0,
+        degrade_probability: float = 0.0,
+        erase_probability: float = 0.0,
     ) -> None:
-        shares = {"probability": probability, "rotation_probability": rotation_probability}
-        for name, share in {**shares, "degrade": degrade, "erase": erase}.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"augment: {name} must be a probability in [0, 1], got {share}")
+        probabilities = {
+            "probability": probability,
+            "rotation_probability": rotation_probability,
+            "degrade_probability": degrade_probability,
+            "erase_probability": erase_probability,
+        }
+        for name, value in probabilities.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"augment: {name} must be a probability in [0, 1], got {value}")
         if not 0 <= scale < 1 or rotation < 0 or translation < 0 or color_operations < 0:
             got = f"{scale}, {rotation}, {translation}, {color_operations}"
             raise ValueError(
@@ -179,7 +202,7 @@ class Augmentation:
             "rotation_probability": rotation_probability,
         }
         self.color_operations, self.color_magnitude = color_operations, (low, high)
-        self.degrade, self.erase = degrade, erase
+        self.degrade_probability, self.erase_probability = degrade_probability, erase_probability
 
     def __call__(
         self, images: torch.Tensor, keypoints: torch.Tensor, generator: torch.Generator
@@ -198,11 +221,11 @@ class Augmentation:
         images = images.float().div_(255)
         if self.color_operations:
             random_color(images, generator, self.color_operations, self.color_magnitude)
-        if self.degrade:
-            random_degradation(images, generator, self.degrade)
+        if self.degrade_probability:
+            random_degradation(images, generator, self.degrade_probability)
         keypoints = random_similarity(images, keypoints, generator, **self.similarity)
-        if self.erase:
-            random_erasing(images, generator, self.erase)
+        if self.erase_probability:
+            random_erasing(images, generator, self.erase_probability)
         return torch.add(images.new_tensor(-1.0), images, alpha=2, out=images), keypoints
 
 

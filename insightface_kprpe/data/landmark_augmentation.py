@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 
 from ..geometry import MIRROR_ORDER
-from .augmentation import move_keypoints, warp_images
+from .augmentation import move_keypoints, similarity_about_center, warp_images
 from .landmark_dataset import UNKNOWN, FaceSample
-from .photometric import gaussian_blur, lower_resolution
+from .photometric import adjust_brightness, adjust_contrast, adjust_saturation, gaussian_blur, lower_resolution
 
 Uniform = Callable[[float, float], torch.Tensor]  # low, high -> one random number per image
 
@@ -21,41 +21,42 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 
 class LandmarkAugmentation:
-    """Mirror, scale, shift, rotation, colour, blur and low resolution, and some images without a face.
+    """Mirror, scale, shift, rotation, color, blur and low resolution, and some images without a face.
 
     Mirroring, scale, shift and rotation are one matrix, by which pixels (one bilinear sampling), keypoints and box
     move. What comes from outside the crop is black.
 
     Args:
-        mirror: probability.
+        mirror_probability: of a mirrored crop.
         scale: range of the factor by which the face grows.
         shift: largest move along x and y, as a fraction of the crop's side.
         rotation: largest angle, in degrees.
         color: largest relative change of brightness, contrast and saturation.
-        gray: probability of a gray image.
-        blur: probability; the Gaussian's sigma is 0.5 to 3 pixels, one draw for the batch.
-        low_resolution: probability; to 16 to 96 pixels a side, one draw for the batch.
-        faceless: probability of an image without a face: plain with noise, or a crop whose 4 x 4 tiles are shuffled.
+        gray_probability: of a gray image.
+        blur_probability: of a blurred image; the Gaussian's sigma is 0.5 to 3 pixels, one draw for the batch.
+        low_resolution_probability: of an image with only 16 to 96 pixels a side, one draw for the batch.
+        faceless_probability: of an image without a face: plain with noise, or a crop whose 4 x 4 tiles are shuffled.
             They teach the score to be low; without them every image that the network ever sees has a face.
     """
 
     def __init__(
         self,
-        mirror: float = 0.5,
+        mirror_probability: float = 0.5,
         scale: tuple[float, float] = (0.7, 1.2),
         shift: float = 0.1,
         rotation: float = 30.0,
         color: float = 0.3,
-        gray: float = 0.1,
-        blur: float = 0.2,
-        low_resolution: float = 0.3,
-        faceless: float = 0.05,
+        gray_probability: float = 0.1,
+        blur_probability: float = 0.2,
+        low_resolution_probability: float = 0.3,
+        faceless_probability: float = 0.05,
     ) -> None:
         if not 0 < scale[0] <= scale[1]:
             raise ValueError(f"scale must be a range of positive factors, got {scale}")
-        self.mirror, self.scale, self.shift, self.rotation = mirror, scale, shift, rotation
-        self.color, self.gray = color, gray
-        self.blur, self.low_resolution, self.faceless = blur, low_resolution, faceless
+        self.scale, self.shift, self.rotation, self.color = scale, shift, rotation, color
+        self.mirror_probability, self.gray_probability = mirror_probability, gray_probability
+        self.blur_probability, self.low_resolution_probability = blur_probability, low_resolution_probability
+        self.faceless_probability = faceless_probability
 
     def __call__(self, batch: FaceSample, generator: torch.Generator | None = None) -> FaceSample:
         """Augment one batch.
@@ -76,14 +77,14 @@ class LandmarkAugmentation:
         images, keypoints, bbox = move(FaceSample(to_float(batch.image), batch.keypoints, batch.bbox), matrix, mirrored)
         images = self._recolor(images, uniform)
         for probability, low, high, degrade in (
-            (self.blur, 0.5, 3.0, gaussian_blur),
-            (self.low_resolution, 16, 97, lambda chosen, side: lower_resolution(chosen, int(side))),
+            (self.blur_probability, 0.5, 3.0, gaussian_blur),
+            (self.low_resolution_probability, 16, 97, lambda chosen, side: lower_resolution(chosen, int(side))),
         ):
             chosen = uniform(0, 1) < probability
             strength = float(torch.empty(()).uniform_(low, high, generator=generator))
             if chosen.any():
                 images[chosen] = degrade(images[chosen], strength)
-        chosen = uniform(0, 1) < self.faceless
+        chosen = uniform(0, 1) < self.faceless_probability
         if chosen.any():
             images[chosen] = _without_face(images[chosen], generator)
             keypoints = torch.where(chosen[:, None, None], UNKNOWN, keypoints)
@@ -92,26 +93,19 @@ class LandmarkAugmentation:
 
     def _draw_matrix(self, uniform: Uniform) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 2, 3) matrices for ``move``, and which of them mirror."""
-        mirrored = uniform(0, 1) < self.mirror
+        mirrored = uniform(0, 1) < self.mirror_probability
         # scale is drawn on a logarithmic axis: growing and shrinking by one factor are equally likely
         size = torch.exp(uniform(math.log(self.scale[0]), math.log(self.scale[1])))
         angle = uniform(-math.radians(self.rotation), math.radians(self.rotation))
-        a, b, sign = size * torch.cos(angle), size * torch.sin(angle), torch.where(mirrored, -1.0, 1.0)
         shift = torch.stack([uniform(-self.shift, self.shift), uniform(-self.shift, self.shift)], -1)
-        linear = torch.stack([torch.stack([a * sign, -b], -1), torch.stack([b * sign, a], -1)], -2)
-        offset = 0.5 + shift - (linear @ torch.full((2, 1), 0.5, device=a.device)).squeeze(-1)
-        return torch.cat([linear, offset.unsqueeze(-1)], -1), mirrored
+        return similarity_about_center(angle, size, shift, mirrored), mirrored
 
     def _recolor(self, images: torch.Tensor, uniform: Uniform) -> torch.Tensor:
         """Brightness, contrast and saturation of each image, in this order."""
-        brightness, contrast, saturation = (
-            uniform(1 - self.color, 1 + self.color)[:, None, None, None] for _ in range(3)
-        )
-        saturation = torch.where(uniform(0, 1)[:, None, None, None] < self.gray, 0.0, saturation)
-        images = (images + 1) * brightness  # [0, 2]
-        images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast)
-        luma = (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-        return torch.lerp(luma, images, saturation).clamp(0, 2) - 1
+        brightness, contrast, saturation = (uniform(1 - self.color, 1 + self.color) for _ in range(3))
+        saturation = torch.where(uniform(0, 1) < self.gray_probability, 0.0, saturation)
+        images = adjust_brightness((images + 1) / 2, brightness)
+        return adjust_saturation(adjust_contrast(images, contrast), saturation) * 2 - 1
 
 
 def move(batch: FaceSample, matrix: torch.Tensor, mirrored: torch.Tensor) -> FaceSample:
@@ -132,9 +126,9 @@ def move(batch: FaceSample, matrix: torch.Tensor, mirrored: torch.Tensor) -> Fac
 
     linear, offset = matrix[:, :, :2], matrix[:, :, 2]
     half = (bbox[:, 2:] - bbox[:, :2]) / 2
-    centre = ((bbox[:, :2] + half).unsqueeze(1) @ linear.mT).squeeze(1) + offset
+    center = ((bbox[:, :2] + half).unsqueeze(1) @ linear.mT).squeeze(1) + offset
     half = (linear * half.unsqueeze(1)).norm(dim=-1)
-    bbox = torch.where(is_known(bbox)[:, None], torch.cat([centre - half, centre + half], -1), UNKNOWN)
+    bbox = torch.where(is_known(bbox)[:, None], torch.cat([center - half, center + half], -1), UNKNOWN)
     return FaceSample(warp_images(images, matrix), keypoints, bbox)
 
 

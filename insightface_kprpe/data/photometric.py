@@ -1,4 +1,4 @@
-"""What happens to the pixels of face crops and moves nothing: colour, blur, low resolution, erased parts.
+"""What happens to the pixels of face crops and moves nothing: color, blur, low resolution, erased parts.
 
 All functions take (B, 3, H, W) float images in [0, 1] on any device. Random ones draw from a CPU generator, so that the
 same state gives the same choice on any device, work on the chosen images of the batch together, and change them in
@@ -176,8 +176,8 @@ def _inside(length: torch.Tensor, place: torch.Tensor, size: int) -> torch.Tenso
     """(n, size) bool: which of ``size`` pixels lie in intervals of these lengths (shares of the side, cut at 1)."""
     length = length.clamp_max(1.0)[:, None]
     start = place[:, None] * (1 - length)
-    centre = (torch.arange(size) + 0.5) / size
-    return (centre >= start) & (centre < start + length)
+    center = (torch.arange(size) + 0.5) / size
+    return (center >= start) & (center < start + length)
 
 
 def _resample(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

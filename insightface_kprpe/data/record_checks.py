@@ -101,8 +101,8 @@ def _identities(reader: RecordReader, labels: np.ndarray) -> list[str]:
     identity_keys = reader.keys[first_row : first_row + reader.identities]  # others may follow
     for key in map(int, identity_keys):
         bounds = reader[key][0].label
-        if np.shape(bounds) != (2,):
-            faults.append(f"identity record {key} must have two labels, got {bounds}")
+        if np.shape(bounds) != (2,) or not np.isfinite(bounds).all():
+            faults.append(f"identity record {key} must have two finite labels, got {bounds}")
             continue
         first, end = (int(bound) for bound in bounds)
         within = labels[max(first - 1, 0) : end - 1]

@@ -1,7 +1,7 @@
 """Making training sets in InsightFace's RecordIO layout, from folders or from other record files.
 
 A set is a folder with ``train.rec``, ``train.idx``, ``property`` and, where landmarks are known, ``ldmk_5points.csv``.
-Its images are ordinary JPEG files, which have no channel order of their own: every program reads the right colours.
+Its images are ordinary JPEG files, which have no channel order of their own: every program reads the right colors.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class EpochSampler(Sampler[list[int]]):
                 f"repetition needs the labels of all {length} images, got {0 if labels is None else len(labels)}"
             )
         self.repetition = repetition
-        self.people = People(labels) if repetition else None
+        self.people = ImagesOfPeople(labels) if repetition else None
         self.set_position(0, 0)
 
     def set_position(self, epoch: int, first_batch: int) -> None:
@@ -89,7 +89,7 @@ class EpochSampler(Sampler[list[int]]):
         return result
 
 
-class People:
+class ImagesOfPeople:
     """Which images each person has.
 
     Args:

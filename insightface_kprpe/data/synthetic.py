@@ -1,7 +1,7 @@
 """Faces drawn from a seed: people with an identity, pictures of them with five exact landmarks, and group photos.
 
 Every picture depends on nothing but (seed, identity, instance): person 7 of seed 0 is the same person in every data
-set, whatever the order of access and the number of workers. Who someone is lies in the shapes; the colours of people
+set, whatever the order of access and the number of workers. Who someone is lies in the shapes; the colors of people
 are alike and the light, exposure and white balance of each picture blur them further.
 """
 
@@ -288,6 +288,6 @@ def _draw_head_in_scene(canvas: np.ndarray, person: _Placed) -> None:
     window = canvas[low[1] : high[1], low[0] : high[0]]
     zoom = 1 if scale > 25 else 2 if scale > 12 else 3
     enlarged = cv2.resize(window, None, fx=zoom, fy=zoom) if zoom > 1 else window.copy()
-    shift = np.column_stack([np.zeros((2, 2)), low - 0.5 * (1 - 1 / zoom)])  # the centre of a pixel stays where it is
+    shift = np.column_stack([np.zeros((2, 2)), low - 0.5 * (1 - 1 / zoom)])  # the center of a pixel stays where it is
     draw_head(enlarged, person.head, person.look, person.posed, zoom * (person.matrix - shift))
     window[:] = cv2.resize(enlarged, window.shape[1::-1], interpolation=cv2.INTER_AREA)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .synthetic_people import Colour, Identity
+from .synthetic_people import Color, Identity
 
 # Every shape is laid out for no expression and for each one alone: (7, 1) each, to broadcast with the points.
 _SMILE, _OPEN, _RAISE, _WAKE, _GAZE_X, _GAZE_Y = np.eye(7, 6, -1).T[:, :, None]
@@ -21,10 +21,10 @@ _MIRROR = np.array([-1.0, 1.0, 1.0, 1.0])
 
 
 class Shape(NamedTuple):
-    """Polygons of one colour."""
+    """Polygons of one color."""
 
     polygons: list[np.ndarray]  # each (n, 4), or (7, n, 4) where expressions move it
-    colour: Colour
+    color: Color
     width: float = 0.0  # 0: filled; else the thickness of an open line
 
 
@@ -95,11 +95,11 @@ def _symmetric(right: list[tuple[float, ...]], s: float) -> np.ndarray:
     return _smooth(np.concatenate([half, half[::-1] * _MIRROR]))
 
 
-def _dark(colour: Colour, factor: float) -> Colour:
-    return tuple(min(255.0, factor * c) for c in colour)
+def _dark(color: Color, factor: float) -> Color:
+    return tuple(min(255.0, factor * c) for c in color)
 
 
-def _mix(a: Colour, b: Colour, share: float) -> Colour:
+def _mix(a: Color, b: Color, share: float) -> Color:
     return tuple((1 - share) * x + share * y for x, y in zip(a, b, strict=True))
 
 
@@ -204,8 +204,8 @@ def _facial_hair(p: Identity, mouth_y: float, chin_y: float) -> list[Shape]:
                  (0.5 * (p.chin_width + p.jaw * w), 0.45 * mouth_y + 0.55 * chin_y, 0.5),
                  (p.chin_width, chin_y + 0.02, 0.7)]  # fmt: skip
         beard = drop_jaw(_symmetric(right, s=0.3))
-        centre = np.array([0.0, 0.6 * mouth_y + 0.4 * chin_y, 0, 0])
-        inner = (beard - centre) * (0.94, 0.86, 1, 1) + centre
+        center = np.array([0.0, 0.6 * mouth_y + 0.4 * chin_y, 0, 0])
+        inner = (beard - center) * (0.94, 0.86, 1, 1) + center
         shapes.append(Shape([beard], _mix(p.skin, p.hair, 0.12 + 0.3 * p.beard)))
         shapes.append(Shape([inner], _mix(p.skin, p.hair, 0.2 + 0.55 * p.beard)))
     if p.moustache:

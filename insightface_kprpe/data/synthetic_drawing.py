@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from .synthetic_anatomy import drop_jaw, lay_out
-from .synthetic_people import EXPRESSIONS, Appearance, Colour, Identity
+from .synthetic_people import EXPRESSIONS, Appearance, Color, Identity
 
 _SHIFT = 5  # OpenCV draws polygons with this many fractional bits
 _GRID_X = np.linspace(-2.0, 2.0, 48, dtype=np.float32)  # where light is computed, in face units
@@ -28,7 +28,7 @@ class Head(NamedTuple):
     identity: Identity
     points: np.ndarray  # (N, 4) float32, see synthetic_anatomy
     movement: np.ndarray  # (6, 4 M) float32: what each expression adds to the first M points
-    shapes: list[tuple[list[slice], Colour, float]]  # polygons as slices of points, colour, thickness
+    shapes: list[tuple[list[slice], Color, float]]  # polygons as slices of points, color, thickness
     landmarks: slice
     outline: slice
     hills: slice
@@ -39,8 +39,8 @@ class Head(NamedTuple):
 def build_head(person: Identity) -> Head:
     """Gather all of a person's shapes in one array, those that expressions move first."""
     anatomy = lay_out(person)
-    hill_centres, relief = _hills(person, anatomy.mouth_y, anatomy.chin_y)
-    polygons = [anatomy.landmarks, anatomy.outline, hill_centres]
+    hill_centers, relief = _hills(person, anatomy.mouth_y, anatomy.chin_y)
+    polygons = [anatomy.landmarks, anatomy.outline, hill_centers]
     polygons += [polygon for shape in anatomy.shapes for polygon in shape.polygons]
     order = sorted(range(len(polygons)), key=lambda i: polygons[i].ndim == 2)
     ends = np.cumsum([polygons[i].shape[-2] for i in order]).tolist()
@@ -52,7 +52,7 @@ def build_head(person: Identity) -> Head:
         identity=person,
         points=np.concatenate([moving[0], *[polygon for polygon in polygons if polygon.ndim == 2]]).astype(np.float32),
         movement=(moving[1:] - moving[0]).reshape(len(EXPRESSIONS), -1).astype(np.float32),
-        shapes=[([next(places) for _ in shape.polygons], shape.colour, shape.width) for shape in anatomy.shapes],
+        shapes=[([next(places) for _ in shape.polygons], shape.color, shape.width) for shape in anatomy.shapes],
         landmarks=landmarks,
         outline=outline,
         hills=hills,
@@ -62,7 +62,7 @@ def build_head(person: Identity) -> Head:
 
 
 def _hills(p: Identity, mouth_y: float, chin_y: float) -> tuple[np.ndarray, np.ndarray]:
-    """Relief as Gaussian hills, and shadows with them: centres (7, K, 4); width, height, relief, darkness (K, 4)."""
+    """Relief as Gaussian hills, and shadows with them: centers (7, K, 4); width, height, relief, darkness (K, 4)."""
     e, nl, nw, n = 0.5 * p.eye_distance, p.nose_length, p.nose_width, p.nose_relief
     pairs = [
         (e, -0.8 * p.brow_height, 0.95, 0.3, 0.11, 0.09, 0.0),  # brow ridge
@@ -87,8 +87,8 @@ def _hills(p: Identity, mouth_y: float, chin_y: float) -> tuple[np.ndarray, np.n
         (0.0, chin_y + 0.32, 0.3, 1.0, 0.2, 0.0, 0.35),  # the head's shadow on the neck
     ]
     hills = np.array([*pairs, *[(-row[0], *row[1:]) for row in pairs], *middle])
-    centres = np.column_stack([hills[:, :3], np.ones(len(hills))])
-    return drop_jaw(centres), hills[:, 3:].astype(np.float32)
+    centers = np.column_stack([hills[:, :3], np.ones(len(hills))])
+    return drop_jaw(centers), hills[:, 3:].astype(np.float32)
 
 
 def pose_head(head: Head, look: Appearance) -> np.ndarray:
@@ -128,25 +128,25 @@ def draw_head(canvas: np.ndarray, head: Head, look: Appearance, posed: np.ndarra
     pixels = _fixed_point(posed @ matrix[:, :2].T + matrix[:, 2])
     canvas[..., 3] = 0
     *shaded, catch_lights = head.shapes
-    for where, colour, width in shaded:
-        _draw(canvas, [pixels[at] for at in where], (*colour, 255), width * scale)
+    for where, color, width in shaded:
+        _draw(canvas, [pixels[at] for at in where], (*color, 255), width * scale)
     light = cv2.LUT(cv2.merge([_light_map(head, look, posed[head.hills])] * 4), _WARMTH)
     light = cv2.warpAffine(light, matrix @ _GRID_TO_FACE, canvas.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
     person = cv2.compare(cv2.extractChannel(canvas, 3), 128, cv2.CMP_GE)
     cv2.copyTo(cv2.multiply(canvas, light, scale=1 / 128), person, canvas)
-    where, colour, _ = catch_lights
-    _draw(canvas, [pixels[at] for at in where], (*colour, 255), 0)
+    where, color, _ = catch_lights
+    _draw(canvas, [pixels[at] for at in where], (*color, 255), 0)
 
 
 def _fixed_point(pixels: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(pixels, -9999, 9999) * (1 << _SHIFT)).astype(np.int32)
 
 
-def _draw(canvas: np.ndarray, polygons: list[np.ndarray], colour: tuple[float, ...], thickness: float) -> None:
+def _draw(canvas: np.ndarray, polygons: list[np.ndarray], color: tuple[float, ...], thickness: float) -> None:
     if thickness:
-        cv2.polylines(canvas, polygons, False, colour, max(1, round(thickness)), cv2.LINE_AA, _SHIFT)
+        cv2.polylines(canvas, polygons, False, color, max(1, round(thickness)), cv2.LINE_AA, _SHIFT)
     else:
-        cv2.fillPoly(canvas, polygons, colour, cv2.LINE_AA, _SHIFT)
+        cv2.fillPoly(canvas, polygons, color, cv2.LINE_AA, _SHIFT)
 
 
 def _light_map(head: Head, look: Appearance, hills: np.ndarray) -> np.ndarray:
@@ -175,9 +175,9 @@ def draw_background(rng: np.random.Generator, height: int, width: int) -> np.nda
     blobs = rng.uniform(50, 200) + rng.normal(0, 30, (5, 5, 1)) + rng.normal(0, 12, (5, 5, 4))
     room = cv2.resize(np.clip(blobs, 0, 255).astype(np.uint8), (40, 40), interpolation=cv2.INTER_CUBIC)
     corners, extents = rng.integers(-8, 40, (3, 2)), rng.integers(3, 30, (3, 2))
-    colours = rng.uniform(30, 210, (3, 1)) + rng.normal(0, 18, (3, 3))
-    for corner, extent, colour in zip(corners.tolist(), extents.tolist(), colours.tolist(), strict=True):
-        cv2.rectangle(room, (*corner, *extent), (*colour, 0), -1)
+    colors = rng.uniform(30, 210, (3, 1)) + rng.normal(0, 18, (3, 3))
+    for corner, extent, color in zip(corners.tolist(), extents.tolist(), colors.tolist(), strict=True):
+        cv2.rectangle(room, (*corner, *extent), (*color, 0), -1)
     return cv2.resize(room, (width, height), interpolation=cv2.INTER_CUBIC)
 
 

@@ -1,7 +1,7 @@
 """Who drawn people are and how they look in one picture: what is varied, and by how much.
 
-Who someone is lies in the shapes, drawn from wide ranges. Colours are drawn from narrow ones, which light, exposure
-and white balance of a picture blur further: colour alone does not tell people apart.
+Who someone is lies in the shapes, drawn from wide ranges. Colors are drawn from narrow ones, which light, exposure
+and white balance of a picture blur further: color alone does not tell people apart.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
 # Weights of Appearance.expression; all zero is a face with closed eyes and mouth.
 EXPRESSIONS = ("smile", "mouth_open", "brow_raise", "eye_open", "gaze_x", "gaze_y")
@@ -18,7 +18,7 @@ EXPRESSIONS = ("smile", "mouth_open", "brow_raise", "eye_open", "gaze_x", "gaze_
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a person: sizes in face units (eye distances), colours as RGB in 0..255."""
+    """What makes a person: sizes in face units (eye distances), colors as RGB in 0..255."""
 
     head_width: float  # half the width at the eyes
     head_top: float  # crown above the eyes
@@ -62,10 +62,10 @@ class Identity:
     beard: float
     wrinkles: float
     marks: tuple[tuple[float, float, float], ...]  # moles and freckles: x, y, radius
-    skin: Colour
-    hair: Colour
-    eyes: Colour
-    lips: Colour
+    skin: Color
+    hair: Color
+    eyes: Color
+    lips: Color
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -118,7 +118,7 @@ class Appearance:
     expression: np.ndarray  # (6,), see EXPRESSIONS
     light: tuple[float, float, float]  # unit vector towards the lamp
     ambient: float  # share of light from everywhere, 0..1
-    clothes: Colour
+    clothes: Color
 
 
 def sample_identity(rng: np.random.Generator) -> Identity:

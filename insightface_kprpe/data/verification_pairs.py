@@ -114,13 +114,18 @@ def check_pairs(pairs: VerificationPairs, folds: int = 10, size: int = 112) -> N
         ValueError: there are fewer pairs than folds, pairs of one kind only, or an image that is damaged or of another
             size.
     """
-    count, same = len(pairs.is_same), int(np.count_nonzero(pairs.is_same))
+    check_kinds(pairs.is_same, folds)
+    for number in range(len(pairs.images)):
+        shape = pairs.images[number].shape
+        if shape != (size, size, 3):
+            raise ValueError(f"image {number} must be {size} x {size} pixels, got {shape[1]} x {shape[0]}")
+
+
+def check_kinds(is_same: np.ndarray, folds: int = 10) -> None:
+    """What :func:`check_pairs` says of the (P,) answers, without a look at the images."""
+    count, same = len(is_same), int(np.count_nonzero(is_same))
     if count < folds:
         raise ValueError(f"it must hold at least {folds} pairs, one for each fold, got {count}")
     if same in (0, count):
         kind = "the same person" if same else "different people"
         raise ValueError(f"it must hold pairs of the same person and of different people, got {count} of {kind} only")
-    for number in range(2 * count):
-        shape = pairs.images[number].shape
-        if shape != (size, size, 3):
-            raise ValueError(f"image {number} must be {size} x {size} pixels, got {shape[1]} x {shape[0]}")

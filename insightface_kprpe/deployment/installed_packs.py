@@ -59,7 +59,7 @@ def describe(folder: Path) -> str:
 def _facts(record: Mapping[str, Any]) -> dict[str, str]:
     facts = {key: record[key] for key in ("task", "architecture", "precision") if key in record}
     if "colour_order" in record:
-        scale = f", (pixel - {record['mean']}) / {record['std']}" if "mean" in record else ""
+        scale = f", (pixel - {record['mean']}) / {record['std']}" if record.keys() >= {"mean", "std"} else ""
         facts["colors"] = record["colour_order"] + scale
     facts["keypoints"] = record.get("keypoint_convention", "unknown")
     if "change" in record:

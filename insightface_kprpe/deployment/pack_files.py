@@ -76,8 +76,8 @@ def check_detector(path: str | Path) -> None:
                 else "it is no SCRFD-style detector"
             )
         )
-    route = stock_route(path)
-    if route.task != "detection":
+    # With weights in a second file it may not work before they are in the pack's own: the last step tries it there.
+    if not _in_two_files(path) and (route := stock_route(path)).task != "detection":
         raise PackError(f"{path} must be routed as detection by insightface.model_zoo, it takes it for {route.kind}")
     if is_batched(graph):
         logger.warning(
@@ -147,10 +147,14 @@ def install(name: str, folder: Path, files: Mapping[str, FoundFile]) -> Path:
 
 def copy_whole(source: Path, target: Path) -> None:
     """Copy an ONNX file; weights that lie in a second file beside it move into the copy."""
-    if any(onnx.external_data_helper.uses_external_data(tensor) for tensor in load_onnx(source).graph.initializer):
+    if _in_two_files(source):
         save_onnx(load_onnx(source, weights=True), target)
     else:
         shutil.copyfile(source, target)
+
+
+def _in_two_files(path: str | Path) -> bool:
+    return any(onnx.external_data_helper.uses_external_data(tensor) for tensor in load_onnx(path).graph.initializer)
 
 
 def _record(path: Path, target: str, found: FoundFile) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from ..state_dict import load_weights, read_state_dict, strip_prefixes
 from .aligner import DFA
 from .network import RETINAFACE, RetinaFaceNet, start_from_retinaface
 
+MIN_SIDE, MAX_SIDE = 32, 2048  # pixels of a network's input
+
 
 def load_dfa(source: str | Path | Mapping[str, torch.Tensor]) -> DFA:
     """A trained landmark network, in eval mode.
@@ -26,7 +28,10 @@ def load_dfa(source: str | Path | Mapping[str, torch.Tensor]) -> DFA:
         ValueError: the folder holds no such run, or the weights do not fit.
     """
     state, network = _read(source)
-    return DFA(state, **network).eval()
+    try:
+        return DFA(state, **network).eval()
+    except ValueError as error:
+        raise ValueError(str(error) if isinstance(source, Mapping) else f"{source}: {error}") from error
 
 
 def holds_dfa(source: str | Path) -> bool:
@@ -66,10 +71,24 @@ def _read(source: str | Path | Mapping[str, torch.Tensor]) -> tuple[dict[str, to
         config = read_json_object(folder / "config.json")
         if "aggregator" not in config:
             raise ValueError(f"{folder} is no run of train-dfa: its config.json says nothing of an aggregator")
-        return read_state_dict(folder / "model.pt"), {key: config[key] for key in ("body", "aggregator", "image_size")}
+        return read_state_dict(folder / "model.pt"), _checked(config, folder / "config.json")
     if source.is_dir():
         raise ValueError(f"{source} is no run of train-dfa: a run has config.json and model.pt")
     return _read(read_state_dict(source))
+
+
+def _checked(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The network that a run's config names, before memory is taken for it."""
+    network = {key: config.get(key) for key in ("body", "aggregator", "image_size")}
+    size = network["image_size"]
+    if not isinstance(network["body"], str) or not isinstance(network["aggregator"], bool):
+        raise ValueError(
+            f"{path}: body must be a text and aggregator true or false, got {network['body']!r:.40} and "
+            f"{network['aggregator']!r:.40}"
+        )
+    if not isinstance(size, int) or not MIN_SIDE <= size <= MAX_SIDE:
+        raise ValueError(f"{path}: image_size must be {MIN_SIDE} to {MAX_SIDE} pixels, got {size!r:.40}")
+    return network
 
 
 def network_of(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:

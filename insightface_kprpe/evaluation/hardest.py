@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..contact_sheet import CELL, arrange, face_cell, title_bar, write_sheet
-from .metrics import split_scores
+from .metrics import split_scores, to_numpy
 
 
 class HardestPairs(NamedTuple):
@@ -32,7 +32,7 @@ def hardest_pairs(scores: np.ndarray, is_same: np.ndarray, count: int) -> Hardes
     """
     if count < 1:
         raise ValueError(f"count must be 1 or more pairs of each kind, got {count}")
-    scores, is_same = np.asarray(scores), np.asarray(is_same)
+    scores, is_same = to_numpy(scores), to_numpy(is_same)
     split_scores(scores, is_same)
     same, different = np.flatnonzero(is_same), np.flatnonzero(~is_same.astype(bool))
     return HardestPairs(different[_lowest(-scores[different], count)], same[_lowest(scores[same], count)])

@@ -206,6 +206,9 @@ def read_ijbs(folder: str | Path) -> IJBSSet:
             raise FileNotFoundError(f"{folder / name} must hold gallery_NAME.csv, e.g. gallery_G1.csv, got none")
         probe = _read_list(folder / name / "probe.csv", subject_of_media)
         protocols[name] = Protocol(probe, {key: _read_list(file, subject_of_media) for key, file in files.items()})
+        for key, rows in protocols[name].galleries.items():
+            if not np.isin(probe.subjects, rows.subjects).any():
+                raise ValueError(f"{files[key]} holds no subject of {folder / name / 'probe.csv'}")
     if not protocols:
         raise FileNotFoundError(f"{folder} must hold a folder for a protocol, one of {', '.join(PROTOCOLS)}; got none")
     return IJBSSet(paths, numbers[:, :10].reshape(-1, 5, 2), numbers[:, 10], medias, subjects, protocols)

@@ -17,6 +17,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from .metrics import to_numpy
 from .result import Result
 
 # Rank-1 below so many times what verification suggests. The suggestion is rough, as real scores are not normal: by the
@@ -132,7 +133,7 @@ def channel_order_warning(scores: np.ndarray, swapped: np.ndarray, is_same: np.n
     Raises:
         ValueError: lengths differ, or there are fewer than two pairs of a kind.
     """
-    scores, swapped, is_same = np.asarray(scores), np.asarray(swapped), np.asarray(is_same, dtype=bool)
+    scores, swapped, is_same = to_numpy(scores), to_numpy(swapped), to_numpy(is_same).astype(bool)
     if not scores.shape == swapped.shape == is_same.shape or not 2 <= is_same.sum() <= len(is_same) - 2:
         raise ValueError(
             "scores, swapped and is_same must be (P,) with two same and two different pairs or more, got "

@@ -27,6 +27,7 @@ DETECTION, RECOGNITION = "detection.onnx", "recognition.onnx"
 KEYPOINT_FOLDER, ALIGNER_FILE = "keypoints", "dfa.onnx"
 KEYPOINT_RECOGNITION, ALIGNER = f"{KEYPOINT_FOLDER}/{RECOGNITION}", f"{KEYPOINT_FOLDER}/{ALIGNER_FILE}"
 DETECTOR_OUTPUTS = (9, 15)  # SCRFD with landmarks, on 3 or 5 strides
+_NUMBERS = {"evaluation", "change"}  # entries of a file in the manifest that are no text
 INSIGHTFACE_PACK = re.compile(r"(buffalo|antelope)\w*")  # names of packs that InsightFace publishes
 
 
@@ -83,11 +84,11 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
             raise ValueError(f"file names must lie in the pack's folder, got {name!r:.60}")
         if not isinstance(record, dict):
             raise ValueError(f"{name!r:.60} must have an object, got {type(record).__name__}")
-        for key in ("sha256", "source", "licence"):
+        for key in {"sha256", "source", "licence"} | record.keys() - _NUMBERS:
             if not isinstance(record.get(key), str):
                 raise ValueError(f"{name!r:.60} must have a text as {key}, got {record.get(key)!r:.40}")
-        for key in ("evaluation", "change"):
-            if key in record and not _numbers_as_built(record[key], key):
+        for key in _NUMBERS & record.keys():
+            if not _numbers_as_built(record[key], key):
                 raise ValueError(f"{name!r:.60} has a damaged {key}")
 
 

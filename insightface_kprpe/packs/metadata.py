@@ -89,5 +89,8 @@ def save_onnx(model: onnx.ModelProto, path: str | Path) -> None:
 def minimal_runtime(model: onnx.ModelProto) -> str:
     """The oldest onnxruntime that runs a model, as "1.14"; "unknown" for files of a newer format than torch exports."""
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-    fitting = (version for (most, ir), version in _RUNTIMES if opset <= most and model.ir_version <= ir)
+    ir_version = model.ir_version
+    if any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer):
+        ir_version = max(ir_version, 9)  # 1.16 and older cannot put LayerNormalization of opset 18 together in half
+    fitting = (version for (most, ir), version in _RUNTIMES if opset <= most and ir_version <= ir)
     return next(fitting, "unknown")

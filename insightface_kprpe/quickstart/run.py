@@ -38,7 +38,7 @@ from ..inference.embedding import embed_images
 from ..inference.models import TorchEmbedder
 from ..progress import Progress
 from ..state_dict import load_weights
-from ..training.callbacks import METRICS
+from ..training.run_folder import METRICS
 from .landmarks import DETECTOR_SIZE, PEOPLE, landmark_error, train_both
 
 ALIGNED_PER_PERSON = LOOSE_PER_PERSON = 15

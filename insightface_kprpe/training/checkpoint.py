@@ -113,6 +113,8 @@ class Checkpointer:
     def add_score(self, step: int, state: TrainingState, schedule: Schedule, score: float | None) -> None:
         """Note what validation said of the checkpoint of this step, and keep it if it is the best; on rank 0.
 
+        To be called after :meth:`wait`.
+
         Args:
             step: optimizer steps done. What was not saved, as a network before its first step, is not noted.
             state: as it was saved.
@@ -122,12 +124,12 @@ class Checkpointer:
         Raises:
             TrainingError: the files could not be written.
         """
-        self.wait()
         folder = latest_checkpoint(self.output)
         if folder is None or checkpoint_number(folder)[0] != step:
             return
         others = [other for at, other in self.scores.items() if other is not None and at != step]
-        best = score is not None and math.isfinite(score) and all(score > other for other in others)
+        score = score if score is not None and math.isfinite(score) else None
+        best = score is not None and all(score > other for other in others)
         scores = {**self.scores, step: score}
         with writing("the best checkpoint", self.output):
             if best:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cv2
 import torch
 from easydict import EasyDict as edict
 from torch.utils.data import Dataset
@@ -84,7 +83,6 @@ def train_dfa(config: edict) -> dict[str, float]:
 def _build_parts(config: edict) -> tuple[RetinaFaceNet, LandmarkDataset, DFALoss, LandmarkAugmentation]:
     """What a config asks for; the network has the weights that it starts from."""
     dataset = LandmarkDataset(config.data, config.image_size, config.padding)
-    check_pictures(dataset)
     loss = _build(DFALoss, config.loss_kwargs, "loss_kwargs")
     augmentation = _build(LandmarkAugmentation, config.augmentation_kwargs, "augmentation_kwargs")
     torch.manual_seed(config.seed)
@@ -228,7 +226,6 @@ class LandmarkValidation:
 
     def __init__(self, config: edict, net: RetinaFaceNet) -> None:
         self.dataset = LandmarkDataset(config.val, config.image_size, config.padding, labelled_only=True)
-        check_pictures(self.dataset)
         self.net, self.workers = net, config.num_workers
         self.latest: dict[str, float] = {}
         self.best = float("inf")
@@ -254,21 +251,6 @@ class LandmarkValidation:
     def _predict(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         found = self.net(images.flip(1))  # the network wants BGR
         return found.keypoints, found.score
-
-
-def check_pictures(dataset: LandmarkDataset) -> None:
-    """Look at the head of every picture, so that training does not come upon a file that is none hours later.
-
-    Raises:
-        ValueError: a file is no picture that OpenCV reads.
-    """
-    pictures = dict.fromkeys(str(label.picture) for label in dataset.labels)
-    bad = [picture for picture in pictures if not cv2.haveImageReader(picture)]
-    if bad:
-        others = f", nor are {len(bad) - 1} others" if bad[1:] else ""
-        raise ValueError(
-            f"{bad[0]} is no picture{others} (of {len(pictures)}); restore the files, or take them out of label.txt"
-        )
 
 
 def _build(build: Callable[..., T], arguments: Mapping[str, Any], key: str) -> T:

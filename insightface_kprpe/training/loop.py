@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
@@ -186,6 +187,8 @@ def _start_worker(worker: int) -> None:
     # A signal to the whole process group is for the rank, which may still need a batch before it saves and stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
+    # If it went by the signal, torch would raise an error in the rank, wherever that is: in the midst of saving.
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 

@@ -151,7 +151,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _reason(error: BaseException) -> str:
-    """The system's words in a chain of errors, or else the first line of the outermost."""
+    """The system's words in a chain of errors, or else the first line of the innermost."""
     pending, seen = [error], []
     while pending:
         link = pending.pop()
@@ -161,7 +161,7 @@ def _reason(error: BaseException) -> str:
         if isinstance(link, CheckpointException):
             pending += [failure for failure, _ in link.failures.values()]
         pending += [other for other in (link.__cause__, link.__context__) if other is not None and other not in seen]
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return (str(seen[-1]).strip() or type(seen[-1]).__name__).splitlines()[0][:200]
 
 
 def _bytes(count: int) -> str:

@@ -75,11 +75,19 @@ class Validation:
         try:
             with random_numbers_of_its_own():
                 score = self.measure(step)
-            self.checkpoints.add_score(step, self.state, self.schedule, score)
         except Exception as error:  # whatever it is, training is worth more
-            self.failed.append(step)
-            explained = isinstance(error, ValueError | OSError | TrainingError)
-            logger.error(
-                "VALIDATION FAILED after step %d, training goes on: %s: %s",
-                step, type(error).__name__, error, exc_info=not explained,
-            )  # fmt: skip
+            self._note(step, error)
+            return
+        self.checkpoints.wait()  # a checkpoint that could not be written does end the run
+        try:
+            self.checkpoints.add_score(step, self.state, self.schedule, score)
+        except TrainingError as error:
+            self._note(step, error)
+
+    def _note(self, step: int, error: Exception) -> None:
+        self.failed.append(step)
+        explained = isinstance(error, ValueError | OSError | TrainingError)
+        logger.error(
+            "VALIDATION FAILED after step %d, training goes on: %s: %s",
+            step, type(error).__name__, error, exc_info=None if explained else error,
+        )  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import insightface_kprpe as ik
+from insightface_kprpe.backbones.offset_attention import OffsetAttention
 from insightface_kprpe.backbones.relative_position import bucket_index
 
 from . import vit
@@ -78,6 +79,14 @@ def plain_settings(settings: dict) -> dict:
     return {"heads": HEADS, "position": settings.get("position"), "sharing": settings.get("kprpe_sharing", "none")}
 
 
+@pytest.fixture(params=["over lines", "written out"])
+def way(request, monkeypatch):
+    """KPRPE has two ways to the same attention."""
+    if request.param == "written out":
+        monkeypatch.setattr(OffsetAttention, "can_run", staticmethod(lambda tokens: False))
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 def test_embeddings(settings):
     net, state = build(**settings)
@@ -89,8 +98,18 @@ def test_embeddings(settings):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["plain", "irpe", "kprpe", "kprpe, layers share"])
-def test_gradients(name):
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("irpe", "over lines"),
+        ("kprpe", "over lines"),
+        ("kprpe", "written out"),
+        ("kprpe, heads share", "over lines"),
+        ("kprpe, layers share", "written out"),
+    ],
+    indirect=["way"],
+)
+def test_gradients(name, way):
     """Of a weighted sum of the embeddings, for every weight, the pixels and the keypoints."""
     settings = VARIANTS[name]
     net, state = build(**settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -21,6 +22,7 @@ def piecewise(offset: int) -> int:
     return min(round(alpha + share * (beta - alpha)), 3) * (1 if offset > 0 else -1)
 
 
+@functools.cache
 def buckets(n: int) -> np.ndarray:
     """(N, N): the bucket of query i and key j, N = n * n patches row by row."""
     table = np.empty((n * n, n * n), dtype=np.int64)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...data.verification_pairs import check_kinds
 from ...fingerprint import fingerprint
 from ...inference.embedding import Embeddings, EmbedOptions, embed_faces
 from ...inference.images import AlignedFiles
@@ -18,6 +19,7 @@ from ..curves import roc_points
 from ..hardest import write_hardest_pairs
 from ..ijb_meta import SubjectLists, read_subject_lists
 from ..metrics import tpr_at_fpr
+from ..pair_scores import positions
 from ..result import Result
 from .common import CMC_RANKS, common_settings, metrics_of, reports, unreached
 from .templates import ALIGNED, gallery_results, ranked_result, readable, weights_of
@@ -75,6 +77,7 @@ def run_ijb(
     """
     folder, meta = Path(folder), ijb.read_meta(folder, target)
     lists = read_subject_lists(folder, target)
+    _check(meta, lists)
     if lists.absent:
         logger.warning("1:N is not measured: %s", lists.absent)
     crops = AlignedFiles([folder / "loose_crop" / name for name in meta.names], meta.landmarks_px)
@@ -97,8 +100,27 @@ def run_ijb(
         if sheets is not None and fusion == fusions[0]:
             file = sheets / f"hardest_{embed.name}_{target.lower()}.png"
             write_hardest_pairs(file, crops, _stand_ins(images), scores, images.label)
-        results += [_verified(blank, scores, images), *_identified(blank, weights, images)]
+        results.append(_verified(blank, scores, images))
+        try:
+            results += _identified(blank, weights, images)
+        except ValueError as error:  # of lists that skipped images have emptied; 1:1 stands
+            logger.warning("%s, %s: 1:N could not be measured: %s", embed.name, fusion, error)
     return results
+
+
+def _check(meta: ijb.IJBMeta, lists: SubjectLists) -> None:
+    """Find out before hours of embedding what would be an error after them."""
+    known = np.unique(meta.templates)
+    for name, templates in (("p1", meta.p1), ("p2", meta.p2)):
+        positions(known, templates, name)
+    check_kinds(meta.label, 1)
+    if lists.probe is None:
+        return
+    positions(known, lists.probe.templates, "probe")
+    for name, gallery in lists.galleries.items():
+        positions(known, gallery.templates, f"gallery {name}")
+        if not np.isin(lists.probe.subjects, gallery.subjects).any():
+            raise ValueError(f"gallery {name} holds no subject of the probes; are the lists of one set?")
 
 
 def _readable(found: Embeddings, meta: ijb.IJBMeta, lists: SubjectLists) -> _Images:
@@ -152,7 +174,9 @@ def _identified(blank: Result, weights: np.ndarray, images: _Images) -> list[Res
 
     about = {"probes": mates, "gallery": sum(sizes.values())}
     joined = ranked_result(form("InsightFace", INSIGHTFACE_1N), ijb.identification(*pooled, **arguments), about)
-    nist = ijb.nist_identification(*pooled, **arguments)
+    # Where a gallery holds everybody there is no unknown person, and no open set.
+    is_open = all(not np.isin(probe.subjects, gallery.subjects).all() for gallery in galleries.values())
+    nist = ijb.nist_identification(*pooled, **arguments, **({} if is_open else {"fpirs": ()}))
     return [joined, *gallery_results(form("NIST", NIST_1N), nist, sizes, len(probe.templates))]
 
 

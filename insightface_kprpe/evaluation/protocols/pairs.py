@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...data.verification_pairs import VerificationPairs
+from ...data.verification_pairs import VerificationPairs, check_kinds
 from ...inference.embedding import EmbedOptions, embed_faces
 from ...inference.models import Embedder
 from ..channels import pair_cosines, warn_of_swapped_channels
@@ -34,7 +34,14 @@ def run_pairs(
 
     Returns:
         One result; none on ranks other than the first, if they share the work.
+
+    Raises:
+        ValueError: there are fewer than ten pairs, pairs of one kind only, or an image cannot be read.
     """
+    try:
+        check_kinds(pairs.is_same)
+    except ValueError as error:
+        raise ValueError(f"{pairs.name}: {error}") from error
     found = embed_faces(embed, pairs.images, pairs.keypoints, options, name=pairs.name, source=pairs.source)
     if not reports(options):
         return []

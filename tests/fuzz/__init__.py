@@ -1,0 +1,1 @@
+"""Damaged files for every reader, the same for the same seed."""
