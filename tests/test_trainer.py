@@ -262,7 +262,7 @@ def test_fp16_leaves_out_steps_that_overflow_until_the_scale_is_1():
         (["batch_size=1000"], "batch_size must let 64 images"),
         (["gradient_acc=100"], "gradient_acc must fit"),
         (["val_targets=('lfw',)"], "val_targets must name"),
-        (["network=r50"], "network must be a registered backbone"),
+        (["network=r51"], "network must be a registered backbone"),
     ],
 )
 def test_mistakes_stop_before_the_first_step(tmp_path, overrides, message):
