@@ -311,7 +311,12 @@ def test_the_packs_own_threshold(people, tmp_path):
 
     app = recognition.open_pack("tiny", tmp_path, **tiny.CPU)
     assert recognition.measured_threshold(app) is None
-    record = {"sha256": "", "evaluation": {"thresholds": {"0.001": 0.3, "0.0001": 0.42}}}
+    record = {
+        "sha256": "",
+        "source": "",
+        "licence": "MIT",
+        "evaluation": {"thresholds": {"0.001": 0.3, "0.0001": 0.42}},
+    }
     files = {"keypoints/recognition.onnx": record}
     manifest = tmp_path / "models" / "tiny" / "pack.json"
     manifest.write_text(json.dumps({"name": "tiny", "files": files}))
