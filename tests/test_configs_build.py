@@ -72,7 +72,7 @@ def test_losses_by_name(end, kind, margins):
 def test_logits_have_the_scale_of_the_config(loss):
     config = load_config("base", [f"loss={loss}", "logit_scale=24"])
     assert margin_loss(config).scale == 24
-    with pytest.raises(ConfigError, match="logit_scale must be positive, got 0"):
+    with pytest.raises(ConfigError, match="logit_scale must be positive and finite, got 0"):
         load_config("base", ["logit_scale=0"])
 
 
