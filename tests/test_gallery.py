@@ -315,7 +315,7 @@ def test_the_packs_own_threshold(people, tmp_path):
         "sha256": "",
         "source": "",
         "licence": "MIT",
-        "evaluation": {"thresholds": {"0.001": 0.3, "0.0001": 0.42}},
+        "evaluation": {"set": "lfw", "pairs": 6000, "accuracy": 99.0, "thresholds": {"0.001": 0.3, "0.0001": 0.42}},
     }
     files = {"keypoints/recognition.onnx": record}
     manifest = tmp_path / "models" / "tiny" / "pack.json"
