@@ -235,6 +235,8 @@ def test_tpir_at_far_by_hand():
     assert one == (0.1, 0.0, pytest.approx(1 / 3), 0.8)  # ceil(0.3) = 1: above the highest
     assert two == (0.5, pytest.approx(1 / 3), pytest.approx(2 / 3), 0.6)
     assert three == (1.0, pytest.approx(2 / 3), pytest.approx(2 / 3), 0.5)
+    scores[1, 1] = 0.8  # a mate that ties with the threshold is not above it
+    assert tpir_at_far(match_scores(scores, is_mate, 3), (0.1,))[0].tpr == pytest.approx(1 / 3)
 
 
 def test_tpir_at_far_bad_input():
