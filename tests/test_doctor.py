@@ -51,9 +51,9 @@ def test_two_onnxruntimes_clash(versions, monkeypatch):
     versions |= {"onnxruntime": "1.22", "onnxruntime-gpu": "1.21"}
     finding = doctor.check_onnxruntime()
     assert finding.status == BROKEN and "onnxruntime 1.22 and onnxruntime-gpu 1.21 overwrite" in finding.found
-    assert finding.mend == "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime"
+    assert finding.fix == "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime"
     on_a_gpu(monkeypatch)
-    assert doctor.check_onnxruntime().mend.endswith("pip install --no-deps onnxruntime-gpu")
+    assert doctor.check_onnxruntime().fix.endswith("pip install --no-deps onnxruntime-gpu")
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_where_onnxruntime_runs(versions, monkeypatch, providers, starts, gpu, s
     monkeypatch.setattr(doctor, "_starts", lambda provider: starts)
     monkeypatch.setattr(doctor, "_has_nvidia", lambda: gpu)
     finding = doctor.check_onnxruntime()
-    assert finding.status == status and found in finding.found and bool(finding.mend) == (status != OK)
+    assert finding.status == status and found in finding.found and bool(finding.fix) == (status != OK)
 
 
 def test_an_onnxruntime_that_does_not_load(versions, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace())  # what two uninstalled ones leave
     finding = doctor.check_onnxruntime()
     assert finding.status == BROKEN and finding.found.startswith("none does not load")
-    assert finding.mend.endswith("pip install onnxruntime")
+    assert finding.fix.endswith("pip install onnxruntime")
 
 
 def test_sessions_start_where_they_can():
@@ -93,7 +93,7 @@ def test_torch_beside_a_gpu(monkeypatch):
     assert doctor.check_torch().status == OK
     on_a_gpu(monkeypatch)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "whl/cu126" in doctor.check_torch().mend
+    assert "whl/cu126" in doctor.check_torch().fix
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     assert "cannot use the NVIDIA GPU" in doctor.check_torch().found
     on_a_gpu(monkeypatch, torch_too=True)
@@ -103,7 +103,7 @@ def test_torch_beside_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("torch_version", "mend"),
+    ("torch_version", "fix"),
     [
         ("2.7.0+cpu", "torchvision --index-url https://download.pytorch.org/whl/cpu"),
         ("2.7.0+cu128", "torchvision --index-url https://download.pytorch.org/whl/cu128"),
@@ -111,7 +111,7 @@ def test_torch_beside_a_gpu(monkeypatch):
         ("2.7.0+gitabc", "--no-deps torchvision"),
     ],
 )
-def test_torchvision_of_another_build(versions, monkeypatch, torch_version, mend):
+def test_torchvision_of_another_build(versions, monkeypatch, torch_version, fix):
     assert doctor.check_torchvision().found == "not installed"
     versions["torchvision"] = "0.22.0"
     failed = SimpleNamespace(returncode=1, stderr="Traceback\nRuntimeError: operator torchvision::nms does not exist\n")
@@ -119,13 +119,13 @@ def test_torchvision_of_another_build(versions, monkeypatch, torch_version, mend
     monkeypatch.setattr(torch, "__version__", torch_version)
     finding = doctor.check_torchvision()
     assert finding.status == WARNING and "operator torchvision::nms does not exist" in finding.found
-    assert finding.mend.endswith(mend)
+    assert finding.fix.endswith(fix)
 
 
 def test_two_opencvs_clash(versions):
     versions |= {"opencv-python": "4.10", "opencv-python-headless": "4.9"}
     finding = doctor.check_opencv()
-    assert finding.status == WARNING and "pip uninstall -y opencv-python opencv-python-headless" in finding.mend
+    assert finding.status == WARNING and "pip uninstall -y opencv-python opencv-python-headless" in finding.fix
 
 
 def test_an_opencv_that_does_not_load(versions, monkeypatch):
@@ -133,7 +133,7 @@ def test_an_opencv_that_does_not_load(versions, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     finding = doctor.check_opencv()
     assert finding.status == BROKEN and finding.found.startswith("opencv-python 4.10 does not load")
-    assert finding.mend == "pip uninstall -y opencv-python && pip install opencv-python-headless"
+    assert finding.fix == "pip uninstall -y opencv-python && pip install opencv-python-headless"
 
 
 def test_packs_wait_for_insightface(monkeypatch, tmp_path):
@@ -163,11 +163,11 @@ def test_how_files_are_routed(tmp_path):
     )
     second = found["second.onnxpack tiny"]
     assert second.status == WARNING and "recognition.onnx, which comes first" in second.found
-    assert second.mend == f"mv {folder}/second.onnx {folder}/second.onnx.unused"
+    assert second.fix == f"mv {folder}/second.onnx {folder}/second.onnx.unused"
     small = found["small.onnxpack tiny"]
     assert small.status == WARNING and "it takes batchx3x108x108 and has 1 output;" in small.found
     torn = found["torn.onnxpack tiny"]
-    assert torn.status == BROKEN and torn.mend.startswith(f"rm {folder}/torn.onnx")
+    assert torn.status == BROKEN and torn.fix.startswith(f"rm {folder}/torn.onnx")
     assert "there is no keypoints/recognition.onnx" in found["recognition.onnxpack plain"].found
 
 
@@ -177,7 +177,7 @@ def run_packs(root):
 
 def test_packs_that_cannot_be_used(tmp_path):
     (nothing,) = run_packs(tmp_path)
-    assert nothing.status == WARNING and "insightface-kprpe pack" in nothing.mend
+    assert nothing.status == WARNING and "insightface-kprpe pack" in nothing.fix
     models = tmp_path / "models"
     tiny.write_recognition(models / "blind" / "recognition.onnx", with_keypoints=False)
     tiny.write_detector(models / "deep" / "deep" / "detection.onnx")
@@ -185,8 +185,8 @@ def test_packs_that_cannot_be_used(tmp_path):
     blind, no_detector, deep, empty = run_packs(tmp_path)
     assert blind.status == OK and no_detector.status == deep.status == empty.status == BROKEN
     assert "has no face detector" in no_detector.found
-    assert deep.mend == f"mv {models}/deep/deep/*.onnx {models}/deep/"
-    assert empty.mend == f"rm -r {models}/empty"
+    assert deep.fix == f"mv {models}/deep/deep/*.onnx {models}/deep/"
+    assert empty.fix == f"rm -r {models}/empty"
 
 
 def test_a_pack_of_ours_is_verified(tmp_path):
@@ -201,7 +201,7 @@ def test_a_pack_of_ours_is_verified(tmp_path):
     (broken,) = [finding for finding in run_packs(tmp_path / "r") if finding.status == BROKEN]
     assert broken.found == "recognition.onnx has changed since the pack was built; build it again"
     rest = f"--name ours --root {tmp_path / 'r'}"
-    assert broken.mend == f"insightface-kprpe pack RUN --detector PATH_TO_DETECTOR.onnx {rest}"
+    assert broken.fix == f"insightface-kprpe pack RUN --detector PATH_TO_DETECTOR.onnx {rest}"
 
 
 def test_files_that_were_added_are_said_once(tmp_path):
@@ -214,7 +214,7 @@ def test_files_that_were_added_are_said_once(tmp_path):
     tiny.write_aligner(folder / "keypoints" / "dfa.onnx")
     ignored, _, *added = run_packs(tmp_path / "r")
     assert "detection.onnx is ignored: a.onnx, which comes first" in ignored.found
-    assert ignored.mend == f"mv {folder}/a.onnx {folder}/a.onnx.unused"
+    assert ignored.fix == f"mv {folder}/a.onnx {folder}/a.onnx.unused"
     assert added == [
         Finding(
             "pack ours",
@@ -254,17 +254,17 @@ def test_how_to_build_a_pack_again(tmp_path):
     (folder / "pack.json").write_text("{")
     assert installed_packs.rebuild_command(folder).startswith("insightface-kprpe pack RUN --detector PATH_TO")
     (torn,) = doctor_packs._examine_manifest("pack ours", folder)[1]
-    assert torn.status == BROKEN and "is damaged" in torn.found and "PATH_TO_DETECTOR" in torn.mend
+    assert torn.status == BROKEN and "is damaged" in torn.found and "PATH_TO_DETECTOR" in torn.fix
 
 
 def test_command_line(tmp_path, monkeypatch):
     findings = [Finding("torch", OK, "2.7"), Finding("onnxruntime", BROKEN, "two of them", "pip uninstall -y one")]
     monkeypatch.setattr(doctor, "examine", lambda root: findings)
     result = CliRunner().invoke(cli.app, ["doctor", "--root", str(tmp_path)])
-    assert result.exit_code == 1 and "mend it: pip uninstall -y one" in result.output
+    assert result.exit_code == 1 and "fix: pip uninstall -y one" in result.output
     assert result.output.splitlines()[-1] == "1 broken, 0 to look at"
     result = CliRunner().invoke(cli.app, ["doctor", "--json"])
-    assert result.exit_code == 1 and json.loads(result.output)[1]["mend"] == "pip uninstall -y one"
+    assert result.exit_code == 1 and json.loads(result.output)[1]["fix"] == "pip uninstall -y one"
     findings.pop()
     assert CliRunner().invoke(cli.app, ["doctor"]).exit_code == 0
 
@@ -274,4 +274,4 @@ def test_everything_of_this_machine(tmp_path):
     tiny.write_pack(tmp_path)
     findings = doctor.examine(tmp_path)
     assert {finding.name for finding in findings} >= {"python", "torch", "numpy", "onnxruntime", "insightface"}
-    assert all(finding.mend for finding in findings if finding.status != OK)
+    assert all(finding.fix for finding in findings if finding.status != OK)

@@ -1,4 +1,4 @@
-"""Is everything installed as it should be? Each finding comes with the command that mends it."""
+"""Is everything installed as it should be? Each finding comes with the command that fixes it."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def format_findings(findings: Sequence[Finding]) -> str:
     lines = []
     for finding in findings:
         lines.append(f"{finding.status:<8} {finding.name:<16} {finding.found}")
-        if finding.mend:
-            lines.append(f"{'':<25} mend it: {finding.mend}")
+        if finding.fix:
+            lines.append(f"{'':<25} fix: {finding.fix}")
     counts = {status: sum(finding.status == status for finding in findings) for status in (BROKEN, WARNING)}
     lines.append(f"{counts[BROKEN]} broken, {counts[WARNING]} to look at")
     return "\n".join(lines)
@@ -97,8 +97,8 @@ def check_torch() -> Finding:
     if not _has_nvidia():
         return Finding("torch", OK, f"{torch.__version__}, on the CPU: the machine has no NVIDIA driver")
     if torch.version.cuda is None:
-        mend = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
-        return Finding("torch", WARNING, f"{torch.__version__} is built without CUDA beside an NVIDIA GPU", mend)
+        fix = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
+        return Finding("torch", WARNING, f"{torch.__version__} is built without CUDA beside an NVIDIA GPU", fix)
     found = (
         f"{torch.__version__} for CUDA {torch.version.cuda} cannot use the NVIDIA GPU: driver too old, or GPU hidden"
     )
@@ -149,16 +149,16 @@ def check_onnxruntime() -> Finding:
         ort = importlib.import_module("onnxruntime")
         providers = ort.get_available_providers()
     except Exception as error:  # ImportError of a library, or an empty folder that is left of two clashing packages
-        mend = _GPU_ONNXRUNTIME if gpu else plain
-        return Finding("onnxruntime", BROKEN, f"{names or 'none'} does not load ({error})", mend)
+        fix = _GPU_ONNXRUNTIME if gpu else plain
+        return Finding("onnxruntime", BROKEN, f"{names or 'none'} does not load ({error})", fix)
     shown = f"{names}, {', '.join(providers)}"
     if gpu and "CUDAExecutionProvider" not in providers:
         return Finding("onnxruntime", WARNING, f"{shown}: no CUDA beside an NVIDIA GPU", _GPU_ONNXRUNTIME)
     if "CUDAExecutionProvider" in providers and not _starts("CUDAExecutionProvider"):
-        mend = "pip install nvidia-cudnn-cu12 nvidia-cublas-cu12 nvidia-cufft-cu12 nvidia-curand-cu12"
+        fix = "pip install nvidia-cudnn-cu12 nvidia-cublas-cu12 nvidia-cufft-cu12 nvidia-curand-cu12"
         if not gpu:
             return Finding("onnxruntime", OK, f"{shown}; on the CPU: the machine has no NVIDIA driver")
-        return Finding("onnxruntime", WARNING, f"{shown}, but CUDA does not start: libraries are missing", mend)
+        return Finding("onnxruntime", WARNING, f"{shown}, but CUDA does not start: libraries are missing", fix)
     return Finding("onnxruntime", OK, shown)
 
 
@@ -169,11 +169,11 @@ def check_opencv() -> Finding:
     try:
         loaded = importlib.import_module("cv2").__version__
     except Exception as error:  # most often libGL, which machines without a screen lack
-        mend = f"pip uninstall -y {' '.join(found) or 'opencv-python'} && pip install opencv-python-headless"
-        return Finding("opencv", BROKEN, f"{names} does not load ({error})", mend)
+        fix = f"pip uninstall -y {' '.join(found) or 'opencv-python'} && pip install opencv-python-headless"
+        return Finding("opencv", BROKEN, f"{names} does not load ({error})", fix)
     if len(found) > 1:
-        mend = f"pip uninstall -y {' '.join(found)} && pip install opencv-python"
-        return Finding("opencv", WARNING, f"{names} overwrite each other, {loaded} is loaded", mend)
+        fix = f"pip uninstall -y {' '.join(found)} && pip install opencv-python"
+        return Finding("opencv", WARNING, f"{names} overwrite each other, {loaded} is loaded", fix)
     return Finding("opencv", OK, names)
 
 

@@ -26,8 +26,8 @@ def examine_packs(root: Path) -> list[Finding]:
     folders = sorted(path for path in models.iterdir() if path.is_dir()) if models.is_dir() else []
     folders = [folder for folder in folders if not folder.name.startswith(".")]
     if not folders:
-        mend = f"insightface-kprpe pack RUN --detector buffalo_l --root {root}"
-        return [Finding("packs", WARNING, f"none in {models}", mend)]
+        fix = f"insightface-kprpe pack RUN --detector buffalo_l --root {root}"
+        return [Finding("packs", WARNING, f"none in {models}", fix)]
     return [finding for folder in folders for finding in _examine_pack(folder)]
 
 
@@ -50,8 +50,8 @@ def _examine_pack(folder: Path) -> list[Finding]:
             tasks.setdefault(task, path.name)
     broken = any(finding.status == BROKEN for finding in findings + manifest_findings)
     if "detection" not in tasks and not broken:
-        mend = f"insightface-kprpe pack RUN --detector buffalo_l --name {folder.name} --root {folder.parent.parent}"
-        findings.append(Finding(name, BROKEN, f"{folder} has no face detector, FaceAnalysis needs one", mend))
+        fix = f"insightface-kprpe pack RUN --detector buffalo_l --name {folder.name} --root {folder.parent.parent}"
+        findings.append(Finding(name, BROKEN, f"{folder} has no face detector, FaceAnalysis needs one", fix))
     return findings + manifest_findings
 
 
@@ -65,8 +65,8 @@ def _examine_file(
         if listed:
             return None, None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        mend = f"rm {path}   # then install the pack again"
-        return Finding(name, BROKEN, f"{path.name} does not load: {reason}", mend), None
+        fix = f"rm {path}   # then install the pack again"
+        return Finding(name, BROKEN, f"{path.name} does not load: {reason}", fix), None
     if listed and path.name not in listed:
         return None, route.task
     if route.task is None:

@@ -8,9 +8,9 @@ OK, WARNING, BROKEN = "ok", "warning", "broken"
 
 
 class Finding(NamedTuple):
-    """What was looked at, how it is ("ok", "warning" or "broken"), and the command that mends it."""
+    """What was looked at, how it is ("ok", "warning" or "broken"), and the command that fixes it."""
 
     name: str
     status: str
     found: str
-    mend: str = ""
+    fix: str = ""

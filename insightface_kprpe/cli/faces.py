@@ -165,7 +165,7 @@ def doctor(
     root: Root = Path("~/.insightface"),
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
 ) -> None:
-    """Check the installation and the model packs; what is wrong comes with the command that mends it."""
+    """Check the installation and the model packs; what is wrong comes with the command that fixes it."""
     import json
 
     from ..app.doctor import examine, format_findings

@@ -79,7 +79,7 @@ class BadImages:
         if self.bad / max(self.read, _RATE_OVER) > self.limit:
             raise ValueError(
                 f"{self.bad} of {self.read} images could not be read, more than max_bad_images={self.limit:g} allows; "
-                "see the warnings above, mend the data set (`insightface-kprpe rec inspect`), or raise the limit"
+                "see the warnings above, repair the data set (`insightface-kprpe rec inspect`), or raise the limit"
             )
 
     def _log(self, index: int) -> None:

@@ -28,7 +28,7 @@ def run_command_line(
     plan: Plan | None = None,
     **description: str,
 ) -> None:
-    """Read a config and train by it; what a user can mend is one sentence and exit status 1, not a traceback.
+    """Read a config and train by it; what a user can fix is one sentence and exit status 1, not a traceback.
 
     Args:
         train: what to do with the config.
