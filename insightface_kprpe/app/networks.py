@@ -88,7 +88,7 @@ def _family(net: Backbone) -> str:
     if isinstance(net, VisionTransformer):
         return _POSITIONS[net.position] + (", DFA" if net.finds_keypoints else "")
     if isinstance(net, IResNet | IRNet):
-        return "IResNet, BGR" if getattr(net, "bgr", False) else "IResNet"
+        return "IResNet, BGR" if net.bgr else "IResNet"
     return type(net).__name__
 
 

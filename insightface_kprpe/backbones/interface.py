@@ -17,12 +17,14 @@ class Backbone(nn.Module):
     Attributes:
         img_size: side of the square crops that it takes, pixels.
         num_features: D, length of its embeddings.
+        bgr: its weights are for BGR, to which it turns the RGB that it is given.
         needs_keypoints: embeddings depend on where the keypoints are.
         finds_keypoints: with ``needs_keypoints``: it finds them itself where none are given, by :meth:`find_keypoints`.
     """
 
     img_size: int
     num_features: int
+    bgr: bool = False
     needs_keypoints: bool = False
     finds_keypoints: bool = False
 

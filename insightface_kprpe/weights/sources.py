@@ -264,7 +264,7 @@ def _build_by_name(state: dict[str, torch.Tensor], config: dict[str, Any]) -> tu
         length = config.get("embedding_size") or embedding_length(get_model(config["network"], **changes), state)
     net = load_network(state, config["network"], **{"num_features": length, **changes})
     facts = _recognition_facts(net, f"{type(net).__name__}, embedding {net.num_features}", config["network"], changes)
-    if getattr(net, "bgr", False):
+    if net.bgr:
         facts["color_order"] += " (the network turns them to BGR, which its weights are for)"
     return net, facts
 
