@@ -20,9 +20,9 @@ def test_import_needs_no_host_and_touches_no_device():
         "import sys\n"
         "for name in ('insightface', 'tensorboard', 'matplotlib', 'onnx', 'onnxruntime', 'cv2', 'wandb'):\n"
         "    sys.modules[name] = None  # importing it now raises ImportError\n"
-        "import insightface_kprpe as ik, timm, torch\n"
+        "import insightface_kprpe.backbones, timm, torch\n"
         "assert not torch.cuda.is_initialized()\n"
-        "net = timm.create_model('vit_n_kprpe', num_features=8)\n"
+        "net = timm.create_model('insightface_vit_n_kprpe', num_features=8)\n"
         "net(torch.zeros(2, 3, 112, 112), torch.full((2, 5, 2), 0.5))\n"
         "import torchvision.transforms.v2\n"
     )
