@@ -162,7 +162,8 @@ def train_recognition(data: Path, runs: Mapping[str, Path], seed: int) -> None:
 def with_aligner(run: Path, dfa: Path) -> nn.Module:
     """The trained network with a DFA inside, which then finds the keypoints itself."""
     config = json.loads((run / "config.json").read_text())
-    net = get_model(f"{config['network']}_dfa", num_features=config["embedding_size"], dfa_weights=dfa)
+    settings = {"num_features": config["embedding_size"], **config["network_kwargs"]}
+    net = get_model(f"{config['network']}_dfa", dfa_weights=dfa, **settings)
     return load_weights(net, run / "model.pt").eval()
 
 
