@@ -2,7 +2,8 @@
 
 Command: torchrun --nproc_per_node=2 train_v2.py recognition_configs/small_vit_n_kprpe.py rec=/path/to/faces
 Needs:   2 CPU cores.
-Result:  see the README; network=vit_n trains the same network without keypoints.
+Result:  not measured with these settings; network=vit_n trains the same network without keypoints. A study of smaller
+         networks is in docs/does_kprpe_help.md.
 """
 
 from easydict import EasyDict as edict
