@@ -189,7 +189,7 @@ def _recognition_files(
         measured_on = pairs.name if pairs else "drawn pairs"
         with _step(f"writing it in {precision} and comparing that with fp32 on {measured_on}"):
             change, known[first] = lower_precision(first, first, precision, pairs)
-        facts = {"precision": precision, "change": json.dumps(change._asdict()), "evaluation": None}
+        facts = {"precision": precision, "change": json.dumps(change.in_percent()), "evaluation": None}
         add_metadata(first, facts)
     if with_keypoints:
         second = scratch / "image_only.onnx"
@@ -208,4 +208,4 @@ def _recognition_files(
 def _evaluation(measured: Measurement, pairs: VerificationPairs) -> str:
     """What a file made of a verification set, as JSON."""
     found = {"set": pairs.name, "pairs": len(pairs.is_same), "keypoints": pairs.keypoint_source}
-    return json.dumps(found | {"accuracy": measured.accuracy, "thresholds": measured.thresholds})
+    return json.dumps(found | {"accuracy": 100 * measured.accuracy, "thresholds": measured.thresholds})

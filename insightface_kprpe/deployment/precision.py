@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 PackPrecision = Literal["fp32", "fp16", "int8"]
 MINIMAL_COSINE = {"fp16": 0.999, "int8": 0.98}  # of every face, to its float32 embedding
-MAXIMAL_DROP = 1.0  # of verification accuracy, percentage points
+MAXIMAL_DROP = 0.01  # of verification accuracy
 _CHANCE = 3  # pairs that may change sides on a small set without meaning anything
 FPRS = (1e-3, 1e-4, 1e-5)
 _COORDINATES = 10
@@ -50,7 +50,7 @@ class Measurement(NamedTuple):
     """What a file makes of pairs of faces, embedded once and unmirrored, as FaceAnalysis does."""
 
     embeddings: np.ndarray  # (2P, D)
-    accuracy: float  # percent, mean of ten folds
+    accuracy: float  # in [0, 1], mean of ten folds
     thresholds: dict[float, float]  # FPR -> cosine at or above which two faces are one person; those P can tell
 
 
@@ -59,9 +59,13 @@ class PrecisionChange(NamedTuple):
 
     minimal_cosine: float  # to the float32 embedding, of the worst face
     mean_cosine: float
-    accuracy_fp32: float  # percent
-    accuracy: float  # percent
+    accuracy_fp32: float  # in [0, 1]
+    accuracy: float  # in [0, 1]
     pairs: str  # that it was measured on
+
+    def in_percent(self) -> dict[str, Any]:
+        """The same as files have it, accuracies in percent."""
+        return self._asdict() | {key: 100 * getattr(self, key) for key in ("accuracy_fp32", "accuracy")}
 
 
 def measure(path: str | Path, pairs: VerificationPairs) -> Measurement:
@@ -84,7 +88,7 @@ def measure(path: str | Path, pairs: VerificationPairs) -> Measurement:
     fprs = [fpr for fpr in FPRS if fpr * negatives >= 1]
     points = tpr_at_fpr(scores, pairs.is_same, fprs) if fprs else []
     thresholds = {point.target: float(point.threshold) for point in points}
-    return Measurement(embeddings, 100 * kfold_accuracy(first, second, pairs.is_same).accuracy, thresholds)
+    return Measurement(embeddings, kfold_accuracy(first, second, pairs.is_same).accuracy, thresholds)
 
 
 def drawn_pairs() -> VerificationPairs:
@@ -128,12 +132,12 @@ def lower_precision(
             ) from error
         change = _compare(before, after, pairs)
         _check(change, precision, len(pairs.is_same), Path(source).name)
-    logger.info("%s: %s", precision, format_change(change._asdict()))
+    logger.info("%s: %s", precision, format_change(change.in_percent()))
     return change, after
 
 
 def format_change(change: dict[str, Any]) -> str:
-    """One line for people."""
+    """One line for people of what :meth:`PrecisionChange.in_percent` gives."""
     return (
         f"cosine to fp32 at least {change['minimal_cosine']:.5f}, mean {change['mean_cosine']:.5f}; accuracy "
         f"{change['accuracy_fp32']:.2f} % -> {change['accuracy']:.2f} % on {change['pairs']}"
@@ -146,12 +150,12 @@ def _compare(before: Measurement, after: Measurement, pairs: VerificationPairs) 
 
 
 def _check(change: PrecisionChange, precision: str, count: int, name: str) -> None:
-    allowed = max(MAXIMAL_DROP, 100 * _CHANCE / count)
+    allowed = max(MAXIMAL_DROP, _CHANCE / count)
     if change.minimal_cosine >= MINIMAL_COSINE[precision] and change.accuracy >= change.accuracy_fp32 - allowed:
         return
     raise PrecisionError(
-        f"{name} in {precision}: {format_change(change._asdict())}; at least cosine {MINIMAL_COSINE[precision]} and no "
-        f"more than {allowed:.1f} points less accuracy are required; use a higher precision"
+        f"{name} in {precision}: {format_change(change.in_percent())}; at least cosine {MINIMAL_COSINE[precision]} and "
+        f"no more than {100 * allowed:.1f} points less accuracy are required; use a higher precision"
     )
 
 

@@ -14,7 +14,7 @@ from ..backbones import VisionTransformer
 from ..backbones.attention_terms import attention_terms
 from ..data.face_dataset import to_network_input
 from ..geometry import CANONICAL_KEYPOINTS
-from .curves import new_figure
+from .curves import new_figure, save_figure
 from .figure_faces import FigureFaces
 
 PAPER_DEPTHS = (0, 1, 3, 5, 7)  # of Fig. 12
@@ -149,8 +149,6 @@ def write_figures(
         ImportError: matplotlib is not installed.
         ValueError: the network has no KPRPE, or no such head, or an argument is out of range.
     """
-    from .curves import save_figure
-
     if not isinstance(net, VisionTransformer) or net.position != "kprpe":
         raise ValueError("the model must be a ViT with KPRPE, whose tables the figures show; this one has none")
     maps = AttentionMaps(net, faces)

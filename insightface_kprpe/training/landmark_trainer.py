@@ -141,8 +141,8 @@ def train_landmarks(
         def log(step: int, epoch: int, value: float, lr: float, loss_scale: float | None) -> None:
             nonlocal last
             last = value
+            progress.set_postfix(loss=f"{value:.3f}", refresh=False)
             progress.update()
-            progress.set_postfix(loss=f"{value:.3f}")
 
         training.run(log=log)
     return last
