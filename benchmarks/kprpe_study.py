@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import logging
 import os
 import tempfile
 import time
@@ -37,8 +36,6 @@ from insightface_kprpe.training.checkpoint import latest_checkpoint
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.trainer import train
 from insightface_kprpe.weights.network import load_run
-
-logger = logging.getLogger("insightface_kprpe.study")
 
 # The network: 49 patches, 0.4M parameters. What is compared are its positions.
 SMALL = {"patch_size": 16, "embed_dim": 64, "depth": 3, "num_heads": 4}
