@@ -12,6 +12,7 @@ Tests run in forks of this process, which has imported torch and the like once a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -164,8 +165,9 @@ class Tests:
 
     def kill(self) -> None:
         """End it, with the ranks that wait for each other."""
-        os.killpg(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.killpg(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
 
     def output(self) -> str:
         """What it said."""
@@ -243,17 +245,21 @@ def try_all(areas: dict[str, Area], jobs: int) -> list[Outcome]:
     with tempfile.TemporaryDirectory() as folder:
         free = [copy_tree(Path(folder) / str(job)) for job in range(jobs)]
         check_without_faults(free[0], areas.values())
-        while waiting or running:
-            while waiting and free:
-                running.append(Trial(free.pop(), *waiting.pop()))
-            time.sleep(0.05)
-            for trial in list(running):
-                if outcome := trial.outcome():
-                    outcomes[trial.fault] = outcome
-                    running.remove(trial)
-                    free.append(trial.tree)
-                    sys.stderr.write("." if outcome.caught_by else "S")
-                    sys.stderr.flush()
+        try:
+            while waiting or running:
+                while waiting and free:
+                    running.append(Trial(free.pop(), *waiting.pop()))
+                time.sleep(0.05)
+                for trial in list(running):
+                    if outcome := trial.outcome():
+                        outcomes[trial.fault] = outcome
+                        running.remove(trial)
+                        free.append(trial.tree)
+                        sys.stderr.write("." if outcome.caught_by else "S")
+                        sys.stderr.flush()
+        finally:
+            for trial in running:  # where something stopped the work
+                trial.tests.kill()
     return [outcomes[fault] for *_, fault in planned]
 
 
