@@ -115,6 +115,7 @@ DEGENERATE = {
     "slanted line": torch.linspace(0.1, 0.9, 5)[:, None] * torch.tensor([1.0, 0.5]),
     "one NaN": torch.where(torch.arange(5)[:, None] == 2, torch.nan, CANONICAL),
     "infinite": CANONICAL * torch.inf,
+    "far outside": CANONICAL - 5,
     "without scale": torch.tensor([[1.0, 1], [-1, 1], [-1, -1], [1, -1], [0, 0]]) * 0.2 + 0.5,
 }
 
@@ -122,7 +123,9 @@ DEGENERATE = {
 def test_plausible():
     rng = torch.Generator().manual_seed(0)
     assert plausible(CANONICAL + 0.05 * torch.randn(100, 5, 2, generator=rng)).all()
-    points = torch.stack(list(DEGENERATE.values())[:5])
+    points = torch.stack(
+        [DEGENERATE[name] for name in ("equal", "vertical line", "slanted line", "one NaN", "infinite")]
+    )
     assert not plausible(points).any()
     u, v = (CANONICAL - CANONICAL.mean(0)).unbind(1)
     # orthogonal to the template in every rotation: the best scale is zero
