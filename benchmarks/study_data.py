@@ -7,6 +7,7 @@ Every picture is padded with black and shown to the detector; the face nearest t
 =======================  ===============================================================================================
 fiw_unaligned/           Families in the Wild to train on: its crops as they are, of people with 2 pictures or more
 fiw_aligned/             the same faces, turned onto InsightFace's template
+fiw_both/                the two together, each face as it is and aligned
 fiw_val_{unaligned,aligned}.bin   3,000 pairs of every tenth family, none of which is in the two sets above
 lfw_raw.bin              Labeled Faces in the Wild, the official pairs in their order: the pictures as they are
 lfw_box.bin              the square around the detector's box, as high as it
@@ -27,7 +28,7 @@ import functools
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ DRAWN = {"num_identities": 500, "seed": 1}
 _AT_ONCE = 200  # pictures that a process shows to the detector before it saves
 
 Crop = tuple[np.ndarray, np.ndarray]  # (112, 112, 3) uint8 RGB, (5, 2) keypoints in [0, 1] of it
+Cut = Callable[[np.ndarray, np.ndarray, np.ndarray, int], Crop]  # picture, box, landmarks, seed
 
 
 class Faces(NamedTuple):
@@ -159,16 +161,16 @@ def write_pairs(path: Path, crops: Sequence[Crop], is_same: Sequence[bool], peop
     write_verification_bin(path, [encode_jpeg(image, 95) for image, _ in crops], is_same)
 
 
-def write_training_set(folder: Path, faces: Faces, rows: Iterable[int], labels: Iterable[int], cut: Callable) -> None:
-    """A RecordIO set with its landmarks and a contact sheet."""
-    rows, labels = list(rows), list(labels)
-    crops = (cut_face(faces, row, cut) for row in rows)
-    pack_drawn(folder, ((image, label, points) for (image, points), label in zip(crops, labels, strict=True)))
-    shown = [cut_face(faces, row, cut) for row in rows[:: max(1, len(rows) // 64)][:64]]
+def write_training_set(folder: Path, faces: Faces, rows: np.ndarray, labels: np.ndarray, cuts: Sequence[Cut]) -> None:
+    """A RecordIO set with its landmarks and a contact sheet; each face is cut in each way."""
+    crops = ((*cut_face(faces, row, cut), label) for row, label in zip(rows, labels, strict=True) for cut in cuts)
+    pack_drawn(folder, ((image, label, keypoints) for image, keypoints, label in crops))
+    every = rows[:: max(1, len(rows) * len(cuts) // 64)]
+    shown = [cut_face(faces, row, cut) for row in every for cut in cuts][:64]
     write_sheet(folder.with_suffix(".png"), arrange([face_cell(*crop) for crop in shown], 8))
 
 
-def cut_face(faces: Faces, row: int, cut: Callable[..., Crop]) -> Crop:
+def cut_face(faces: Faces, row: int, cut: Cut) -> Crop:
     """One face of a picture; an average one's keypoints are the template's, as where a score is too low."""
     crop, keypoints = cut(read_image_file(faces.paths[row]), faces.boxes[row], faces.landmarks_px[row], row)
     return crop, keypoints if faces.found[row] else CANONICAL_KEYPOINTS
@@ -176,7 +178,8 @@ def cut_face(faces: Faces, row: int, cut: Callable[..., Crop]) -> Crop:
 
 def make_fiw(folder: Path, out: Path, detector: Path, processes: int) -> None:
     """Training sets and validation pairs of Families in the Wild."""
-    names = ("fiw_unaligned/train.rec", "fiw_aligned/train.rec", "fiw_val_unaligned.bin", "fiw_val_aligned.bin")
+    sets = {"unaligned": [as_it_is], "aligned": [aligned], "both": [as_it_is, aligned]}
+    names = [f"fiw_{name}/train.rec" for name in sets] + ["fiw_val_unaligned.bin", "fiw_val_aligned.bin"]
     if all((out / name).is_file() for name in names):
         return
     people = list(list_people(folder).values())
@@ -192,11 +195,12 @@ def make_fiw(folder: Path, out: Path, detector: Path, processes: int) -> None:
     labels = np.unique(person[rows], return_inverse=True)[1]
     pairs, is_same = draw_pairs(np.flatnonzero(usable & kept_out), person, family, VALIDATION_PAIRS)
     print(f"fiw: train on {len(rows)} pictures of {labels.max() + 1} people", flush=True)
-    for name, cut in (("unaligned", as_it_is), ("aligned", aligned)):
+    for name, cuts in sets.items():
         if not (out / f"fiw_{name}" / "train.rec").is_file():
-            write_training_set(out / f"fiw_{name}", faces, rows, labels, cut)
-        crops = [cut_face(faces, row, cut) for row in pairs]
-        write_pairs(out / f"fiw_val_{name}.bin", crops, is_same, person[pairs])
+            write_training_set(out / f"fiw_{name}", faces, rows, labels, cuts)
+        path = out / f"fiw_val_{name}.bin"
+        if len(cuts) == 1 and not path.is_file():
+            write_pairs(path, [cut_face(faces, row, cuts[0]) for row in pairs], is_same, person[pairs])
 
 
 def draw_pairs(rows: np.ndarray, person: np.ndarray, family: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
