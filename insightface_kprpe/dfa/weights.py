@@ -16,7 +16,7 @@ from .network import RETINAFACE, RetinaFaceNet, start_from_retinaface
 MIN_SIDE, MAX_SIDE = 32, 2048  # pixels of a network's input
 
 
-def load_dfa(source: str | Path | Mapping[str, torch.Tensor]) -> DFA:
+def load_dfa(source: str | Path | Mapping[str, torch.Tensor], *, aligned_from: str = "crop") -> DFA:
     """A trained landmark network, in eval mode.
 
     Args:
