@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from ..partial_fc import PartialFC
 from ..state_dict import ALIGNER_PREFIX, read_state_dict, strip_prefixes
 from . import arcface_torch_checkpoint
+from .checkpoint_files import latest_checkpoint
+from .sharded_tensors import read_fitting_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +50,22 @@ class Match(NamedTuple):
         return "; ".join(parts)
 
 
-def initialize(backbone: nn.Module, partial_fc: PartialFC, source: str | Path, min_match: float = 0.9) -> Match:
+def initialize(
+    backbone: nn.Module,
+    partial_fc: PartialFC,
+    source: str | Path,
+    min_match: float = 0.9,
+    group: dist.ProcessGroup | None = None,
+) -> Match:
     """Start a run from other weights.
 
     Args:
         backbone: takes over every tensor of the file that has its name and shape.
-        partial_fc: takes over the class centers of arcface_torch's checkpoints, where people and embedding size agree.
+        partial_fc: takes over the class centers of a run and of arcface_torch's checkpoints, where the number of people
+            and the embedding size agree.
         source: a weights file, the output folder of a run, or a folder of arcface_torch's ``checkpoint_gpu_*.pt``.
         min_match: least fraction of the backbone's tensors that must match, in [0, 1].
+        group: of all ranks, on CPU, each of which calls this; None: this process is the only one.
 
     Returns:
         What matched.
@@ -77,9 +88,31 @@ def initialize(backbone: nn.Module, partial_fc: PartialFC, source: str | Path, m
             f"({match}); choose the network of that file, or set init_min_match lower"
         )
     backbone.load_state_dict({key: state[key] for key in match.matched}, strict=False)
-    if checkpoint and not arcface_torch_checkpoint.load_centers(checkpoint, partial_fc):
+    run = latest_checkpoint(source) if source.is_dir() and not checkpoint else None
+    if checkpoint:
+        same_people = arcface_torch_checkpoint.load_centers(checkpoint, partial_fc)
+    elif run is not None:
+        same_people = _load_centers(run, partial_fc, group)
+    else:
+        return match
+    if same_people:
+        logger.info("init_from %s: its %d class centers are taken over too", source, partial_fc.num_classes)
+    else:
         logger.info("init_from %s: its class centers are of other people; these start anew", source)
     return match
+
+
+def _load_centers(checkpoint: Path, partial_fc: PartialFC, group: dist.ProcessGroup | None) -> bool:
+    """Copy this rank's class centers, and AdaFace's statistics; False where people or embedding size are others."""
+    wanted = {f"loss.{key}": value for key, value in partial_fc.state_dict().items()}
+    rows = {f"loss.{key}": value for key, value in partial_fc.sharded().items()}
+    found = read_fitting_tensors(checkpoint, wanted, rows, group)
+    if not set(rows) <= set(found):
+        return False
+    with torch.no_grad():
+        for key, tensor in found.items():
+            wanted[key].copy_(tensor)
+    return True
 
 
 def compare(net: nn.Module, state: Mapping[str, torch.Tensor]) -> Match:

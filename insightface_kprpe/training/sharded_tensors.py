@@ -95,23 +95,66 @@ def read_tensors(
     Raises:
         ValueError: the files are damaged, or hold other names or shapes.
     """
-    reader = _SafeReader(folder)
+    with _damage(folder):
+        found = _empty_tensors(folder, _stored(folder), wanted, rows, optimized)
+        _read(folder, found, wanted, rows, group)
+    return found
+
+
+def read_fitting_tensors(
+    folder: Path, wanted: Mapping[str, torch.Tensor], rows: Rows, group: dist.ProcessGroup | None
+) -> dict[str, torch.Tensor]:
+    """This rank's part of those tensors that a checkpoint has under the same name and in the same size.
+
+    Arguments and errors are those of :func:`read_tensors`; every rank calls it.
+    """
+    with _damage(folder):
+        stored = _stored(folder)
+        found = {
+            key: torch.empty(tensor.shape, dtype=stored[key].properties.dtype)
+            for key, tensor in wanted.items()
+            if key in stored and stored[key].size == _size_of_all(key, tensor, rows)
+        }
+        _read(folder, found, wanted, rows, group)
+    return found
+
+
+@contextlib.contextmanager
+def _damage(folder: Path) -> Iterator[None]:
     try:
-        index = reader.read_metadata().state_dict_metadata
-        stored = {key: entry for key, entry in index.items() if isinstance(entry, TensorStorageMetadata)}
-        found = _empty_tensors(folder, stored, wanted, rows, optimized)
-        request: dict[str, Any] = dict(found)
-        for key, tensor in found.items():
-            name = _owner(key, rows)
-            if group is not None and name is not None and tensor.shape == wanted[name].shape:
-                request[key] = _sharded(tensor, *rows[name], group)
-        with _quiet():
-            dcp.load(request, storage_reader=_SafeReader(folder), process_group=group)
+        yield
     except (OSError, RuntimeError, pickle.UnpicklingError, CheckpointException) as error:
         raise ValueError(
             f"{folder} is damaged ({type(error).__name__}); remove it to resume from an older one"
         ) from error
-    return found
+
+
+def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """What tensors a checkpoint has."""
+    index = _SafeReader(folder).read_metadata().state_dict_metadata
+    return {key: entry for key, entry in index.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _read(
+    folder: Path,
+    found: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.Tensor],
+    rows: Rows,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Fill the tensors of ``found``."""
+    request: dict[str, Any] = dict(found)
+    for key, tensor in found.items():
+        name = _owner(key, rows)
+        if group is not None and name is not None and tensor.shape == wanted[name].shape:
+            request[key] = _sharded(tensor, *rows[name], group)
+    with _quiet():
+        dcp.load(request, storage_reader=_SafeReader(folder), process_group=group)
+
+
+def _size_of_all(key: str, tensor: torch.Tensor, rows: Rows) -> torch.Size:
+    """The size of a tensor in the checkpoint, where the rows of all ranks are together."""
+    return torch.Size((rows[key][1], *tensor.shape[1:])) if key in rows else tensor.shape
 
 
 def _empty_tensors(
@@ -126,7 +169,7 @@ def _empty_tensors(
     for key, tensor in wanted.items():
         if key.startswith("optimizer."):
             continue
-        size = torch.Size((rows[key][1], *tensor.shape[1:])) if key in rows else tensor.shape
+        size = _size_of_all(key, tensor, rows)
         if key not in stored:
             problems.append(f"missing {key}")
         elif stored[key].size != size:

@@ -63,7 +63,7 @@ def train(config: edict) -> dict[str, float]:
         checkpoints = Checkpointer(output, config.keep_checkpoints, config.save_every, config.async_save)
         step = checkpoints.start(state, schedule, resume)
         if config.init_from is not None and step == 0:
-            initialize(state.model, state.loss, config.init_from, config.init_min_match)
+            initialize(state.model, state.loss, config.init_from, config.init_min_match, checkpoints.group)
         with random_numbers_of_its_own():  # wandb draws some
             opened = open_metrics(config, output, step, resume)
         with opened as metrics:
