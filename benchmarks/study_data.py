@@ -266,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--detector", type=Path, help="SCRFD with landmarks as ONNX, for these two")
     parser.add_argument("--out", type=Path, default=Path("study_data"))
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--no-drawn", action="store_true", help="leave out the drawn faces")
     options = parser.parse_args(arguments)
     cv2.setNumThreads(0)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -274,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.detector is None:
                 sys.exit("--detector must name an SCRFD file where --fiw or --lfw is given, got none")
             make(folder, options.out, options.detector, options.processes)
-    make_drawn(options.out)
+    if not options.no_drawn:
+        make_drawn(options.out)
 
 
 if __name__ == "__main__":
