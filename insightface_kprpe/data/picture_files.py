@@ -24,7 +24,7 @@ _HEIF = frozenset({".heic", ".heif", ".hif"})
 # What systems leave in folders; names that start with a dot are hidden anyway.
 _SYSTEM_NAMES = frozenset({"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"})
 # What this package and its likes put beside pictures.
-_COMPANIONS = ("ldmk_5points.csv", "ldmk_5points.png", "label.txt", "property")
+_COMPANIONS = ("ldmk_5points.csv", "ldmk_5points.png", "faces.csv", "pairs.txt", "label.txt", "property")
 _SHOWN = 3  # files that a warning names, of each kind
 
 
@@ -135,10 +135,9 @@ def _split(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """Pictures, and all others but those that belong beside pictures."""
     pictures, others = [], []
     for file in files:
-        if file.suffix.lower() in readable_suffixes():
-            pictures.append(file)
-        elif not file.name.endswith(_COMPANIONS):
-            others.append(file)
+        if file.name.endswith(_COMPANIONS):
+            continue
+        (pictures if file.suffix.lower() in readable_suffixes() else others).append(file)
     return pictures, others
 
 

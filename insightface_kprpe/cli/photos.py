@@ -1,0 +1,81 @@
+"""Verbs that begin with photos."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+
+_WORKERS = min(4, os.cpu_count() or 1)
+_NAMED = 20  # photos without a crop that are told one by one
+
+
+@app.command()
+def align(
+    source: Annotated[Path, typer.Argument(help="photos: a folder a person, or flat; one photo; a video")],
+    out: Annotated[Path, typer.Option(help="folder for the crops, ldmk_5points.csv and faces.csv")],
+    detector: Annotated[
+        str, typer.Option(help="SCRFD as .onnx; pack, by name or folder; or a DFA, for crops of one face")
+    ] = "kprpe",
+    mode: Annotated[
+        str, typer.Option(help="aligned: onto the template; box: the detector's box as it is; whole: the photo")
+    ] = "aligned",
+    faces: Annotated[str, typer.Option(help="of each photo: largest, central (the nearest to the middle), all")] = (
+        "largest"
+    ),
+    max_faces: Annotated[int, typer.Option(help="with --faces all: the largest so many; 0: no limit")] = 0,
+    det_thresh: Annotated[float, typer.Option(help="score from which on the detector's find is a face")] = 0.5,
+    min_size: Annotated[float, typer.Option(help="pixels that the shorter side of its box must have")] = 0,
+    to: Annotated[str, typer.Option(help="folder: JPEG files; rec: RecordIO, the sub-folders are its people")] = (
+        "folder"
+    ),
+    quality: Annotated[int, typer.Option(help="of the JPEG files, 1 to 100")] = 95,
+    every: Annotated[int, typer.Option(help="of a video: one frame in so many")] = 1,
+    overlay: Annotated[int, typer.Option(help="also write a PNG of so many photos with their crops")] = 0,
+    num_workers: Annotated[int, typer.Option(help="processes; 0: this one")] = _WORKERS,
+    root: Annotated[Path, typer.Option(help="InsightFace's root folder, for packs by name")] = Path("~/.insightface"),
+) -> None:
+    """Cut the faces of photos out: 112x112 crops, with their landmarks, as training and evaluation take them.
+
+    Start it again to go on after an interruption, or when photos were added or changed. Tight crops are looked at
+    again with a border. What was found and not cut out stands in faces.csv, with the reason. Example:
+    insightface-kprpe align photos --out crops --detector det_10g.onnx --overlay 64
+    """
+    from ..app.aligned_folder import align_to_folder, align_to_records, overlay_sheet
+    from ..app.alignment import AlignOptions
+    from ..contact_sheet import write_sheet
+    from ..data.face_list import FACE_LIST
+
+    if to not in ("folder", "rec"):
+        raise ValueError(f"to must be folder or rec, got {to!r}")
+    if overlay and to == "rec":
+        raise ValueError("overlay goes with --to folder; align to a folder, look at it, and pack that with rec pack")
+    options = AlignOptions(mode, faces, max_faces, det_thresh, min_size, quality)
+    write = align_to_folder if to == "folder" else align_to_records
+    done = write(source, out, detector, options, root=root, every=every, num_workers=num_workers)
+    for name in done.gone:
+        typer.echo(f"{name}: not there any more, its crops are removed", err=True)
+    for number, (name, why) in enumerate(done.without.items()):
+        if number == _NAMED:
+            typer.echo(f"... and {len(done.without) - _NAMED} more", err=True)
+            break
+        typer.echo(f"{name}: no crop, {why}", err=True)
+    if done.nobody:
+        shown = ", ".join(done.nobody[:_NAMED]) + (", ..." if len(done.nobody) > _NAMED else "")
+        typer.echo(f"warning: no crop of {len(done.nobody)} people: {shown}", err=True)
+    bordered = len({face.photo for face in done.faces if face.with_border and face.crop})
+    border = f", {bordered} of them found with a border" if bordered else ""
+    left = sum(1 for face in done.faces if not face.crop and face.photo not in done.without)
+    others = f", {left} more faces left out" if left else ""
+    typer.echo(f"{out}: {done.crops} crops of {done.photos} photos{border}; {len(done.without)} without a crop{others}")
+    if not done.crops:
+        raise ValueError(f"no face was cut out of {source}")
+    typer.echo(f"{out / FACE_LIST}: every face that was found, and why it was left out")
+    if overlay > 0:
+        sheet = out / "ldmk_5points.png"
+        write_sheet(sheet, overlay_sheet(done, source, out, overlay, every))
+        typer.echo(f"{sheet}: look at it")
