@@ -152,6 +152,18 @@ def test_other_modes_leave_faces_as_they_are(mode, photos, detector, tmp_path):
             assert np.abs(expected.mean((0, 1)) - crop.mean((0, 1))).max() < 4
 
 
+def test_faces_of_a_list_are_cut_again(photos, detector, tmp_path):
+    options = AlignOptions(mode="box", faces="all")
+    align_to_folder(photos, tmp_path / "first", detector)
+    again = align_to_folder(photos, tmp_path / "again", tmp_path / "first" / "faces.csv", options)
+    fresh = align_to_folder(photos, tmp_path / "fresh", detector, options)
+    assert again.without == fresh.without and [f.crop for f in again.faces] == [f.crop for f in fresh.faces]
+    for one, other in zip(again.faces, fresh.faces, strict=True):
+        np.testing.assert_allclose(one.keypoints, other.keypoints, atol=1e-4)
+    with pytest.raises(FileNotFoundError, match="list of faces not found"):
+        align_to_folder(photos, tmp_path / "x", tmp_path / "no" / "faces.csv")
+
+
 def test_a_killed_run_goes_on(photos, detector, tmp_path, monkeypatch):
     whole = align_to_folder(photos, tmp_path / "whole", detector)
     write_crops, seen = aligned_folder._write_crops, []

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +19,14 @@ from filelock import FileLock, Timeout
 from ..contact_sheet import CELL, arrange, face_cell, title_bar
 from ..data.crops import open_crops
 from ..data.face_dataset import LANDMARK_FILE
-from ..data.face_list import FACE_LIST, ListedFace, format_faces, parse_faces, read_faces
+from ..data.face_list import FACE_LIST, ListedFace, faces_by_photo, format_faces, parse_faces, read_faces
 from ..data.landmark_csv import write_landmark_csv
 from ..data.photos import PhotoFiles, VideoFrames, open_photos
 from ..data.picture_files import list_people, list_pictures, read_image_file
 from ..data.reading import Items, results
 from ..data.record_tools import pack_folder
 from ..documents import read_json_object
-from ..files import atomic_path, write_atomically
+from ..files import atomic_path, user_file, write_atomically
 from ..fingerprint import file_sha256
 from .alignment import AlignOptions, CutPhoto, FaceCutter
 from .detection import detector_file
@@ -79,7 +79,8 @@ def align_to_folder(
     Args:
         source: a folder with a sub-folder of photos a person, a folder of photos, one photo, or a video.
         out: the folder; a new one, or that of an earlier call.
-        detector: an ONNX file of SCRFD's layout, the name or folder of a pack, or a DFA.
+        detector: an ONNX file of SCRFD's layout, the name or folder of a pack, or a DFA; or the ``faces.csv`` of an
+            earlier call, whose faces are cut out again.
         options: what to cut out; None: the largest face, aligned.
         root: InsightFace's root folder, where named packs are.
         every: of so many frames of a video one counts.
@@ -95,7 +96,8 @@ def align_to_folder(
         raise ValueError(f"out must be a new folder, or that of an earlier run, got {out}, which holds something else")
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
-        file = detector_file(detector, root, out / _EXPORTED)
+        is_list = Path(detector).suffix == ".csv"
+        file = user_file(detector, "list of faces") if is_list else detector_file(detector, root, out / _EXPORTED)
         _check_settings(out, options, file, every if isinstance(photos, VideoFrames) else 1)
         known = _known(out, photos)
         gone = _remove_gone(out, known, photos)
@@ -105,9 +107,7 @@ def align_to_folder(
             write_atomically(out / _PAIRS, pairs.read_bytes())
         done = Aligned(len(photos), [face for name in photos.names for face in known[name]], gone=gone)
         _finish(out, done)
-    by_photo = defaultdict(list)
-    for face in done.faces:
-        by_photo[face.photo].append(face)
+    by_photo = faces_by_photo(done.faces)
     done.without = {
         name: "; ".join(dict.fromkeys(face.left_out for face in faces))
         for name, faces in by_photo.items()
@@ -222,10 +222,7 @@ def _check_settings(out: Path, options: AlignOptions, detector: Path, every: int
 
 def _known(out: Path, photos: PhotoFiles | VideoFrames) -> dict[str, list[ListedFace]]:
     """What earlier calls, killed ones included, found in each photo; those that have changed are left out."""
-    faces = read_faces(out / FACE_LIST) if (out / FACE_LIST).is_file() else []
-    known = defaultdict(list)
-    for face in faces:
-        known[face.photo].append(face)
+    known = faces_by_photo(read_faces(out / FACE_LIST)) if (out / FACE_LIST).is_file() else {}
     if (journal := out / _JOURNAL).is_file():
         # The last line of a killed writer may be torn, and so may the last photo's rows be incomplete.
         text = journal.read_bytes().decode("utf-8", "ignore")

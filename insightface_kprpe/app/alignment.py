@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import cv2
 import numpy as np
 
-from ..data.face_list import ListedFace
+from ..data.face_list import ListedFace, faces_by_photo, read_faces
 from ..data.image_codec import encode_jpeg
 from ..data.photos import PhotoFiles, VideoFrames
 from ..geometry import KEYPOINT_LIMIT, known_landmarks, transform_points
@@ -122,13 +122,24 @@ def choose_faces(found: Detected, size: tuple[int, int], options: AlignOptions) 
 _NAMES = {"largest": "largest", "central": "most central"}
 
 
+def listed_faces(faces: Sequence[ListedFace]) -> Detected:
+    """What a list says of a photo, as if it had just been found."""
+    faces = [face for face in faces if not np.isnan(face.score)]
+    return Detected(
+        np.array([face.box for face in faces]).reshape(-1, 4),
+        np.array([face.score for face in faces]),
+        np.array([face.landmarks_px for face in faces]).reshape(-1, 5, 2),
+        any(face.with_border for face in faces),
+    )
+
+
 class FaceCutter:
     """Index of a photo -> its faces: what worker processes do, each with a detector of its own.
 
     Args:
         photos: to look at.
         crops: path of each photo's crop, without number and suffix.
-        detector: ONNX file, see :func:`~.detection.detector_file`.
+        detector: ONNX file, see :func:`~.detection.detector_file`; or a list of faces, which are cut out again.
         options: what to cut out.
         threads: of the detector; None: as onnxruntime likes.
     """
@@ -143,6 +154,7 @@ class FaceCutter:
     ) -> None:
         self.photos, self.crops, self.detector, self.options = photos, crops, detector, options
         self.threads = threads
+        self.listed = faces_by_photo(read_faces(detector)) if detector.suffix == ".csv" else None
         self._session: tuple[int, Any] | None = None
 
     def __call__(self, index: int) -> CutPhoto:
@@ -153,7 +165,7 @@ class FaceCutter:
             image = cv2.cvtColor(self.photos[index], cv2.COLOR_RGB2BGR)
         except (ValueError, OSError) as error:
             return CutPhoto([ListedFace(photo, stamp, left_out=f"unreadable: {error}")], [])
-        found = find_faces(self._detector(), image, self.options.det_thresh)
+        found = self._find(photo, image)
         if not len(found.scores):
             return CutPhoto([ListedFace(photo, stamp, left_out="no face found")], [])
         chosen, reasons = choose_faces(found, image.shape[1::-1], self.options)
@@ -178,6 +190,11 @@ class FaceCutter:
                     files.append(encode_jpeg(crop[..., ::-1], self.options.quality))
             faces.append(listed)
         return CutPhoto(faces, files)
+
+    def _find(self, photo: str, image: np.ndarray) -> Detected:
+        if self.listed is not None:
+            return listed_faces(self.listed.get(photo, []))
+        return find_faces(self._detector(), image, self.options.det_thresh)
 
     def _detector(self) -> Any:
         # Sessions do not outlive a fork.

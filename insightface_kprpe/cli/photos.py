@@ -19,7 +19,7 @@ def align(
     source: Annotated[Path, typer.Argument(help="photos: a folder a person, or flat; one photo; a video")],
     out: Annotated[Path, typer.Option(help="folder for the crops, ldmk_5points.csv and faces.csv")],
     detector: Annotated[
-        str, typer.Option(help="SCRFD as .onnx; pack, by name or folder; or a DFA, for crops of one face")
+        str, typer.Option(help="SCRFD as .onnx; pack; DFA, for crops of one face; or another run's faces.csv")
     ] = "kprpe",
     mode: Annotated[
         str, typer.Option(help="aligned: onto the template; box: the detector's box as it is; whole: the photo")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -99,6 +100,14 @@ def parse_faces(text: str, path: str | Path) -> list[ListedFace]:
     return faces
 
 
+def faces_by_photo(faces: Iterable[ListedFace]) -> dict[str, list[ListedFace]]:
+    """The rows of each photo, in their order."""
+    by_photo = defaultdict(list)
+    for face in faces:
+        by_photo[face.photo].append(face)
+    return dict(by_photo)
+
+
 def _face(cells: list[str]) -> ListedFace:
     if len(cells) != len(_COLUMNS):
         raise ValueError(f"must have {len(_COLUMNS)} columns, got {len(cells)}")
@@ -106,6 +115,8 @@ def _face(cells: list[str]) -> ListedFace:
     numbers = np.array([float(cell) if cell else np.nan for cell in cells[len(_TEXTS) :]])
     if np.isinf(numbers).any() or with_border not in ("0", "1") or bool(crop) == bool(left_out):
         raise ValueError("must have finite numbers, 0 or 1 for with_border, and either a crop or why it was left out")
+    if not np.isnan(numbers[0]) and (np.isnan(numbers[1:15]).any() or not 0 <= numbers[0] <= 1):
+        raise ValueError(f"a face must have a score in [0, 1], a box and landmarks, got score {numbers[0]:g}")
     box, landmarks_px, keypoints = numbers[1:5], numbers[5:15].reshape(5, 2), numbers[15:].reshape(5, 2)
     if crop and np.isnan(numbers).any():
         raise ValueError("a crop must have score, box, landmarks and keypoints")
