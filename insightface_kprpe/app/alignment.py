@@ -12,10 +12,9 @@ import cv2
 import numpy as np
 
 from ..data.face_list import ListedFace, faces_by_photo, read_faces
-from ..data.image_codec import encode_jpeg
+from ..data.image_codec import CROP_SIZE, encode_jpeg, fit_crop
 from ..data.photos import PhotoFiles, VideoFrames
 from ..geometry import KEYPOINT_LIMIT, known_landmarks, transform_points
-from ..inference.images import SIZE, fit_crop
 from .aligner import cut_aligned, cut_box
 from .detection import Detected, find_faces, open_detector
 
@@ -69,13 +68,13 @@ class CutPhoto(NamedTuple):
 
 def aligned(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray) -> Crop:
     """A face turned onto the template."""
-    return cut_aligned(image, landmarks_px, SIZE)
+    return cut_aligned(image, landmarks_px, CROP_SIZE)
 
 
 def boxed(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray) -> Crop:
     """The square around the box, as it is."""
-    crop, matrix = cut_box(image, box, SIZE)
-    return crop, (transform_points(landmarks_px, matrix) / SIZE).astype(np.float32)
+    crop, matrix = cut_box(image, box, CROP_SIZE)
+    return crop, (transform_points(landmarks_px, matrix) / CROP_SIZE).astype(np.float32)
 
 
 def whole(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray) -> Crop:
