@@ -79,3 +79,52 @@ def align(
         sheet = out / "ldmk_5points.png"
         write_sheet(sheet, overlay_sheet(done, source, out, overlay, every))
         typer.echo(f"{sheet}: look at it")
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="picture, or folder of one person's pictures")],
+    second: Annotated[str, typer.Argument(help="picture, or folder of one person's pictures")],
+    out: Annotated[Path | None, typer.Option(help="picture to write, with both sides (.jpg, .png)")] = None,
+    pack: Annotated[str, typer.Option(help="model pack: its name in ROOT/models, or its folder")] = "kprpe",
+    root: Annotated[Path, typer.Option(help="InsightFace's root folder")] = Path("~/.insightface"),
+    threshold: Annotated[
+        float | None, typer.Option(help="cosine from which on they are one person; default: the pack's, or 0.3")
+    ] = None,
+    det_thresh: Annotated[float, typer.Option(help="score from which on the detector's find is a face")] = 0.5,
+    aligned: Annotated[bool, typer.Option(help="--no-aligned: the network sees the detector's box as it is")] = True,
+    crops: Annotated[bool, typer.Option("--crops", help="pictures are crops, aligned already")] = False,
+) -> None:
+    """Say whether two photos show the same person: similarity, threshold and its meaning, quality of both.
+
+    The largest face of each photo counts. Of folders all photos are compared with each other, and their means, weighted
+    by quality, give the answer. Example: insightface-kprpe compare a.jpg b.jpg --out both.png
+    """
+    from ..app.comparison import compare as compare_photos
+    from ..app.comparison import side_by_side
+    from ..app.pictures import check_picture_name, write_picture
+    from ..app.recognition import open_pack
+    from ..data.photos import photo_paths
+
+    if out is not None:
+        check_picture_name(out)
+    for source in (first, second):
+        photo_paths(source)  # says what is wrong before models are loaded
+    analysis = open_pack(pack, root, det_thresh, aligned=aligned)
+    compared = compare_photos(analysis, first, second, threshold, are_crops=crops)
+    for name, why in compared.left_out.items():
+        typer.echo(f"{name}: left out, {why}", err=True)
+    for number, face in enumerate([*compared.first, *compared.second]):
+        side = "AB"[number >= len(compared.first)]
+        others = f"  ({face.others + 1} faces, the largest taken)" if face.others else ""
+        typer.echo(f"{side}  {face.name}: quality {face.quality:.3f}{others}")
+    if compared.similarities.size > 1:
+        typer.echo(f"similarity of each photo of A (row) to each of B, mean {compared.similarities.mean():.3f}:")
+        for face, row in zip(compared.first, compared.similarities, strict=True):
+            typer.echo(f"  {Path(face.name).name[:24]:24}" + "".join(f" {value:6.3f}" for value in row))
+    answer = "the same person" if compared.is_same else "different people"
+    typer.echo(f"{answer}: similarity {compared.similarity:.3f}")
+    typer.echo(f"threshold {compared.threshold.value:.3f}: {compared.threshold.meaning}")
+    if out is not None:
+        write_picture(out, side_by_side(compared))
+        typer.echo(f"{out}: written")
