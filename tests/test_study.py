@@ -1,7 +1,8 @@
 """How the study of benchmarks/kprpe_study.py changes its tests and adds up its runs."""
 
-from __future__ import functools
+from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
