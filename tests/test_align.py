@@ -87,6 +87,8 @@ def test_the_list_reads_back(photos, detector, tmp_path):
         (lambda lines: [*lines[:2], lines[2].replace(",0,", ",maybe,", 1)], "line 3"),
         (lambda lines: [lines[0], lines[1].replace(".", ".x", 3)], "line 2"),
         (lambda lines: [], "line 1"),
+        (lambda lines: [*lines[:2], lines[2].replace(",a.jpg,", ",../a.jpg,")], "line 3: a crop must lie below"),
+        (lambda lines: [*lines[:2], lines[2].replace(",0.500000,", ",1.5,")], "line 3: a face must have a score"),
     ],
 )
 def test_damaged_lists_name_the_line(change, message):

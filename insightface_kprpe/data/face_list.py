@@ -21,7 +21,7 @@ import csv
 import io
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -118,6 +118,8 @@ def _face(cells: list[str]) -> ListedFace:
     if not np.isnan(numbers[0]) and (np.isnan(numbers[1:15]).any() or not 0 <= numbers[0] <= 1):
         raise ValueError(f"a face must have a score in [0, 1], a box and landmarks, got score {numbers[0]:g}")
     box, landmarks_px, keypoints = numbers[1:5], numbers[5:15].reshape(5, 2), numbers[15:].reshape(5, 2)
+    if ".." in PurePosixPath(crop).parts or crop.startswith("/") or "\\" in crop:
+        raise ValueError(f"a crop must lie below the list's folder, got {crop!r:.80}")
     if crop and np.isnan(numbers).any():
         raise ValueError("a crop must have score, box, landmarks and keypoints")
     stamp = int(size), int(time)
