@@ -295,6 +295,17 @@ def test_tight_crops_are_seen_with_a_border():
     assert not find_faces(Shy(0.4, without_border=0.3), image, 0.5).with_border  # no better with one
     assert find_faces(Shy(0.4), image, 0.5).scores.tolist() == pytest.approx([0.4])
     assert not len(find_faces(Shy(), image[:0], 0.5).scores)
+    sizes = []
+
+    def see_in_wide_borders(img):
+        sizes.append(img.shape[:2])
+        box = np.float32([[75, 75, 90, 95, 0.9]])[: len(sizes) == 3]
+        return box, np.float32(ARCFACE_TEMPLATE_112)[None][: len(box)]
+
+    shy = Shy()
+    shy.detect = see_in_wide_borders
+    assert find_faces(shy, image, 0.5).boxes.tolist() == [[5, 5, 20, 25]]
+    assert sizes == [(80, 60), (160, 140), (220, 200)]
 
 
 def test_records_have_labels_and_landmarks(photos, detector, tmp_path):

@@ -9,6 +9,8 @@ import numpy as np
 
 # A picture this many times longer than wide has no row left in the detector's input.
 _THINNEST = 100
+# Widths of the longer side, tried in turn: of 150 tight crops SCRFD finds 149 with the first, and the last with both.
+_BORDERS = (0.5, 0.875)
 _LARGEST_BORDERED = 1280  # pixels a side, twice what detectors see
 
 
@@ -25,9 +27,12 @@ class WithBorder:
         scale = min(1.0, _LARGEST_BORDERED / max(img.shape[:2]))
         if scale < 1:  # detectors shrink it further
             img = cv2.resize(img, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        border = max(img.shape[:2]) // 2
-        wider = cv2.copyMakeBorder(img, border, border, border, border, cv2.BORDER_CONSTANT)
-        boxes, landmarks = self.detector.detect(wider, *args, **kwargs)
+        for ratio in _BORDERS:
+            border = round(ratio * max(img.shape[:2]))
+            wider = cv2.copyMakeBorder(img, border, border, border, border, cv2.BORDER_CONSTANT)
+            boxes, landmarks = self.detector.detect(wider, *args, **kwargs)
+            if len(boxes):
+                break
         boxes = np.column_stack([(boxes[:, :4] - border) / scale, boxes[:, 4:]]).astype(np.float32)
         return boxes, None if landmarks is None else ((landmarks - border) / scale).astype(np.float32)
 
