@@ -214,11 +214,15 @@ def test_what_is_there_is_not_mixed_up(photos, detector, tmp_path):
     write(out / "Ann" / "x.png")
     with pytest.raises(ValueError, match="pictures that were not cut here, such as .*x.png"):
         align_to_folder(photos, out, detector)
+    for inside in (photos, photos / "out", tmp_path):
+        with pytest.raises(ValueError, match="out must lie apart from the source"):
+            align_to_folder(photos, inside, detector)
+    write(tmp_path / "full" / "a.png")
     with pytest.raises(ValueError, match="out must be a new folder"):
-        align_to_folder(photos, photos, detector)
-    with aligned_folder._alone(tmp_path), pytest.raises(ValueError, match="another process is writing"):
-        (tmp_path / aligned_folder._SETTINGS).write_text("{}")
-        align_to_folder(photos, tmp_path, detector)
+        align_to_folder(photos, tmp_path / "full", detector)
+    (tmp_path / "full" / aligned_folder._SETTINGS).write_text("{}")
+    with aligned_folder._alone(tmp_path / "full"), pytest.raises(ValueError, match="another process is writing"):
+        align_to_folder(photos, tmp_path / "full", detector)
 
 
 def test_processes_change_nothing(photos, detector, tmp_path):

@@ -33,6 +33,7 @@ from .detection import detector_file
 
 _PAIRS = "pairs.txt"  # of a verification set; goes with its pictures
 _SETTINGS, _JOURNAL, _LOCK, _EXPORTED = ".align.json", ".faces.csv.part", ".align.lock", ".dfa.onnx"
+_PHOTOS_AT_ONCE = 8  # what a worker hands over, and what a kill costs at most
 _LEFT_OUT_SHOWN = 4  # one photo of a sheet in so many may be one without a crop
 
 
@@ -92,6 +93,9 @@ def align_to_folder(
     """
     options, out = options or AlignOptions(), Path(out)
     photos = open_photos(source, every)
+    here, there = out.resolve(), Path(source).resolve()
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        raise ValueError(f"out must lie apart from the source, or crops would be taken for photos, got {out}")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _SETTINGS).is_file())):
         raise ValueError(f"out must be a new folder, or that of an earlier run, got {out}, which holds something else")
     out.mkdir(parents=True, exist_ok=True)
@@ -260,7 +264,7 @@ def _look(out: Path, cutter: FaceCutter, known: dict[str, list[ListedFace]], num
     items = Items(len(waiting), lambda place: cutter(waiting[place]))
     with open(out / _JOURNAL, "a", encoding="utf-8", newline="") as journal:
         journal.write("\f" if journal.tell() else "")  # ends what a killed writer left
-        for cut in results(items, num_workers, "aligning"):
+        for cut in results(items, num_workers, "aligning", _PHOTOS_AT_ONCE):
             if isinstance(cut, str):
                 raise ValueError(cut)
             _write_crops(out, cut)
