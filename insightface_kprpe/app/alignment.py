@@ -128,7 +128,7 @@ def listed_faces(faces: Sequence[ListedFace]) -> Detected:
         np.array([face.box for face in faces]).reshape(-1, 4),
         np.array([face.score for face in faces]),
         np.array([face.landmarks_px for face in faces]).reshape(-1, 5, 2),
-        any(face.with_border for face in faces),
+        np.array([face.with_border for face in faces], bool),
     )
 
 
@@ -174,7 +174,7 @@ class FaceCutter:
                 photo,
                 stamp,
                 left_out=reasons.get(face, ""),
-                with_border=found.with_border,
+                with_border=bool(found.with_border[face]),
                 score=float(found.scores[face]),
                 box=found.boxes[face],
                 landmarks_px=found.landmarks_px[face],

@@ -1,10 +1,11 @@
-"""Faces in a picture, by any detector: opened by name or file, and asked again with a border where it finds none."""
+"""Faces in a picture, by any detector, opened by name or file, and asked again about faces that it overlooks."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from ..deployment.detector_export import export_detector
@@ -16,6 +17,7 @@ from ..packs.routing import stock_model
 from .border import WithBorder, is_stripe
 from .registration import register
 
+_OVERLAP = 0.4  # of the union, from which on two boxes are of one face, as insightface has it
 _INPUT = (640, 640)  # of detectors that take any size, as FaceAnalysis has it
 
 
@@ -26,13 +28,13 @@ class Detected(NamedTuple):
         boxes: (N, 4) float32 x1, y1, x2, y2 in pixels of the picture.
         scores: (N,) float32 in [0, 1].
         landmarks_px: (N, 5, 2) float32.
-        with_border: they were only found with a black border around the picture.
+        with_border: (N,) bool, found with a black border around the picture.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     landmarks_px: np.ndarray
-    with_border: bool
+    with_border: np.ndarray
 
 
 def detector_file(detector: str | Path, root: str | Path, cache: Path) -> Path:
@@ -78,19 +80,32 @@ def open_detector(path: Path, threshold: float, threads: int | None = None) -> A
 
 
 def find_faces(detector: Any, image: np.ndarray, threshold: float = 0.0) -> Detected:
-    """The faces of a picture; where none has the score, those that are found with a border around it.
+    """The faces of a picture, also one that nearly fills it, which detectors overlook: they see it too large.
+
+    Such a face lies over the middle of the picture. Where no face that counts does, the picture is looked at again with
+    a border around it, and of what overlaps the higher score stays.
 
     Args:
         detector: of :func:`open_detector`, whose own threshold may be lower.
         image: (H, W, 3) uint8 BGR.
-        threshold: score that one face must have, or a border is tried.
+        threshold: score from which on a face counts.
     """
     if is_stripe(image):
-        return Detected(np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty((0, 5, 2), np.float32), False)
+        return Detected(*(np.empty(shape, np.float32) for shape in ((0, 4), 0, (0, 5, 2))), np.empty(0, bool))
     faces, landmarks = detector.detect(image)
-    with_border = False
-    if not (faces[:, 4] >= threshold).any():
-        again = WithBorder(detector).detect(image)
-        if len(again[0]) and (not len(faces) or again[0][:, 4].max() >= threshold):
-            faces, landmarks, with_border = *again, True
+    with_border = np.zeros(len(faces), bool)
+    if not _over_the_middle(faces[faces[:, 4] >= threshold], image):
+        wider, points = WithBorder(detector).detect(image)
+        with_border = np.repeat([False, True], [len(faces), len(wider)])
+        faces, landmarks = np.concatenate([faces, wider]), np.concatenate([landmarks, points])
+        sides = np.column_stack([faces[:, :2], faces[:, 2:4] - faces[:, :2]])
+        kept = np.array(cv2.dnn.NMSBoxes(sides.tolist(), faces[:, 4].tolist(), 0.0, _OVERLAP), int).reshape(-1)
+        faces, landmarks, with_border = faces[kept], landmarks[kept], with_border[kept]
     return Detected(faces[:, :4], faces[:, 4], landmarks, with_border)
+
+
+def _over_the_middle(faces: np.ndarray, image: np.ndarray) -> bool:
+    """Whether the box of one of the faces has the middle of the picture in it."""
+    x, y = image.shape[1] / 2, image.shape[0] / 2
+    left, top, right, bottom = faces[:, :4].T
+    return bool(((left <= x) & (x <= right) & (top <= y) & (y <= bottom)).any())

@@ -70,7 +70,7 @@ def align(
     bordered = len({face.photo for face in done.faces if face.with_border and face.crop})
     border = f", {bordered} of them found with a border" if bordered else ""
     left = sum(1 for face in done.faces if not face.crop and face.photo not in done.without)
-    others = f", {left} more faces left out" if left else ""
+    others = f", {left} more {'face' if left == 1 else 'faces'} left out" if left else ""
     typer.echo(f"{out}: {done.crops} crops of {done.photos} photos{border}; {len(done.without)} without a crop{others}")
     if not done.crops:
         raise ValueError(f"no face was cut out of {source}")

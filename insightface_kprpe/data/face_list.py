@@ -7,7 +7,7 @@ photo                   its path below the source, with slashes
 bytes, time             size of the photo's file, and its last change in nanoseconds: what was looked at
 crop                    path of the crop below the list's folder; empty where the face was not cut out
 left_out                why it was not
-with_border             1 where the detector found the face only with a black border around the photo
+with_border             1 where the detector found the face with a black border around the photo
 score                   of the detector, in [0, 1]
 x1 y1 x2 y2             its box, in pixels of the photo
 px_0 ... px_9           its landmarks, in pixels of the photo: x and y of the left eye, and so on in the usual order
@@ -42,7 +42,7 @@ class ListedFace(NamedTuple):
         stamp: size of the photo's file in bytes, and its last change in nanoseconds.
         crop: path below the list's folder; "" where the face was not cut out.
         left_out: why it was not; "" where it was.
-        with_border: found only with a border around the photo.
+        with_border: found with a border around the photo.
         score: in [0, 1]; NaN where there is no face, as in all that follows.
         box: (4,) x1, y1, x2, y2 in pixels of the photo.
         landmarks_px: (5, 2) in pixels of the photo.
