@@ -140,7 +140,7 @@ def test_a_score_belongs_to_a_checkpoint(tmp_path):
     checkpoints.add_score(3, state, SCHEDULE, 60.0)
     assert checkpoints.scores == {} and not (tmp_path / "best_model.pt").exists()
     checkpoints.add_score(2, state, SCHEDULE, 60.0)
-    longer = Schedule(10, 2)  # as a run with half as many images a step counts
+    longer = Schedule(10, 2)  # as a run with half as many images per step counts
     again = Checkpointer(tmp_path)
     again.resume(make_state(schedule=longer), longer)
     assert again.scores == {4: 60.0}

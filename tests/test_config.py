@@ -166,7 +166,12 @@ def test_values_that_are_no_single_number_are_checked_too(override, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[1]", r"must hold one object .*got \[1\]"), ("3", "got 3"), ("{", "is no JSON"), ("[" * 99999, "is no JSON")],
+    [
+        ("[1]", r"must hold one object .*got \[1\]"),
+        ("3", "got 3"),
+        ("{", "is not valid JSON"),
+        ("[" * 99999, "is not valid JSON"),
+    ],
 )
 def test_a_config_json_that_is_none(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)

@@ -144,7 +144,7 @@ def test_alignment_figure_from_landmark_files(tmp_path):
         call("alignment", folder, "--predicted", tmp_path / "predicted.csv", "--face", 3)
 
 
-def test_faces_of_a_labelled_folder_and_a_model_that_finds_their_points(tmp_path):
+def test_faces_of_a_labeled_folder_and_a_model_that_finds_their_points(tmp_path):
     picture, points = ik.data.synthetic.draw_face(0, 0, aligned=False, size=192)
     cv2.imwrite(str(tmp_path / "a.png"), picture[..., ::-1])
     numbers = [20, 20, 150, 150, *np.column_stack([points * 192, np.zeros(5)]).ravel(), 0]

@@ -35,7 +35,7 @@ PEOPLE, FRAMES = 6, 4  # two templates of two frames each a person
 
 
 class Thumbnail(Backbone):
-    """Its embedding is a small picture of the crop: good enough to tell drawn people apart somewhat."""
+    """Its embedding is a small image of the crop: good enough to tell drawn people apart somewhat."""
 
     img_size, num_features, needs_keypoints = 112, 202, True
 
@@ -407,7 +407,7 @@ def test_command_line_of_ijb_with_the_flags_of_arcface_torch(ijb_folder, weights
     assert f"mine, {FUSION_METHODS[0]}-IJBC" in theirs[2] and theirs[2].split("|")[6].strip() == f"{value:.2f}"
     with pytest.raises(ValueError, match="once"):
         call("evaluate", "ijb", ijb_folder, *flags)
-    with pytest.raises(ValueError, match="is said to be vit_s"):
+    with pytest.raises(ValueError, match="claims to be vit_s"):
         call("evaluate", "ijb", *flags, "--network", "vit_s")
 
 

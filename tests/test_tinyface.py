@@ -64,7 +64,7 @@ def test_reads_folders(tmp_path):
 
 @pytest.fixture
 def lists(tmp_path):
-    """A set whose .mat lists call .jpg what lies there as .png; the function writes a list anew with other content."""
+    """A set whose .mat lists call .jpg what lies there as .png; the function writes a list again with other content."""
     savemat = pytest.importorskip("scipy.io").savemat
     make_set(tmp_path)
 

@@ -260,7 +260,7 @@ def test_fp16_leaves_out_steps_that_overflow_until_the_scale_is_1():
     [
         (["rec=/no/such/folder"], "does not exist"),
         (["batch_size=1000"], "batch_size must let 64 images"),
-        (["gradient_acc=100"], "gradient_acc must fit"),
+        (["gradient_acc=100"], "gradient_acc must be at most"),
         (["val_targets=('lfw',)"], "val_targets must name"),
         (["network=r51"], "network must be a registered backbone"),
     ],
@@ -473,7 +473,7 @@ def test_sigterm_saves_and_exits(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_faces_are_learnt(shared, tmp_path):
+def test_real_faces_are_learned(shared, tmp_path):
     """A short version of the run in the README: RecordIO, landmarks, and .bin sets of people not trained on."""
     faces = shared / "data" / "faces"
     overrides = [f"rec={faces / 'rec'}", f"val_targets=('{faces / 'ytf_val.bin'}',)", "num_classes=0", "num_image=0"]
