@@ -38,7 +38,7 @@ class MarginLoss(nn.Module):
 
     Attributes:
         needs_norms: the margin depends on the norms of the embeddings; :meth:`update_statistics` then updates the
-        running statistics with those of a batch.
+            running statistics with those of a batch.
     """
 
     needs_norms: bool = False
@@ -56,7 +56,7 @@ class CombinedMarginLoss(MarginLoss):
         m2: angle in radians added to the target's angle (ArcFace); exclusive with m3.
         m3: subtracted from the target's cosine (CosFace); exclusive with m2.
         interclass_filtering_threshold: other classes' cosines above it are set to 0, since they are probably label
-        noise; 0 disables the filter.
+            noise; 0 disables the filter.
 
     Raises:
         ValueError: m1 is not 1, or not exactly one of m2 and m3 is positive.

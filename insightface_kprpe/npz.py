@@ -26,7 +26,7 @@ def read_npz(path: Path, required: Iterable[str], optional: Iterable[str] = ()) 
 
     Raises:
         ValueError: it is not such a file, an array is missing, compressed, of Python objects, or does not fit its
-        header.
+            header.
     """
     required, optional = tuple(required), tuple(optional)
     try:

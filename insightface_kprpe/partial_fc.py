@@ -128,7 +128,7 @@ class PartialFC(nn.Module):
 
         Raises:
             ValueError: a label is outside. On CUDA, where checking the values would stall the device, an assertion in
-            the kernel fails instead.
+                the kernel fails instead.
 
         Returns:
             The mean loss over all B = b * world size samples, the same number on every rank. Its gradient reaches this
@@ -157,7 +157,7 @@ class PartialFC(nn.Module):
         Args:
             labels: (n,) int64, those of all calls of this rank together; every rank passes the same n.
             norms: returns (n,) float, the lengths of all their embeddings; needed where :attr:`needs_norms`. It is
-            called after the class centers are drawn, with the random state of the block.
+                called after the class centers are drawn, with the random state of the block.
         """
         self._check_labels(labels)
         if self.num_sampled < self.num_local:

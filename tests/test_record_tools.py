@@ -180,7 +180,7 @@ def test_the_same_command_after_a_kill_finds_its_work_done(folder, tmp_path, cap
     """A kill after the last rename leaves the whole set; whoever starts again gets what was made."""
     packed = pack_folder(folder, tmp_path / "out")
     content = (tmp_path / "out" / "train.rec").stat().st_mtime_ns
-    assert pack_folder(folder, tmp_path / "out") == packed and "is there already" in caplog.text
+    assert pack_folder(folder, tmp_path / "out") == packed and "already exists" in caplog.text
     again = repack(tmp_path / "out", tmp_path / "again", shuffle=1)
     assert repack(tmp_path / "out", tmp_path / "again", shuffle=1) == again
     assert (tmp_path / "out" / "train.rec").stat().st_mtime_ns == content

@@ -86,7 +86,7 @@ def enroll(
     Args:
         app: insightface's ``FaceAnalysis`` after ``register()``, prepared.
         gallery: to add to.
-        images: name and file of each.
+        pictures: name and image file of each.
         path: where to save the gallery, from time to time and at the end, if anything changed.
         are_crops: every image is a single face already aligned to the template; no detection.
 

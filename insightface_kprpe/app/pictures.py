@@ -49,8 +49,7 @@ def read_picture(path: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a readable image, or too large; see
-        :func:`~.data.image_codec.decode_image`.
+        ValueError: it is not a readable image, or too large; see :func:`~.data.image_codec.decode_image`.
     """
     return cv2.cvtColor(read_image_file(path), cv2.COLOR_RGB2BGR)
 

@@ -38,7 +38,7 @@ class ViTWithDFA(VisionTransformer):
 
     Args:
         dfa_weights: of a DFA: a file, the output folder of ``train-dfa``, or a state dict; its body and whether it has
-        an aggregator are inferred from them. None: random weights, to be loaded later.
+            an aggregator are inferred from them. None: random weights, to be loaded later.
         dfa_threshold: a face with a lower score in [0, 1] gets the canonical keypoints.
         **settings: of :class:`VisionTransformer`.
 

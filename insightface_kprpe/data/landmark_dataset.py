@@ -65,7 +65,7 @@ def read_labels(file: str | Path) -> list[FaceLabel]:
     Raises:
         FileNotFoundError: the file, or an image that it names, does not exist.
         ValueError: a line is malformed, a file is not an image, or there is no face at all; the message names file and
-        line.
+            line.
     """
     file = Path(file)
     file = user_file(file / "label.txt" if file.is_dir() else file, "label file")

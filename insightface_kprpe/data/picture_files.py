@@ -101,7 +101,7 @@ def read_image_file(path: str | Path) -> np.ndarray:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not an image, a truncated one, of a kind that cannot be read here, or too large; with its
-        name.
+            name.
     """
     try:
         content = Path(path).read_bytes()

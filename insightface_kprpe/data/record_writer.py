@@ -97,7 +97,7 @@ def write_face_records(
 
     Raises:
         ValueError: there are no samples, an image is empty, or the labels are not in this order; nothing is written
-        then.
+            then.
     """
     first_keys: list[int] = []  # of each identity
     end = 1

@@ -55,7 +55,7 @@ class RecordReader:
 
     Args:
         rec_or_prefix: ``dir/train.rec``, ``dir/train``, or a folder holding ``train.rec``. If the ``.idx`` is missing,
-        the file is scanned, and its records get the keys 0, 1, 2, ... in order.
+            the file is scanned, and its records get the keys 0, 1, 2, ... in order.
 
     Attributes:
         path: the ``.rec`` file.

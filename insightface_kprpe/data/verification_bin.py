@@ -59,7 +59,7 @@ def read_verification_bin(path: str | os.PathLike) -> VerificationSet:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, names anything that a verification set does not need, or does not hold two
-        images for each answer.
+            images for each answer.
     """
     path = user_file(path, "verification set")
     with open(path, "rb") as file:

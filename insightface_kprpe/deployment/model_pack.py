@@ -57,7 +57,7 @@ def build(
             which InsightFace's own downloader fetches if it is not installed; or "dfa": the aligner, for images
             of one face.
         aligner: a DFA, by an exported ONNX file or by what ``load_published`` loads; it refines the landmarks for users
-        of ``register()``. None: the network's built-in one, if any.
+            of ``register()``. None: the network's built-in one, if any.
         name: of the pack.
         root: InsightFace's root folder; the pack goes to ``root/models/name``, replacing one of that name.
         precision: of the recognition files, see :func:`~insightface_kprpe.deployment.precision.lower_precision`.

@@ -108,7 +108,7 @@ def pool_templates(
         templates: (N,) int, template of each image.
         medias: (N,) int, media of each image (all frames of one video share it), counted within its template.
         weights: (N,) float >= 0, multiplies the unit embedding. None uses raw embeddings, i.e. weights by their norm
-        (Eq. 16).
+            (Eq. 16).
 
     Returns:
         (T, D) float64 unit embeddings (a zero row where all images of a template are zero), and (T,) the templates in

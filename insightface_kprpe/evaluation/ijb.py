@@ -72,7 +72,7 @@ def verification(
         p2: (pairs,) int, second template.
         label: (pairs,) bool or 0/1, the same person.
         weights: (N,) float from ``fusion``, multiplies each unit embedding. None uses raw embeddings, i.e. weights by
-        their norm (Eq. 16).
+            their norm (Eq. 16).
         fprs: false positive rates.
 
     Returns:

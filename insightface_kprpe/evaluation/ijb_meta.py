@@ -59,7 +59,7 @@ def read_meta(folder: str | Path, target: str = "IJBC") -> IJBMeta:
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is truncated or malformed (file and line are named), or two files do not list the same
-        images.
+            images.
     """
     prefix = str(Path(folder) / "meta" / target.lower())
     media_path, image_path = Path(f"{prefix}_face_tid_mid.txt"), Path(f"{prefix}_name_5pts_score.txt")

@@ -118,7 +118,7 @@ def search_protocol(
         medias: (N,) int, media of each image.
         protocol: who is searched where.
         weights: (N,) float from ``fusion``, multiplies each unit embedding. None uses raw embeddings, i.e. weights by
-        their norm (Eq. 16).
+            their norm (Eq. 16).
 
     Returns:
         What was found, by gallery.

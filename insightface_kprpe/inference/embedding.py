@@ -62,7 +62,7 @@ class EmbedOptions:
         cache: folder in which every set gets one for its embeddings, as memory maps that an interrupted run resumes;
             None: they are kept in memory.
         all_ranks: all ranks of the process group make the same call and split the work; False: this rank does all of
-        it.
+            it.
     """
 
     batch_size: int = 64

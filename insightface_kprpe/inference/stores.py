@@ -71,7 +71,7 @@ class FolderStore:
         count: of images.
         identity: identifies the results; a folder with other results is refused.
         files: the image files, one for each image, or the one file that has all of them; None if ``identity``
-        identifies the images.
+            identifies the images.
         all_ranks: the ranks of the process group split the blocks.
 
     Raises:

@@ -117,7 +117,7 @@ class Checkpointer:
 
         Args:
             step: optimizer steps done. Scores of what was not saved, such as a network before its first step, are not
-            recorded.
+                recorded.
             state: as it was saved.
             schedule: how long the run is.
             score: higher is better; None: no number.

@@ -58,7 +58,7 @@ def run_steps(
         step: steps done before.
         log: called after every step.
         checkpoints: saves at the end of every epoch, at its own interval, before every validation, and when a signal
-        asks the run to stop; None: nothing is saved, and signals have their usual effect.
+            asks the run to stop; None: nothing is saved, and signals have their usual effect.
         validation: runs when it is due, on every rank; needs ``checkpoints``.
 
     Raises:

@@ -56,7 +56,7 @@ def optimize(
 
     Raises:
         NotFinite: the loss is not finite, or a gradient is not (in fp16: at a loss scale of 1; above it the step is
-        skipped and the scale halved).
+            skipped and the scale halved).
     """
     total = 0.0
     for number, batch in enumerate(batches, 1):

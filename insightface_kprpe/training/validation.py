@@ -22,7 +22,7 @@ class Validation:
 
     Args:
         measure: on rank 0, which measures: called with the number of steps done; returns a score (higher is better), or
-        None. None on the other ranks, which wait.
+            None. None on the other ranks, which wait.
         every: steps between validations.
         state: of the run, as it is after the steps that are done.
         schedule: how long the run is.

@@ -73,7 +73,7 @@ def load_published(
         ImportError: the source is on the Hub and ``huggingface_hub`` is not installed.
         RuntimeError: the download failed.
         ValueError: the weights are damaged, are not those of a network of this package, or do not match the folder's
-        description; the message says what they are.
+            description; the message says what they are.
     """
     name, card = str(source), None
     if is_hub_source(source):
