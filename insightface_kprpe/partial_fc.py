@@ -20,8 +20,8 @@ from .losses import MarginLoss
 
 def shard_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
     """First class and number of classes that a rank owns; the first ranks take the remainder, one each."""
-    share, left = divmod(num_classes, world_size)
-    return share * rank + min(rank, left), share + (rank < left)
+    size, remainder = divmod(num_classes, world_size)
+    return size * rank + min(rank, remainder), size + (rank < remainder)
 
 
 class _GatherEmbeddings(torch.autograd.Function):

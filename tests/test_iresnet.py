@@ -96,10 +96,10 @@ def test_arcface_torchs_weights_are_known_by_their_tensors(small, monkeypatch, t
     monkeypatch.setitem(registry._BACKBONES, "mbf", registry._build_with({"scale": 1}, registry.MobileFaceNet))
     source = random_net(name, **settings)
     torch.save({prefix + key: value for key, value in source.state_dict().items()}, tmp_path / "model.pt")
-    net, about = load_published(tmp_path / "model.pt")
+    net, description = load_published(tmp_path / "model.pt")
     same(net, source)
-    assert about.config == {"network": name, "network_kwargs": {}, "embedding_size": 8}
-    assert about.color_order == "RGB in [-1, 1]"
+    assert description.config == {"network": name, "network_kwargs": {}, "embedding_size": 8}
+    assert description.color_order == "RGB in [-1, 1]"
 
 
 def write_adaface(path, source):
@@ -111,10 +111,14 @@ def write_adaface(path, source):
 def test_adafaces_checkpoints_take_bgr(small, tmp_path):
     trained = random_net("cvlface_ir18")  # the same network, without the turn
     write_adaface(tmp_path / "adaface.ckpt", trained)
-    net, about = load_published(tmp_path / "adaface.ckpt")
+    net, description = load_published(tmp_path / "adaface.ckpt")
     same(net, lambda images: trained(images.flip(1)))
-    assert about.config["network"] == "ir_18" and "BGR" in about.color_order and about.format == "AdaFace"
-    again, _ = load_published(convert(net, about, tmp_path / "again.safetensors"))
+    assert (
+        description.config["network"] == "ir_18"
+        and "BGR" in description.color_order
+        and description.format == "AdaFace"
+    )
+    again, _ = load_published(convert(net, description, tmp_path / "again.safetensors"))
     same(again, net)
 
 
@@ -134,8 +138,10 @@ def test_cvlfaces_folders_say_which_network_and_colors(small, tmp_path, family, 
     torch.save({f"net.{key}": value for key, value in source.state_dict().items()}, tmp_path / "model.pt")
     content = {"name": "ir18", "output_dim": 8, "color_space": colors, "yaml_path": f"models/{family}/configs/a.yaml"}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(content))
-    net, about = load_published(tmp_path)
-    assert about.config["network"] == name and ("converted from BGR" in about.color_order) == (colors == "BGR")
+    net, description = load_published(tmp_path)
+    assert description.config["network"] == name and ("converted from BGR" in description.color_order) == (
+        colors == "BGR"
+    )
     same(net, source if colors == "RGB" else lambda images: source(images.flip(1)))
 
 

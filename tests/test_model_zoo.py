@@ -202,8 +202,10 @@ def test_a_missing_provider_is_one_warning(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         app = open_app(tmp_path, providers=asked, provider_options=[{"device_id": "0"}, {}])
-    told = [str(warning.message) for warning in caught if issubclass(warning.category, (RuntimeWarning, UserWarning))]
-    assert len(told) == 1 and told[0].startswith("TensorrtExecutionProvider requested, but this onnxruntime")
+    messages = [
+        str(warning.message) for warning in caught if issubclass(warning.category, (RuntimeWarning, UserWarning))
+    ]
+    assert len(messages) == 1 and messages[0].startswith("TensorrtExecutionProvider requested, but this onnxruntime")
     assert app.models["recognition"].session.get_providers() == ["CPUExecutionProvider"]
     with pytest.raises(RuntimeError, match="TensorrtExecutionProvider asked for"):
         open_app(tmp_path, providers=asked, strict_providers=True)

@@ -357,9 +357,9 @@ def test_converted_weights_describe_themselves(tmp_path, out):
     content["rpe_config"]["ctx_type"] = "rel_keypoint_splithead"
     net, description = load_published(write_snapshot(tmp_path / "hub", source.state_dict(), content))
     path = convert(net, description, tmp_path / "out" / out)
-    again, said = load_published(path)
+    again, found = load_published(path)
     assert torch.equal(again(*inputs()), source(*inputs()))
-    assert said.config == description.config and said.licence == "mit"
+    assert found.config == description.config and found.licence == "mit"
     if out == "run":
         assert torch.equal(load_run(path)(*inputs()), source(*inputs()))
         with pytest.raises(ValueError, match="must not exist"):

@@ -152,8 +152,8 @@ def test_identity_records_with_gaps_and_another_property(folder):
 
 def test_many_contradictions_are_counted(folder):
     rewrite(folder, lambda key, header, data: (header if header.flag else header._replace(label=99), data))
-    told = contradictions(folder)
-    assert len(told) == 6 and told[-1] == "... and 35 more of this kind"
+    messages = contradictions(folder)
+    assert len(messages) == 6 and messages[-1] == "... and 35 more of this kind"
 
 
 def test_repack_begins_with_the_first_image_that_can_be_read(folder, tmp_path, caplog):

@@ -360,13 +360,13 @@ def test_the_norms_of_a_step_are_those_of_the_training_pass_that_follows():
 def test_the_statistics_of_a_step_are_of_its_own_dropped_paths_and_masked_patches(monkeypatch):
     network, state, config, batch = make_step(sample_rate=0.5, drop_path_rate=0.3, mask_ratio=0.3)
     network.train()
-    told, seen = [], []
-    monkeypatch.setattr(state.loss.margin_loss, "update_statistics", told.append)
+    given, seen = [], []
+    monkeypatch.setattr(state.loss.margin_loss, "update_statistics", given.append)
     parts = [tuple(tensor.chunk(4)[part] for tensor in batch) for part in range(4)]
     trainer.train_step(
         network, parts, state, config, lambda images, keypoints, out: seen.append(out.detach().norm(dim=1))
     )
-    torch.testing.assert_close(told[0], torch.cat(seen), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(given[0], torch.cat(seen), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

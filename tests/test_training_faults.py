@@ -223,7 +223,7 @@ def train_with_little_room(output, *overrides):
     try:
         trainer.main(["quickstart", *TINY_RUN, f"output={output}", "resume=True", *overrides])
     except SystemExit as error:
-        Path(f"{output}.said").write_text(str(error.code))
+        Path(f"{output}.message").write_text(str(error.code))
 
 
 @pytest.mark.slow
@@ -231,21 +231,21 @@ def train_with_little_room(output, *overrides):
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(tmp_path, asynchronous):
     output, overrides = tmp_path / "run", (*SHORT, f"async_save={asynchronous}")
     assert exit_code_of(train_with_little_room, str(output), *overrides) == 0
-    said = (tmp_path / "run.said").read_text()
+    message = (tmp_path / "run.message").read_text()
     assert re.fullmatch(
-        r"error: the checkpoint of step 4 could not be written to \S+/run/checkpoints: File too large \(it takes "
+        r"error: the checkpoint of step 4 could not be written to \S+/run/checkpoints: File too large \(it needs "
         r"\d+\.\d MB, \d+\.\d GB are free\); there is no earlier one; free some space, or choose another output",
-        said,
+        message,
     )
     assert not list_checkpoints(output) and not (output / "model.pt").exists()
 
     trainer.train(tiny_config(output, *overrides))
     before = weights(output)
     assert exit_code_of(train_with_little_room, str(output), *overrides, "num_epoch=2") == 0
-    said = (tmp_path / "run.said").read_text()
+    message = (tmp_path / "run.message").read_text()
     assert (
-        said.endswith("step_00000004 is complete: free some space and continue with resume=True")
-        and said.count("\n") == 0
+        message.endswith("step_00000004 is complete: free some space and continue with resume=True")
+        and message.count("\n") == 0
     )
     left = [path.name for path in output.rglob("*") if path.name.startswith(("pending", "."))]
     assert [path.name for path in list_checkpoints(output)] == ["step_00000004"] and left == [".metadata"]
@@ -295,9 +295,9 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
     handler.setStream(FullDisk())
     for _ in range(3):
         logging.getLogger("insightface_kprpe").info("a line")
-    said = capsys.readouterr()
-    assert said.out.count("a line") == 3 and "Traceback" not in said.err
-    assert said.err.count("training.log cannot be written: [Errno 28] No space left on device") == 1
+    output = capsys.readouterr()
+    assert output.out.count("a line") == 3 and "Traceback" not in output.err
+    assert output.err.count("training.log cannot be written: [Errno 28] No space left on device") == 1
 
 
 # --- one run a folder ------------------------------------------------------------------------------------------------

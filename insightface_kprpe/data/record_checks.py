@@ -57,11 +57,11 @@ def check_index(reader: RecordReader) -> None:
 def find_contradictions(reader: RecordReader, labels: np.ndarray) -> list[str]:
     """Everything that does not agree, in words: of each kind the first few, and how many more there are."""
     kinds = (_shifted(reader, reader.keys), _beyond(reader, labels), _identities(reader, labels), _property(reader))
-    told = []
+    messages = []
     for faults in kinds:
         more = [f"... and {len(faults) - _NAMED} more of this kind"] if len(faults) > _NAMED else []
-        told += faults[:_NAMED] + more
-    return told
+        messages += faults[:_NAMED] + more
+    return messages
 
 
 def _shifted(reader: RecordReader, keys: np.ndarray) -> list[str]:

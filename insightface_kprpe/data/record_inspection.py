@@ -115,5 +115,5 @@ def _landmark_state(path: Path, count: int) -> str:
     except ValueError as error:
         return f"damaged: {error}"
     unknown = int((~known_keypoints(keypoints)).sum())
-    said = f", {unknown} of them not landmarks of a face" if unknown else ""
-    return f"{count} rows{said}" + ("" if scores is None else f" with scores, mean {scores.mean():.3f}")
+    note = f", {unknown} of them not landmarks of a face" if unknown else ""
+    return f"{count} rows{note}" + ("" if scores is None else f" with scores, mean {scores.mean():.3f}")

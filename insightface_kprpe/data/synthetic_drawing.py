@@ -185,8 +185,8 @@ def lose_detail(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """One image in four is enlarged from fewer pixels."""
     if rng.random() > 0.25:
         return image
-    share = rng.uniform(0.45, 0.9)
-    small = cv2.resize(image, None, fx=share, fy=share, interpolation=cv2.INTER_AREA)
+    ratio = rng.uniform(0.45, 0.9)
+    small = cv2.resize(image, None, fx=ratio, fy=ratio, interpolation=cv2.INTER_AREA)
     return cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
 
 

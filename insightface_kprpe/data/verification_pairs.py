@@ -82,8 +82,8 @@ def open_verification(target: str, rec: str | Path = ".") -> VerificationPairs:
     landmarks = path.with_name(f"{path.stem}_{LANDMARK_FILE}")
     if landmarks.exists():
         keypoints, absent = read_keypoints(landmarks, len(pairs.images))
-        share = f", the canonical template for {absent.sum()} of {len(absent)}" if absent.any() else ""
-        keypoint_source = f"{landmarks.name}{share}"
+        note = f", the canonical template for {absent.sum()} of {len(absent)}" if absent.any() else ""
+        keypoint_source = f"{landmarks.name}{note}"
     else:
         logger.warning(
             "%s not found: the canonical template is used as every face's keypoints, unless the network finds them; "

@@ -249,9 +249,9 @@ def open_model(
         if precision != "fp32" or network is not None:
             raise ValueError(f"{path} is an ONNX file, which fixes network and precision; leave both options out")
         return OnnxEmbedder(path, name, device)
-    net, about = load_published(path, network)
-    if about.task != "recognition":
-        raise ValueError(f"model must be a recognition network, {path} holds an {about.task}")
+    net, description = load_published(path, network)
+    if description.task != "recognition":
+        raise ValueError(f"model must be a recognition network, {path} holds an {description.task}")
     return TorchEmbedder(net.to(device).eval(), name, precision)
 
 

@@ -88,8 +88,8 @@ def _acquire(lock: FileLock, holder: Path) -> None:
             lock.acquire(timeout=_READERS_END)
     except Timeout:
         raise TrainingError(
-            f"another run is writing to {holder.parent}: {_told(holder)}; wait for it, stop it, or choose another "
-            "output"
+            f"another run is writing to {holder.parent}: {_describe_holder(holder)}; wait for it, stop it, or choose "
+            "another output"
         ) from None
     except (NotImplementedError, OSError) as error:
         logger.warning("%s cannot be locked (%s); make sure that no other run writes there", holder.parent, error)
@@ -103,17 +103,17 @@ def _read(holder: Path) -> dict[str, Any]:
         return {}
 
 
-def _told(holder: Path) -> str:
-    about = _read(holder)
-    return f"process {about['pid']} on {about['host']}" if about else "a process that has just started"
+def _describe_holder(holder: Path) -> str:
+    process = _read(holder)
+    return f"process {process['pid']} on {process['host']}" if process else "a process that has just started"
 
 
-def _is_gone(about: dict[str, Any]) -> bool:
+def _is_gone(process: dict[str, Any]) -> bool:
     """Whether a process of this machine is known to have ended."""
-    if not about or about["host"] != socket.gethostname():
+    if not process or process["host"] != socket.gethostname():
         return False
     try:
-        os.kill(about["pid"], 0)
+        os.kill(process["pid"], 0)
     except ProcessLookupError:
         return True
     except OSError:  # it belongs to another user

@@ -172,8 +172,8 @@ def _identified(blank: Result, weights: np.ndarray, images: _Images) -> list[Res
         settings = {**blank.settings, "1:N rule": rule}
         return Result(blank.model, f"{blank.protocol} 1:N, {name}", {}, settings, blank.variant)
 
-    about = {"probes": mates, "gallery": sum(sizes.values())}
-    joined = ranked_result(form("InsightFace", INSIGHTFACE_1N), ijb.identification(*pooled, **arguments), about)
+    counts = {"probes": mates, "gallery": sum(sizes.values())}
+    joined = ranked_result(form("InsightFace", INSIGHTFACE_1N), ijb.identification(*pooled, **arguments), counts)
     # If a gallery holds everybody, there is no unknown person, and no open set.
     is_open = all(not np.isin(probe.subjects, gallery.subjects).all() for gallery in galleries.values())
     nist = ijb.nist_identification(*pooled, **arguments, **({} if is_open else {"fpirs": ()}))
