@@ -287,7 +287,7 @@ def test_unknown_name_suggests_a_near_one():
         ik.get_model("vit_s_kpre")
     with pytest.raises(ValueError, match="drop_path_rate"):
         ik.get_model("vit_n", dropout=0.4)
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         ik.register_backbone("vit_n", ik.VisionTransformer)
 
 

@@ -243,8 +243,11 @@ def test_other_epochs_continue_where_as_much_was_seen(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": 6}, r"of another network or loss: .*\(5, 5\)|another network or loss: model.2.weight is \(4, 5\)"),
-        ({"classes": 9}, r"loss.class_centers is \(7, 4\), this run has \(9, 4\).* with init_from="),
+        (
+            {"size": 6},
+            r"belongs to another network or loss: .*\(5, 5\)|another network or loss: model.2.weight is \(4, 5\)",
+        ),
+        ({"classes": 9}, r"loss.class_centers is \(7, 4\), this run has \(9, 4\).* with init_from set"),
         ({"optimizer": "sgd"}, "was written with optimizer AdamW, this run has SGD"),
     ],
 )

@@ -124,7 +124,7 @@ def test_a_diverging_loss_stops_with_what_one_needs_to_know(faces, tmp_path):
     [
         (["data=no/such/folder"], "label file not found"),
         (["val=no/such/folder"], "label file not found"),
-        (["batch_size=1000"], "batch_size must let 35 images"),
+        (["batch_size=1000"], "images per rank: 35 images"),
         (["body=vgg"], "body must be"),
         (["init_from=no/such.pth"], "weights file not found"),
         (["loss_kwargs={'weight': 1}"], "loss_kwargs: .*'weight'"),

@@ -287,7 +287,7 @@ def test_a_full_disk_says_what_is_needed(tmp_path, net, many, monkeypatch):
     options = EmbedOptions(flip=False, cache=tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match=r"no space left for 0\.00 GB of results; make room.*tiny-images"):
+        with pytest.raises(OSError, match=r"no space left for 0\.00 GB of results; free some space.*tiny-images"):
             embed_faces(TorchEmbedder(net, "tiny"), many, None, options, source="a")
     assert embed_faces(TorchEmbedder(net, "tiny"), many, None, options, source="a").readable.all()
 

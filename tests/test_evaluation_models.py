@@ -184,7 +184,7 @@ def test_bf16_is_close_to_fp32(files, faces):
     ("arguments", "message"),
     [
         (("absent.onnx",), "model not found: absent.onnx"),
-        (("no_such_pack",), "no pack in"),
+        (("no_such_pack",), "nor a pack in"),
         (("{files}/run", None, "fp8"), "precision must be fp32 or bf16"),
         (("{files}/two.onnx", None, "bf16"), "leave both options out"),
         (("{files}/two.onnx", "vit_n"), "leave both options out"),

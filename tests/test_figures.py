@@ -94,7 +94,7 @@ def test_kprpe_figures_from_the_command_line(tmp_path):
     picture = cv2.imread(str(tmp_path / "maps" / "depths.png")).astype(int)
     assert (picture[..., 2] - picture[..., 0] > 150).sum() > 50  # a red star
     assert (picture[..., 0] - picture[..., 2] > 100).sum() > 50  # strong blue
-    with pytest.raises(ValueError, match="query must be 2 numbers with commas between them, got '1;2'"):
+    with pytest.raises(ValueError, match="query must be 2 comma-separated numbers, got '1;2'"):
         call("kprpe", run, "--query", "1;2")
 
 

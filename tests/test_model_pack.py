@@ -146,7 +146,7 @@ def renamed(source, target, operator):
     ("recognition", "detector", "message"),
     [
         ("detector.onnx", "detector.onnx", "input images, or images and keypoints, got image and 9 outputs"),
-        ("one.onnx", "one.onnx", "no SCRFD-style detector"),
+        ("one.onnx", "one.onnx", "not an SCRFD-style detector"),
         ("one.onnx", "absent.onnx", r"absent\.onnx does not exist; give an ONNX file"),
         ("one.onnx", "garbage.onnx", r"garbage\.onnx could not be read as ONNX"),
         ("one.onnx", "cut.onnx", r"cut\.onnx could not be read as ONNX"),

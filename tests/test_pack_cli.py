@@ -191,7 +191,7 @@ def test_lower_precisions_are_smaller_and_close(pack, tmp_path, form, name):
     try:
         change, measured = precision.lower_precision(pack / name, out, form)
     except precision.PrecisionError as error:
-        if "make no valid file" in str(error) and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+        if "do not produce a valid file" in str(error) and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
             pytest.skip("this exporter's files are beyond onnxruntime's converters")
         raise
     assert precision.MINIMAL_COSINE[form] <= change.minimal_cosine <= change.mean_cosine <= 1 + 1e-6
@@ -270,7 +270,7 @@ def test_the_first_argument_may_name_the_weights(made, asked, tmp_path, caplog):
     assert any(message.startswith("exporting the network with its keypoints") for message in caplog.messages)
     assert any(message.endswith(" s") for message in caplog.messages)
     for arguments in ([], [run, "--recognition", run]):
-        with pytest.raises(ValueError, match="recognition weights once"):
+        with pytest.raises(ValueError, match="recognition weights exactly once"):
             call("pack", "build", *arguments, "--detector", detector)
 
 
@@ -280,7 +280,7 @@ def test_the_aligner_may_be_the_detector(made, asked, tmp_path):
     call("pack", "--recognition", run, "--aligner", tmp_path / "dfa.pt", "--detector", "dfa", "--root", tmp_path)
     files = asked[-1][2]
     assert files["detection.onnx"] == ("dfa.onnx", "the aligner", "unknown") and "keypoints/dfa.onnx" not in files
-    with pytest.raises(PackError, match="detector dfa needs the DFA: give it with --aligner"):
+    with pytest.raises(PackError, match="detector dfa needs a DFA: give one with --aligner"):
         call("pack", "--recognition", run, "--detector", "dfa")
     with pytest.raises(PackError, match="recognition must be a recognition network, .* is a DFA"):
         call("pack", "--recognition", tmp_path / "dfa.pt", "--detector", "dfa")
@@ -379,7 +379,7 @@ def test_a_lower_precision_is_written_once_and_measured_on_the_form_with_keypoin
     try:
         folder = build(recognition=run, detector=det, root=tmp_path, precision="fp16")
     except precision.PrecisionError as error:
-        if "make no valid file" in str(error) and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+        if "do not produce a valid file" in str(error) and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
             pytest.skip("this exporter's files are beyond onnxruntime's converters")
         raise
     files = json.loads((folder / "pack.json").read_text())["files"]
@@ -428,7 +428,7 @@ def test_the_detector_of_a_pack_with_an_aligner(tmp_path):
 @pytest.mark.parametrize("name", ["absent.bin", "README.md", "synthetic"])
 def test_a_verification_set_that_is_none(tmp_path, name):
     (tmp_path / "README.md").write_text("a page")
-    with pytest.raises(PackError, match=rf"evaluate must be a verification set \(a \.bin file\), .*{name}"):
+    with pytest.raises(PackError, match=rf"evaluate must be an existing verification set \(a \.bin file\), .*{name}"):
         call("pack", "absent", "--detector", "absent", "--root", tmp_path, "--evaluate", tmp_path / name)
 
 

@@ -486,7 +486,7 @@ def test_mistakes_with_the_hub_are_one_sentence(monkeypatch):
     with pytest.raises(RuntimeError, match=r"hf:a/b could not be downloaded.*\(401 Client Error\); check the name"):
         load_published("hf:a/b")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(RuntimeError, match="hf:a/b is not in the cache.*HF_HUB_OFFLINE asks"):
+    with pytest.raises(RuntimeError, match="hf:a/b is not in the cache.*HF_HUB_OFFLINE forbids"):
         load_published("hf:a/b")
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"insightface-kprpe\[hf\]"):

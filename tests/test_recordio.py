@@ -216,8 +216,8 @@ def test_missing_file_and_key(face_set):
 @pytest.mark.parametrize(
     ("at", "content", "message"),
     [
-        (0, b"\0\0\0\0", "0x00000000 stands where a part starts"),
-        (4, struct.pack("<I", 40), "leads to byte .* where no record starts"),
+        (0, b"\0\0\0\0", "0x00000000 found where a part must start"),
+        (4, struct.pack("<I", 40), "points to byte .* where no record starts"),
         (4, struct.pack("<I", (1 << 29) - 1), "the file ends .* bytes before the record does"),
         (4, struct.pack("<I", 2 << 29 | 40), "part 0 of a record cannot be of kind 2"),
         (4, struct.pack("<I", 7 << 29 | 40), "part 0 of a record cannot be of kind 7"),

@@ -82,7 +82,7 @@ def test_every_image_of_a_person_is_drawn_equally_often():
 
 
 def test_mistakes_are_named(labels):
-    with pytest.raises(ValueError, match="batch_size must let 3 images"):
+    with pytest.raises(ValueError, match="images per rank: 3 images"):
         EpochSampler(3, batch_size=4)
     with pytest.raises(ValueError, match=r"in \[0, 1\), got 1"):
         EpochSampler(2000, 10, repetition=1.0, labels=labels)

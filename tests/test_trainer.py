@@ -167,7 +167,7 @@ def test_a_failing_validation_is_said_and_training_goes_on(tmp_path, monkeypatch
     assert calls == ["step_00000002", "step_00000004"] and (tmp_path / "model.pt").is_file()
     failed = [record for record in caplog.records if "VALIDATION FAILED" in record.message]
     assert [record.levelname for record in failed] == ["ERROR", "ERROR"]
-    assert "after step 2, training goes on: ValueError: the disk is gone" in failed[0].message
+    assert "after step 2, training continues: ValueError: the disk is gone" in failed[0].message
     assert not failed[0].exc_info and failed[1].exc_info
     assert "2 validations failed, after steps 2, 4" in caplog.text
 
@@ -259,7 +259,7 @@ def test_fp16_leaves_out_steps_that_overflow_until_the_scale_is_1():
     ("overrides", "message"),
     [
         (["rec=/no/such/folder"], "does not exist"),
-        (["batch_size=1000"], "batch_size must let 64 images"),
+        (["batch_size=1000"], "images per rank: 64 images"),
         (["gradient_acc=100"], "gradient_acc must be at most"),
         (["val_targets=('lfw',)"], "val_targets must name"),
         (["network=r51"], "network must be a registered backbone"),

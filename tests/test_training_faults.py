@@ -60,7 +60,7 @@ def other_size(path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (few, "it must hold at least 10 pairs, one for each fold, got 8"),
+        (few, "it must hold at least 10 pairs, one per fold, got 8"),
         (one_kind, "it must hold pairs of the same person and of different people, got 20 of the same person only"),
         (truncated, "image 39: the JPEG is truncated"),
         (other_size, "image 0 must be 112 x 112 pixels, got 96 x 96"),

@@ -103,7 +103,7 @@ def test_forbidden_globals_are_named_and_not_called(tmp_path, monkeypatch, proto
     monkeypatch.chdir(tmp_path)
     arguments = tuple("os" if argument is os else argument for argument in arguments)
     (tmp_path / "evil.bin").write_bytes(pickle.dumps(([Attack(function, *arguments)], [True]), protocol))
-    with pytest.raises(ValueError, match=rf"evil\.bin is not a verification set: it wants {name}, which"):
+    with pytest.raises(ValueError, match=rf"evil\.bin is not a verification set: it asks for {name}, which"):
         read_verification_bin(tmp_path / "evil.bin")
     assert not (tmp_path / "attacked").exists()
 
@@ -135,7 +135,7 @@ def test_truncated_file_at_any_place(tmp_path):
         (([b"", *IMAGES[1:]], IS_SAME), "image 0 must be a compressed image"),
         (([*IMAGES[:3], "text"], IS_SAME), "image 3 must be a compressed image as bytes, got 'text'"),
         ((IMAGES, [True, 2]), "is_same must be a list of True and False"),
-        ((IMAGES, np.array([0.0, 1.0])), "array of 'f8' stands where True and False"),
+        ((IMAGES, np.array([0.0, 1.0])), "expected True and False, got an array of 'f8'"),
     ],
 )
 def test_wrong_structure(tmp_path, content, message):

@@ -47,7 +47,7 @@ class EpochSampler(Sampler[list[int]]):
         self.batches = length // (batch_size * world_size)
         if not self.batches:
             raise ValueError(
-                f"{length} images must fill a batch on each rank, got batch_size {batch_size} on {world_size} ranks"
+                f"batch_size must not exceed the images per rank: {length} images on {world_size} ranks, got {batch_size}"
             )
         if not 0 <= repetition < 1:
             raise ValueError(f"repetition (repeated_augmentation) must be a probability in [0, 1), got {repetition}")
