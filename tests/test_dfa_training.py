@@ -207,7 +207,7 @@ def test_bad_arguments_of_the_call():
     net = RetinaFaceNet(image_size=SIZE)
     with pytest.raises(ValueError, match="lr must be positive"):
         train_landmarks(net, DrawnCrops(), lr=-1.0)
-    with pytest.raises(ValueError, match="batch_size must let 10 images"):
+    with pytest.raises(ValueError, match="images per rank: 10 images"):
         train_landmarks(net, DrawnCrops(), batch_size=11)
     with pytest.raises(TrainingError, match="loss is nan"):
         train_landmarks(net, DrawnCrops(), loss=DFALoss(box_weight=float("nan")), batch_size=5)

@@ -47,7 +47,8 @@ class EpochSampler(Sampler[list[int]]):
         self.batches = length // (batch_size * world_size)
         if not self.batches:
             raise ValueError(
-                f"batch_size must not exceed the images per rank: {length} images on {world_size} ranks, got {batch_size}"
+                f"batch_size must not exceed the images per rank: {length} images on {world_size} ranks, got "
+                f"{batch_size}"
             )
         if not 0 <= repetition < 1:
             raise ValueError(f"repetition (repeated_augmentation) must be a probability in [0, 1), got {repetition}")
