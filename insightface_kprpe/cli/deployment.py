@@ -48,7 +48,7 @@ def export(
         bool,
         typer.Option(help="take images only: keypoints come from the built-in aligner (*_dfa), else from the template"),
     ] = False,
-    licence: Annotated[str, typer.Option(help="licence of the weights, stored in the file")] = "unknown",
+    licence: Annotated[str, typer.Option(help="license of the weights, stored in the file")] = "unknown",
 ) -> None:
     """Export a trained network to ONNX (images + keypoints -> embedding) and check it against torch.
 

@@ -178,7 +178,7 @@ def _facts(description: Description) -> dict[str, str]:
 
 
 def _licence(path: Path, default: str) -> str:
-    """The licence in a file's metadata."""
+    """The license in a file's metadata."""
     known = metadata_of(load_onnx(path)).get("licence", "unknown")
     return default if known == "unknown" else known
 

@@ -7,7 +7,7 @@
       recognition.onnx            images -> embedding; what the stock loader uses
       keypoints/recognition.onnx  images + keypoints -> embedding; used after insightface_kprpe.register()
       keypoints/dfa.onnx          a DFA that refines the detector's landmarks, in the layout of a detector; likewise
-      pack.json                   what every file is, its SHA-256, origin and licence
+      pack.json                   what every file is, its SHA-256, origin and license
 
 The stock loader does not look into ``keypoints/``; a second detector next to the first would confuse it.
 """

@@ -1,4 +1,4 @@
-"""The metadata of ONNX files: their input format, origin, licence, and requirements."""
+"""The metadata of ONNX files: their input format, origin, license, and requirements."""
 
 from __future__ import annotations
 

@@ -313,7 +313,7 @@ def _build_aligner(
 
 
 def _licence(folder: Path) -> str | None:
-    """The licence in the front matter of a model card."""
+    """The license in the front matter of a model card."""
     card = folder / "README.md"
     if card.is_file() and (text := card.read_text(errors="replace")).startswith("---"):
         found = re.search(r"^license: *([\w.-]+) *$", text.split("---")[1], re.MULTILINE)
