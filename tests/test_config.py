@@ -153,7 +153,7 @@ def test_every_number_of_the_bases_is_checked():
         ("val_targets=(1,)", "val_targets must be names or paths"),
         ("network_kwargs=[1]", r"network_kwargs must be dict, got list \[1\]"),
         ("network_kwargs={'drop_path_rate': 1e999}", "network_kwargs must hold finite numbers"),
-        ("network_kwargs={1: 2}", "network_kwargs must have names for keys"),
+        ("network_kwargs={1: 2}", "network_kwargs must have strings as keys"),
         ("augment={'rotation': 'a'}", "augment must hold numbers"),
         ("rec=''", "rec must not be empty"),
         ("output=''", "output must not be empty"),

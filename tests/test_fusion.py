@@ -123,7 +123,7 @@ def test_memory_map(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"templates": [1, 2]}, "one for each embedding"),
+        ({"templates": [1, 2]}, "one per embedding"),
         ({"weights": np.ones(2)}, "weights must be"),
         ({"weights": [1, -1, 1]}, "not negative"),
         ({"weights": [1, np.nan, 1]}, "finite"),

@@ -130,7 +130,7 @@ def test_unknown_template(small, span, monkeypatch):
 def test_verification_bad_input(small):
     with pytest.raises(ValueError, match="labels must be"):
         ijb.verification(**(small | {"label": small["label"][:-1]}))
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="the same length"):
         ijb.verification(**(small | {"p1": small["p1"][:-1]}))
     with pytest.raises(ValueError, match="template numbers"):
         ijb.verification(**(small | {"p1": small["p1"].astype(float)}))

@@ -129,8 +129,8 @@ def test_truncated_file_at_any_place(tmp_path):
     [
         ({"images": []}, "expected a pair .* got dict"),
         ((IMAGES, IS_SAME, 1), "expected a pair"),
-        ((IMAGES[:3], IS_SAME), "two images for each answer, got 3 and 2"),
-        (([], []), "two images for each answer, got 0 and 0"),
+        ((IMAGES[:3], IS_SAME), "two images per is_same, got 3 and 2"),
+        (([], []), "two images per is_same, got 0 and 0"),
         ((7, IS_SAME), "images must be a list, got int"),
         (([b"", *IMAGES[1:]], IS_SAME), "image 0 must be a compressed image"),
         (([*IMAGES[:3], "text"], IS_SAME), "image 3 must be a compressed image as bytes, got 'text'"),
@@ -154,7 +154,7 @@ def test_damaged_image_is_named_when_asked_for(tmp_path):
 
 def test_bad_sets_are_not_written(tmp_path):
     for images, is_same in ((IMAGES, [True]), (IMAGES[:1], IS_SAME), ([], [])):
-        with pytest.raises(ValueError, match="two images for each answer"):
+        with pytest.raises(ValueError, match="two images per is_same"):
             write_verification_bin(tmp_path / "a.bin", images, is_same)
     with pytest.raises(ValueError, match="image 1 must be a compressed image as bytes"):
         write_verification_bin(tmp_path / "a.bin", [IMAGES[0], np.zeros((112, 112, 3))], [True])
