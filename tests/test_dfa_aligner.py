@@ -295,7 +295,7 @@ def test_bad_arguments():
         DFA("nowhere.pt")
 
 
-def test_canonical_keypoints_are_centred():
+def test_canonical_keypoints_are_centered():
     for width, height in itertools.product((80, 112), (80, 112)):
         points = canonical_keypoints(width, height) * torch.tensor([width, height])
         offset = torch.tensor([(max(width, height) - width) // 2, (max(width, height) - height) // 2])

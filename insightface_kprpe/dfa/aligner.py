@@ -53,7 +53,7 @@ class AlignedFace(NamedTuple):
 
 
 def fit_to_square(images: torch.Tensor, size: int, padding_ratio: float = 0.0) -> torch.Tensor:
-    """Pad images to a square, black and centred, and resize them (bilinear, corners on corners).
+    """Pad images to a square, black and centered, and resize them (bilinear, corners on corners).
 
     Args:
         images: (B, 3, H, W) float in [-1, 1].
