@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from ..geometry import mirror_keypoints
+from ..geometry import mirror_keypoints, sampling_grid
 from .photometric import random_color, random_degradation, random_erasing
 
 # The paper's supplement, Table 6, where it gives numbers; RandAugment is applied to colors only.
@@ -42,10 +42,7 @@ def warp_images(images: torch.Tensor, matrix: torch.Tensor, black: float = -1.0)
     # grid_sample wants the way back, in [-1, 1], where x = (n + 1) / 2
     shift = inverse @ (1 - linear.sum(-1, keepdim=True) - 2 * offset)
     axis = (torch.arange(images.shape[-1], device=images.device) * 2 + 1) / images.shape[-1] - 1
-    along_x = inverse[:, :, :1] * axis  # (B, 2, S)
-    along_y = inverse[:, :, 1:] * axis + shift
-    # (B, S, S, 2) in memory (B, 2, S, S): several times as fast as affine_grid, and no slower to read
-    grid = (along_x[:, :, None] + along_y[..., None]).permute(0, 2, 3, 1)
+    grid = sampling_grid(torch.cat([inverse, shift], -1), axis)
     if black == 0:
         return F.grid_sample(images, grid, align_corners=False)
     return F.grid_sample(images - black, grid, align_corners=False).add_(black)
