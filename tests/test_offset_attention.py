@@ -129,7 +129,8 @@ def _gradients_of_one_rank(rank, images, keypoints):
     net = build().eval()  # in training the head's BatchNorm sees a rank's own images only
     net.keypoint_linear.attention_bias = None  # no other way than over lines
     part = slice(2 * rank, 2 * rank + 2)
-    DistributedDataParallel(net)(images[part], keypoints[part]).square().sum().backward()
+    parallel = DistributedDataParallel(net)
+    parallel(images[part], keypoints[part]).square().sum().backward()
     return {name: parameter.grad for name, parameter in net.named_parameters()}
 
 
