@@ -383,10 +383,16 @@ def test_command_line(people, tmp_path):
         assert "1 face, gallery of 3 people, threshold 0.300" in result.output
         assert "  1  Bob " in result.output and "quality" in result.output
         assert (read_picture(tmp_path / "named.png") != read_picture(people / "Bob" / "1.png")).any()
+    (people / "Bob" / "broken.jpg").write_text("no image")
+    result = call("recognize", index, people / "Bob", "--out", tmp_path / "named", *pack)
+    assert result.output.count("  1  Bob ") == 3 and "broken.jpg could not be read" in result.output
+    assert len(list((tmp_path / "named").iterdir())) == 3
+    with pytest.raises(ValueError, match="is a URL"):
+        call("recognize", index, "https://example.org/a.jpg", *pack)
     assert "Bob removed (3 images), 2 people left" in call("gallery", "remove", index, "Bob").output
     result = call("recognize", index, people / "Bob" / "1.png", "--threshold", "1.01", *pack)
     assert "unknown" in result.output and "(nearest: " in result.output
-    with pytest.raises(FileNotFoundError, match="pack not found.* which holds tiny; --root"):
+    with pytest.raises(FileNotFoundError, match="pack not found.* which holds tiny; "):
         call("recognize", index, people / "Cid.png", "--pack", "absent", "--root", tmp_path)
     with pytest.raises(ValueError, match="named must end in one of"):  # before anything is opened
         call(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .app import app
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..app.enrollment import Enrolled
+    from ..app.gallery import Gallery
 
 Pack = Annotated[str, typer.Option(help="model pack: a name in ROOT/models, or a folder")]
 Root = Annotated[Path, typer.Option(help="InsightFace's root folder")]
@@ -28,8 +31,10 @@ app.add_typer(gallery_app, name="gallery")
 @app.command()
 def recognize(
     gallery: Annotated[Path, typer.Argument(help="folder of people (NAME/*.jpg or NAME.jpg), or a gallery file")],
-    photo: Annotated[Path, typer.Argument(help="image with the faces to name")],
-    out: Annotated[Path | None, typer.Option(help="image to write, with boxes and names (.jpg, .png)")] = None,
+    photo: Annotated[str, typer.Argument(help="image with the faces to name, or a folder of images")],
+    out: Annotated[
+        Path | None, typer.Option(help="image to write, with boxes and names (.jpg, .png); for a folder, a folder")
+    ] = None,
     pack: Pack = "kprpe",
     root: Root = Path("~/.insightface"),
     threshold: Annotated[
@@ -40,17 +45,23 @@ def recognize(
     aligned: Aligned = True,
     crops: AreCrops = False,
 ) -> None:
-    """Name the people in a photo, with similarity (cosine) and quality (0 to 1)."""
+    """Name the people in a photo, or in all photos of a folder, with similarity (cosine) and quality (0 to 1).
+
+    Example: insightface-kprpe recognize people.npz party.jpg --out named.jpg
+    """
+    from ..app.aligned_folder import crop_names
     from ..app.enrollment import enroll, people_of_folder
     from ..app.gallery import Gallery
-    from ..app.pictures import check_picture_name, read_picture, write_picture
-    from ..app.recognition import DEFAULT_THRESHOLD, annotate, measured_threshold, open_pack
-    from ..app.recognition import recognize as name_faces
+    from ..app.pictures import check_picture_name, read_picture
+    from ..app.recognition import DEFAULT_THRESHOLD, measured_threshold, open_pack
+    from ..data.photos import photo_paths
     from ..packs.layout import load_note
 
-    if out is not None:
-        check_picture_name(out)
-    picture = read_picture(photo)
+    photos, is_folder = photo_paths(photo), Path(photo).is_dir()
+    if not is_folder:
+        read_picture(photos[0])  # raises early if it cannot be read
+        if out is not None:
+            check_picture_name(out)
     people = Gallery() if gallery.is_dir() else Gallery.load(gallery)
     analysis = open_pack(pack, root, det_thresh, aligned=aligned)
     typer.echo(load_note(analysis.models["recognition"].model_file) or f"{pack}: not built by this package", err=True)
@@ -61,6 +72,25 @@ def recognize(
     if threshold is None:
         threshold = DEFAULT_THRESHOLD
         typer.echo(f"threshold {threshold}: the pack has no measured one; set --threshold", err=True)
+    names = crop_names([path.relative_to(photo).as_posix() for path in photos]) if is_folder else []
+    for number, path in enumerate(photos):
+        try:
+            picture = read_picture(path)
+        except ValueError as error:
+            typer.echo(f"left out: {error}", err=True)
+            continue
+        named = out / f"{names[number]}.jpg" if is_folder and out is not None else out
+        _name_faces(analysis, people, path, picture, threshold, crops, named)
+
+
+def _name_faces(
+    analysis: Any, people: Gallery, photo: Path, picture: np.ndarray, threshold: float, crops: bool, out: Path | None
+) -> None:
+    """Name the faces of one photo, on the terminal and in the image ``out``."""
+    from ..app.pictures import write_picture
+    from ..app.recognition import annotate
+    from ..app.recognition import recognize as name_faces
+
     faces = name_faces(analysis, people, picture, threshold, is_crop=crops)
     found, known = _count(len(faces), "face", "faces"), _count(len(people.people()), "person", "people")
     typer.echo(f"{photo}: {found}, gallery of {known}, threshold {threshold:.3f}")
