@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,10 +12,11 @@ from .app import app
 
 if TYPE_CHECKING:
     from ..app.enrolment import Enrolled
+    from ..app.gallery import Gallery
 
 Pack = Annotated[str, typer.Option(help="model pack: its name in ROOT/models, or its folder")]
 Root = Annotated[Path, typer.Option(help="InsightFace's root folder")]
-Index = Annotated[Path, typer.Argument(help="gallery file (.npz)")]
+Index = Annotated[str, typer.Argument(help="gallery: its file (.npz), or postgresql://USER@HOST/DATABASE")]
 Aligned = Annotated[bool, typer.Option(help="--no-aligned: the network sees the detector's box as it is")]
 AreCrops = Annotated[bool, typer.Option("--crops", help="pictures are crops, aligned already: nothing is detected")]
 DetectorThreshold = Annotated[float, typer.Option(help="score from which on the detector's find is a face")]
@@ -25,7 +27,9 @@ app.add_typer(gallery_app, name="gallery")
 
 @app.command()
 def recognize(
-    gallery: Annotated[Path, typer.Argument(help="folder of people (NAME/*.jpg or NAME.jpg), or a gallery file")],
+    gallery: Annotated[
+        str, typer.Argument(help="folder of people (NAME/*.jpg or NAME.jpg), gallery file, or postgresql:// address")
+    ],
     photo: Annotated[Path, typer.Argument(help="picture whose faces are to be named")],
     out: Annotated[Path | None, typer.Option(help="picture to write, with boxes and names (.jpg, .png)")] = None,
     pack: Pack = "kprpe",
@@ -38,30 +42,27 @@ def recognize(
     aligned: Aligned = True,
     crops: AreCrops = False,
 ) -> None:
-    """Name the people in a photo, with similarity (cosine) and quality (0 to 1)."""
-    from ..app.enrolment import enrol, people_of_folder
-    from ..app.gallery import Gallery
+    """Name the people in a photo, with similarity (cosine) and quality (0 to 1).
+
+    Example: insightface-kprpe recognize people.npz party.jpg --out named.jpg
+    """
     from ..app.pictures import check_picture_name, read_picture, write_picture
-    from ..app.recognition import DEFAULT_THRESHOLD, annotate, measured_threshold, open_pack
+    from ..app.recognition import annotate, open_pack
     from ..app.recognition import recognize as name_faces
     from ..packs.layout import load_note
 
     if out is not None:
         check_picture_name(out)
     picture = read_picture(photo)
-    people = Gallery() if gallery.is_dir() else Gallery.load(gallery)
-    analysis = open_pack(pack, root, det_thresh, aligned=aligned)
-    typer.echo(load_note(analysis.models["recognition"].model_file) or f"{pack}: not built by this package", err=True)
-    if gallery.is_dir():
-        _report(enrol(analysis, people, people_of_folder(gallery), are_crops=crops), gallery)
-    if threshold is None:
-        threshold = measured_threshold(analysis)
-    if threshold is None:
-        threshold = DEFAULT_THRESHOLD
-        typer.echo(f"threshold {threshold}: nothing measured in the pack; set --threshold", err=True)
-    faces = name_faces(analysis, people, picture, threshold, is_crop=crops)
-    found, known = _count(len(faces), "face", "faces"), _count(len(people.people()), "person", "people")
-    typer.echo(f"{photo}: {found}, gallery of {known}, threshold {threshold:.3f}")
+    with _people(gallery) as people:
+        analysis = open_pack(pack, root, det_thresh, aligned=aligned)
+        note = load_note(analysis.models["recognition"].model_file) or f"{pack}: not built by this package"
+        typer.echo(note, err=True)
+        _fill(people, gallery, analysis, crops)
+        threshold = _threshold(analysis, threshold)
+        faces = name_faces(analysis, people, picture, threshold, is_crop=crops)
+        known = _count(len(people.people()), "person", "people")
+    typer.echo(f"{photo}: {_count(len(faces), 'face', 'faces')}, gallery of {known}, threshold {threshold:.3f}")
     for number, (name, nearest, quality, face) in enumerate(faces, 1):
         box = " ".join(f"{value:.0f}" for value in face.bbox)
         similarity = "" if nearest is None else f"similarity {nearest.similarity:.3f}  "
@@ -70,6 +71,31 @@ def recognize(
     if out is not None:
         write_picture(out, annotate(picture, faces))
         typer.echo(f"{out}: written")
+
+
+def _people(place: str) -> AbstractContextManager[Gallery]:
+    """The gallery to search in; an empty one for a folder of people, which :func:`_fill` fills."""
+    from ..app.file_gallery import FileGallery
+    from ..app.galleries import reading
+
+    return nullcontext(FileGallery()) if Path(place).is_dir() else reading(place)
+
+
+def _fill(people: Gallery, place: str, analysis: Any, crops: bool) -> None:
+    from ..app.enrolment import enrol, people_of_folder
+
+    if Path(place).is_dir():
+        _report(enrol(analysis, people, people_of_folder(place), are_crops=crops), Path(place))
+
+
+def _threshold(analysis: Any, asked: float | None) -> float:
+    """What was asked for, else the pack's own, else a customary one, of which a line tells."""
+    from ..app.recognition import DEFAULT_THRESHOLD, measured_threshold
+
+    threshold = measured_threshold(analysis) if asked is None else asked
+    if threshold is None:
+        typer.echo(f"threshold {DEFAULT_THRESHOLD}: nothing measured in the pack; set --threshold", err=True)
+    return DEFAULT_THRESHOLD if threshold is None else threshold
 
 
 @gallery_app.command("add")
@@ -87,9 +113,11 @@ def add_people(
     """Add the largest face of each picture.
 
     Content decides: what is in the gallery is passed over, a changed file is embedded anew, a moved one followed.
+    Examples: insightface-kprpe gallery add people.npz photos/ --prune; insightface-kprpe gallery add
+    postgresql://kim@db.example/faces ann.jpg --name Ann
     """
     from ..app.enrolment import enrol, people_of_folder, vanished
-    from ..app.gallery import editing
+    from ..app.galleries import editing
     from ..app.recognition import open_pack
     from ..data.picture_files import list_pictures, nfc
 
@@ -101,19 +129,18 @@ def add_people(
         pictures = [(nfc(name), path) for path in ([people] if people.is_file() else list_pictures(people))]
     analysis = open_pack(pack, root, det_thresh, aligned=aligned)
     with editing(index) as gallery:
-        enrolled = enrol(analysis, gallery, pictures, index, are_crops=crops)
-        gone = vanished(gallery, people)
-        lost = gallery.sources[gone].tolist()
+        enrolled = enrol(analysis, gallery, pictures, are_crops=crops)
+        lost = vanished(gallery, people)
         if prune and lost:
-            gallery.remove_rows(gone)
-            gallery.save(index)
+            gallery.drop(lost)
+            gallery.commit()
+        known = _count(len(gallery.people()), "person", "people")
     _report(enrolled, people)
     fate = "removed" if prune else "still in the gallery; --prune removes it"
-    for source in lost:
-        typer.echo(f"{source}: not there any more, {fate}", err=True)
+    for picture in lost:
+        typer.echo(f"{picture.source}: not there any more, {fate}", err=True)
     removed = f", {len(lost)} removed" if prune and lost else ""
-    known = _count(len(gallery.people()), "person", "people")
-    typer.echo(f"{index}: {_added(enrolled)}, {known}{removed}{_passed_over(enrolled, pictures)}")
+    typer.echo(f"{gallery.place}: {_added(enrolled)}, {known}{removed}{_passed_over(enrolled, pictures)}")
 
 
 def _added(enrolled: Enrolled) -> str:
@@ -134,30 +161,29 @@ def _passed_over(enrolled: Enrolled, pictures: list[tuple[str, Path]]) -> str:
 
 @gallery_app.command("list")
 def list_people(index: Index) -> None:
-    """Say who is in the gallery, and with how many pictures."""
-    from ..app.gallery import Gallery
+    """Say who is in the gallery, and with how many pictures. Example: insightface-kprpe gallery list people.npz"""
+    from ..app.galleries import reading
 
-    gallery = Gallery.load(index)
-    for name, pictures in gallery.people().items():
+    with reading(index) as gallery:
+        people = gallery.people()
+    for name, pictures in people.items():
         typer.echo(f"{pictures:6}  {name}")
-    known, pictures = (
-        _count(len(gallery.people()), "person", "people"),
-        _count(len(gallery.names), "picture", "pictures"),
-    )
-    typer.echo(f"{index}: {known}, {pictures}, model {gallery.model}")
+    known, pictures = _count(len(people), "person", "people"), _count(sum(people.values()), "picture", "pictures")
+    typer.echo(f"{gallery.place}: {known}, {pictures}, model {gallery.model}")
 
 
 @gallery_app.command("remove")
 def remove_person(index: Index, name: Annotated[str, typer.Argument(help="whom to forget")]) -> None:
-    """Forget a person."""
-    from ..app.gallery import Gallery, editing
+    """Forget a person. Example: insightface-kprpe gallery remove people.npz Ann"""
+    from ..app.galleries import editing, reading
 
-    Gallery.load(index)  # says so where there is none
+    with reading(index):
+        pass  # says so where there is none
     with editing(index) as gallery:
         pictures = gallery.remove(name)
-        gallery.save(index)
-    removed, left = _count(pictures, "picture", "pictures"), _count(len(gallery.people()), "person", "people")
-    typer.echo(f"{index}: {name} removed ({removed}), {left} left")
+        gallery.commit()
+        left = _count(len(gallery.people()), "person", "people")
+    typer.echo(f"{gallery.place}: {name} removed ({_count(pictures, 'picture', 'pictures')}), {left} left")
 
 
 @app.command()
