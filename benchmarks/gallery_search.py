@@ -3,11 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/gallery_search.py [--people 10000 100000 1000000] [--faces 1 4 16 32]
         [--width 512] [--top 1] [--repeats 7] [--out gallery_search.json]
 
-Both compare every face with every person (exact search), among random unit embeddings, which do not matter for the time.
-The two take turns, after a warm-up; times are medians of CPU time in milliseconds, which other work on the machine
-disturbs less than the clock, and the ratio is the median of each turn's ratio: above 1 where faiss is the faster. That
-both name the same people is seen to first. faiss also takes no memory for the scores of all people, which are people
-x faces x 4 bytes.
+Both compare every face with every person (exact search), among random unit embeddings. The two take turns, after a
+warm-up; times are medians of CPU time in milliseconds, which other work on the machine disturbs less than the clock,
+and the ratio is the median of each turn's ratio: above 1 where faiss is the faster. Whether both name the same people
+is looked at first. faiss takes no memory for the scores of all people, which are people x faces x 4 bytes.
 """
 
 from __future__ import annotations

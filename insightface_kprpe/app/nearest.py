@@ -7,9 +7,9 @@ from types import ModuleType
 
 import numpy as np
 
-# faiss keeps the best as it goes, and takes no memory for all scores; with few rows it is also the faster in large
-# matrices, with many a matrix product is (benchmarks/gallery_search.py).
-FAISS_FROM, FAISS_ROWS = 1_000_000, 16
+# For few rows faiss is twice as fast as a matrix product, for many slower (benchmarks/gallery_search.py); and importing
+# it takes as long as some searches in all but large matrices.
+FAISS_FROM, FAISS_ROWS = 1_000_000, 8
 
 
 def nearest_rows(rows: np.ndarray, among: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:

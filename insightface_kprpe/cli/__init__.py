@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import arcface_torch, data, deployment, evaluation, faces, training  # noqa: F401 - they add their verbs
+from . import arcface_torch, data, demo, deployment, evaluation, faces, training  # noqa: F401 - they add their verbs
 from .app import DEBUG, app
 from .errors import describe
 

@@ -54,15 +54,15 @@ def recognize(
     if out is not None:
         check_picture_name(out)
     picture = read_picture(photo)
-    with _people(gallery) as people:
+    with open_people(gallery) as people:
         analysis = open_pack(pack, root, det_thresh, aligned=aligned)
         note = load_note(analysis.models["recognition"].model_file) or f"{pack}: not built by this package"
         typer.echo(note, err=True)
-        _fill(people, gallery, analysis, crops)
-        threshold = _threshold(analysis, threshold)
+        fill_gallery(people, gallery, analysis, crops)
+        threshold = choose_threshold(analysis, threshold)
         faces = name_faces(analysis, people, picture, threshold, is_crop=crops)
-        known = _count(len(people.people()), "person", "people")
-    typer.echo(f"{photo}: {_count(len(faces), 'face', 'faces')}, gallery of {known}, threshold {threshold:.3f}")
+        known = count(len(people.people()), "person", "people")
+    typer.echo(f"{photo}: {count(len(faces), 'face', 'faces')}, gallery of {known}, threshold {threshold:.3f}")
     for number, (name, nearest, quality, face) in enumerate(faces, 1):
         box = " ".join(f"{value:.0f}" for value in face.bbox)
         similarity = "" if nearest is None else f"similarity {nearest.similarity:.3f}  "
@@ -73,22 +73,23 @@ def recognize(
         typer.echo(f"{out}: written")
 
 
-def _people(place: str) -> AbstractContextManager[Gallery]:
-    """The gallery to search in; an empty one for a folder of people, which :func:`_fill` fills."""
+def open_people(place: str) -> AbstractContextManager[Gallery]:
+    """The gallery to search in; an empty one for a folder of people, which :func:`fill_gallery` fills."""
     from ..app.file_gallery import FileGallery
     from ..app.galleries import reading
 
     return nullcontext(FileGallery()) if Path(place).is_dir() else reading(place)
 
 
-def _fill(people: Gallery, place: str, analysis: Any, crops: bool) -> None:
+def fill_gallery(people: Gallery, place: str, analysis: Any, crops: bool) -> None:
+    """Enrol the people of a folder; any other place is full already."""
     from ..app.enrolment import enrol, people_of_folder
 
     if Path(place).is_dir():
         _report(enrol(analysis, people, people_of_folder(place), are_crops=crops), Path(place))
 
 
-def _threshold(analysis: Any, asked: float | None) -> float:
+def choose_threshold(analysis: Any, asked: float | None) -> float:
     """What was asked for, else the pack's own, else a customary one, of which a line tells."""
     from ..app.recognition import DEFAULT_THRESHOLD, measured_threshold
 
@@ -134,7 +135,7 @@ def add_people(
         if prune and lost:
             gallery.drop(lost)
             gallery.commit()
-        known = _count(len(gallery.people()), "person", "people")
+        known = count(len(gallery.people()), "person", "people")
     _report(enrolled, people)
     fate = "removed" if prune else "still in the gallery; --prune removes it"
     for picture in lost:
@@ -146,7 +147,7 @@ def add_people(
 def _added(enrolled: Enrolled) -> str:
     changed = f" ({len(enrolled.changed)} changed)" if enrolled.changed else ""
     moved = f", {len(enrolled.moved)} moved" if enrolled.moved else ""
-    return f"{_count(enrolled.added, 'picture', 'pictures')} added{changed}{moved}"
+    return f"{count(enrolled.added, 'picture', 'pictures')} added{changed}{moved}"
 
 
 def _passed_over(enrolled: Enrolled, pictures: list[tuple[str, Path]]) -> str:
@@ -168,7 +169,7 @@ def list_people(index: Index) -> None:
         people = gallery.people()
     for name, pictures in people.items():
         typer.echo(f"{pictures:6}  {name}")
-    known, pictures = _count(len(people), "person", "people"), _count(sum(people.values()), "picture", "pictures")
+    known, pictures = count(len(people), "person", "people"), count(sum(people.values()), "picture", "pictures")
     typer.echo(f"{gallery.place}: {known}, {pictures}, model {gallery.model}")
 
 
@@ -182,8 +183,8 @@ def remove_person(index: Index, name: Annotated[str, typer.Argument(help="whom t
     with editing(index) as gallery:
         pictures = gallery.remove(name)
         gallery.commit()
-        left = _count(len(gallery.people()), "person", "people")
-    typer.echo(f"{gallery.place}: {name} removed ({_count(pictures, 'picture', 'pictures')}), {left} left")
+        left = count(len(gallery.people()), "person", "people")
+    typer.echo(f"{gallery.place}: {name} removed ({count(pictures, 'picture', 'pictures')}), {left} left")
 
 
 @app.command()
@@ -219,5 +220,6 @@ def _report(enrolled: Enrolled, people: Path) -> None:
         typer.echo(f"warning: the gallery has nothing of {', '.join(enrolled.nobody)}", err=True)
 
 
-def _count(number: int, one: str, many: str) -> str:
+def count(number: int, one: str, many: str) -> str:
+    """A number and what is counted."""
     return f"{number} {one if number == 1 else many}"
