@@ -105,19 +105,27 @@ def build_page(demo: Demo) -> Any:
                 "Quality, 0 to 1: how close the keypoints are to the template's, times the score of whoever found them."
             )
             crops = _picture(gr)
-            gr.Markdown("## How similar the faces are")
+            gr.Markdown("## How similar the faces are\nThe cosine of every two; framed from the threshold on.")
             matrix = _picture(gr)
             maps = None if demo.kprpe is None else _add_maps(gr, demo, report)
         if maps is None:
             gr.Markdown(_NO_MAPS)
-        show = _telling(gr, demo.show)
+        outputs = [report, notes, photos, table, crops, matrix, results, *(maps or [])[:1]]
+        refresh = _telling(gr, lambda *given: _refresh(gr, demo, *given)[: len(outputs)])
         for event in (files.change, threshold.release):
-            shown = event(show, [files, threshold], [report, notes, photos, table, crops, matrix])
-            shown = shown.then(lambda found: gr.Column(visible=bool(found.photos)), report, results)
+            refreshed = event(refresh, [files, threshold], outputs)
             if maps is not None:
-                face, draw, arguments, pictures = maps
-                shown.then(lambda found: _numbers(gr, found), report, face).then(draw, arguments, pictures)
+                _, draw, arguments, pictures = maps
+                refreshed.then(draw, arguments, pictures)
     return page
+
+
+def _refresh(gr: ModuleType, demo: Demo, files: list[str] | None, threshold: float) -> list:
+    """What :meth:`Demo.show` shows, whether there is anything to see, and which faces there are to choose from."""
+    report, *shown = demo.show(files, threshold)
+    numbers = list(range(1, 1 + len(report.crops)))
+    choice = gr.Dropdown(numbers, value=numbers[0] if numbers else None)
+    return [report, *shown, gr.Column(visible=bool(report.photos)), choice]
 
 
 def _picture(gr: ModuleType) -> Any:
@@ -135,11 +143,6 @@ def _add_maps(gr: ModuleType, demo: Demo, report: Any) -> tuple[Any, Callable, l
     for event in (face.input, point.input):
         event(draw, arguments, pictures)
     return face, draw, arguments, pictures
-
-
-def _numbers(gr: ModuleType, report: PhotoReport) -> Any:
-    numbers = list(range(1, 1 + len(report.crops)))
-    return gr.Dropdown(numbers, value=numbers[0] if numbers else None)
 
 
 def _telling(gr: ModuleType, function: Callable) -> Callable:

@@ -124,7 +124,7 @@ def similarity_picture(report: PhotoReport, threshold: float) -> np.ndarray | No
     count = min(len(report.crops), _MATRIX_FACES)
     if count < 2:
         return None
-    figure = new_figure((1.2 + 0.62 * count, 0.9 + 0.62 * count))
+    figure = new_figure((1.2 + 0.62 * count, 0.8 + 0.62 * count))
     axes = figure.subplots(count + 1, count + 1, gridspec_kw={"wspace": 0.04, "hspace": 0.04})
     for cell in axes.flat:
         cell.set(xticks=[], yticks=[])
@@ -137,7 +137,6 @@ def similarity_picture(report: PhotoReport, threshold: float) -> np.ndarray | No
     for row in range(count):
         for column in range(count):
             _draw_cosine(axes[row + 1, column + 1], report.similarity[row, column], threshold, row == column)
-    figure.suptitle(f"cosine similarity; framed: {threshold:.2f} or more", fontsize="medium")
     return figure_pixels(figure)
 
 

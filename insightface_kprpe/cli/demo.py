@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -60,18 +61,19 @@ def demo(
         known = count(len(people.people()), "person", "people") if gallery is not None else "nobody"
         about = f"Pack {pack}, gallery of {known}"
         shown = Demo(analysis, people, choose_threshold(analysis, threshold), about, kprpe, plain)
-        with serving(shown, port, browser) as address:
+        with _asked_to_end() as ended, serving(shown, port, browser) as address:
             typer.echo(f"{address} is ready for photos; Ctrl-C ends it")
-            _wait_for_end()
+            ended.wait()
     typer.echo("ended; what was dropped on the page is deleted")
 
 
-def _wait_for_end() -> None:
-    """Until Ctrl-C, or until the system asks to end."""
+@contextmanager
+def _asked_to_end() -> Iterator[threading.Event]:
+    """What Ctrl-C sets, and the system when it asks to end."""
     ended = threading.Event()
     before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ended.wait()
+        yield ended
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
