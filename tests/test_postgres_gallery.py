@@ -43,6 +43,8 @@ def test_addresses_are_shown_without_passwords(psycopg, address, shown):
         "postgresql://kim:x@s3cret@db/faces",
         "postgresql://kim:s3cret%zz@db/faces",
         "postgresql://kim:1/x?s3cret@db/faces",
+        "postgresql:/kim:s3cret@db/faces",
+        "postgres:kim:s3cret@db/faces",
     ],
 )
 def test_addresses_that_mean_something_else_are_refused_and_not_shown(psycopg, address):

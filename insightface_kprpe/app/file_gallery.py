@@ -100,7 +100,7 @@ class FileGallery(Gallery):
 
     @property
     def width(self) -> int | None:
-        """Numbers of an embedding; None as long as the gallery is empty."""
+        """Numbers of an embedding; None while there are none."""
         return self.embeddings.shape[1] if len(self.names) else None
 
     def people(self) -> dict[str, int]:

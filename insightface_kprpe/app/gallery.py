@@ -63,7 +63,7 @@ class Gallery(ABC):
     @property
     @abstractmethod
     def width(self) -> int | None:
-        """Numbers of an embedding; None as long as the gallery is empty."""
+        """Numbers of an embedding; None until some are added."""
 
     def add(
         self,
@@ -185,4 +185,4 @@ class Gallery(ABC):
 
     @abstractmethod
     def _search(self, rows: np.ndarray, top: int) -> list[list[Match]]:
-        """:meth:`search` for unit rows (B, D) float32, of a gallery that is not empty."""
+        """:meth:`search` for unit rows (B, D) float32, of the gallery's width."""

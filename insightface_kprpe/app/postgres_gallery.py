@@ -17,9 +17,10 @@ from .gallery import Content, Gallery, Match, Picture
 
 logger = logging.getLogger(__name__)
 
-_SCHEMES = ("postgresql://", "postgres://")
+_SCHEMES = ("postgresql:", "postgres:")  # also where the slashes are wrong: such a thing is no file, and may be secret
 _ADVICE = "expected postgresql://USER@HOST:PORT/DATABASE, with % and two digits for special characters of a password"
-# The people's templates are kept beside their pictures, so that a search reads one row a person.
+# The people's templates are kept beside their pictures, so that a search reads one row a person; and within that row:
+# PostgreSQL would put vectors of 2 kB elsewhere, and fetch each of them.
 _TABLES = """
 CREATE TABLE kprpe_gallery (model text NOT NULL);
 CREATE TABLE kprpe_pictures (
@@ -27,6 +28,7 @@ CREATE TABLE kprpe_pictures (
     name text NOT NULL, source text NOT NULL, quality real NOT NULL, embedding vector({width}) NOT NULL,
     digest text NOT NULL, size bigint NOT NULL, time bigint NOT NULL);
 CREATE TABLE kprpe_people (name text PRIMARY KEY, template vector({width}) NOT NULL);
+ALTER TABLE kprpe_people ALTER COLUMN template SET STORAGE MAIN;
 CREATE INDEX ON kprpe_pictures USING hash (name);
 CREATE INDEX ON kprpe_pictures USING hash (source);
 CREATE INDEX ON kprpe_pictures USING hash (digest);
@@ -122,13 +124,13 @@ class PostgresGallery(Gallery):
 
     @property
     def exists(self) -> bool:
-        """Whether the tables are there."""
+        """Whether anything was ever added."""
         return self._width is not None
 
     @property
     def width(self) -> int | None:
-        """Numbers of an embedding; None as long as the gallery is empty."""
-        return self._width if self.exists and self._run("SELECT 1 FROM kprpe_people LIMIT 1") else None
+        """Numbers of an embedding; None until some are added."""
+        return self._width
 
     def take_turn(self) -> None:
         """Wait for other writers, and look again at what they have left."""
