@@ -1,5 +1,6 @@
-# make quickstart   everything once on drawn faces: train, verify, export, recognise
+# make quickstart   everything once on drawn faces: train, verify, export, recognize
 # make test         the whole test suite, on two processes (JOBS=8 for more)
+# make small-pack   a small trained pack, from data that you have: see docs/small_pack.md
 # make lint         ruff
 # make fuzz         10,000 damaged files for all readers (DAMAGED=100000 for more), and a table of what became of them
 
@@ -10,13 +11,24 @@ JOBS ?= 2
 DAMAGED ?= 10000
 BIN := .venv/bin
 
-.PHONY: quickstart test lint fuzz clean
+# What make small-pack reads; give them on the command line, as in make small-pack FIW=/data/fiw LFW=/data/lfw
+FIW ?= fiw
+LFW ?= lfw
+DETECTOR ?= scrfd_500m_kps.onnx
+LANDMARKS ?= landmarks
+RETINAFACE ?= retinaface_mobilenet0.25.pth
+
+.PHONY: quickstart test small-pack lint fuzz clean
 
 quickstart: .venv/installed
 	$(BIN)/insightface-kprpe quickstart
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+small-pack: .venv/installed
+	$(BIN)/python benchmarks/small_pack.py --fiw $(FIW) --lfw $(LFW) --detector $(DETECTOR) \
+		--landmarks $(LANDMARKS) --retinaface $(RETINAFACE)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@
 Forward passes, training steps (forward and backward) and onnxruntime. In every round each network runs once, and the
 ratio to the plain network is taken within the round; the table has the median over rounds. The column "mask" is the
 floor: the plain network with ready-made attention biases (B, H, N, N) that no one computed and no one learns. On a CPU
-one thread works, and its own CPU time is what counts, so that neighbours disturb little; with ``--threads 2`` wall time
+one thread works, and its own CPU time is what counts, so that neighbors disturb little; with ``--threads 2`` wall time
 does. On a GPU: the same in float32 and bfloat16, eager, compiled, and KPRPE through FlexAttention; no onnxruntime.
 """
 

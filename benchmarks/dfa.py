@@ -1,4 +1,4 @@
-"""How fast does DFA align, against scikit-image's per-face transform, and how many faces a second does it see?
+"""How fast does DFA align, against scikit-image's per-face transform, and how many faces per second does it see?
 
     python benchmarks/dfa.py [--faces 256] [--threads 1] [--out dfa.json]
 

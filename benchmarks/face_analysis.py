@@ -1,10 +1,10 @@
-"""How many faces a second does a recognition model embed: one by one, in batches, in torch, in onnxruntime?
+"""How many faces per second does a recognition model embed: one by one, in batches, in torch, in onnxruntime?
 
     python benchmarks/face_analysis.py [--networks vit_s_kprpe vit_b_kprpe] [--stock mobilefacenet.onnx] [--faces 32]
         [--precisions fp32 fp16 int8] [--threads 1] [--out face_analysis.json]
 
 From (112, 112, 3) uint8 crops of drawn faces to embeddings in memory, without detector and alignment, which cost the
-same whatever recognises. Weights are random: they do not matter for the time. "One" embeds crop after crop, as
+same whatever recognizes. Weights are random: they do not matter for the time. "One" embeds crop after crop, as
 ``FaceAnalysis.get`` does; "batch" is one call of ``embed_aligned``, which ``get_batch`` ends in. ``--stock`` takes any
 recognition file of InsightFace, for scale. Best of ``--repeats`` after a warm-up; faces a second of the clock, and of
 CPU time, which other work on the machine disturbs less. All of it on the CPU, and on the GPU where torch or onnxruntime

@@ -15,7 +15,7 @@ import argparse
 import fcntl
 import json
 import os
-import tempfile
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,11 +28,10 @@ import cv2
 import numpy as np
 import torch
 from study_tests import SetOfPairs, measure
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from insightface_kprpe.backbones import Backbone, get_model, register_backbone
 from insightface_kprpe.files import atomic_path, write_atomically
 from insightface_kprpe.inference.models import TorchEmbedder
-from insightface_kprpe.training.checkpoint import latest_checkpoint
 from insightface_kprpe.training.config import load_config
 from insightface_kprpe.training.trainer import train
 from insightface_kprpe.weights.network import load_run
@@ -40,6 +39,7 @@ from insightface_kprpe.weights.network import load_run
 # The network: 49 patches, 0.4M parameters. What is compared are its positions.
 SMALL = {"patch_size": 16, "embed_dim": 64, "depth": 3, "num_heads": 4}
 NETWORKS = {"ViT": "vit_n", "iRPE": "vit_n_irpe", "KPRPE": "vit_n_kprpe"}
+YOUTUBE = "rec"  # folder in --faces: aligned faces of YouTube Faces
 # How crops are moved in training, each by its own amount; drawn loose ones are turned and scaled already.
 SLIGHTLY = {"rotation": 10.0, "scale": 0.1, "translation": 0.04}
 MOVED = {"rotation": 40.0, "scale": 0.3, "translation": 0.1}
@@ -60,7 +60,7 @@ class Run:
         name: of what is compared; runs that differ in their seed alone share it.
         network: "ViT", "iRPE" or "KPRPE".
         seed: of weights, order and augmentation.
-        rec: folder in ``--data`` to train on.
+        rec: folder in ``--data`` to train on, or ``YOUTUBE``.
         settings: of the config, beside ``COMMON``.
         base: folder of the run whose weights and class centers this one starts from; None: random ones.
     """
@@ -82,6 +82,8 @@ class Run:
 def run_parts(parts: Sequence[str], data: Path, faces: Path | None, out: Path) -> None:
     """Train and measure what is missing of some parts."""
     runs = [run for part in parts for run in PARTS[part]]
+    if faces is None and any(run.rec == YOUTUBE for run in runs):
+        raise ValueError(f"--faces must name the folder of {YOUTUBE}/ for the part youtube, got none")
     tests: dict[str, list[SetOfPairs]] = {}
     for number, run in enumerate(runs, 1):
         folder = out / run.folder
@@ -95,39 +97,24 @@ def run_parts(parts: Sequence[str], data: Path, faces: Path | None, out: Path) -
                 continue
             print(f"[{number}/{len(runs)}] {run.folder}", flush=True)
             started = time.process_time()
-            train_run(run, data, out)
+            train_run(run, faces if run.rec == YOUTUBE else data, out)
             kind = run.rec.split("_")[0]
             tests[kind] = tests.get(kind) or open_tests(kind, data, faces)
             finish_run(run, folder, tests[kind], started)
 
 
-def train_run(run: Run, data: Path, out: Path) -> None:
-    """Train one network through the package's own loop."""
+def train_run(run: Run, source: Path, out: Path) -> None:
+    """Train one network through the package's own loop on a folder of ``source``."""
     config = load_config("base")
     config.update(COMMON)
     config.update(
-        rec=str(data / run.rec), network=NETWORKS[run.network], seed=run.seed, output=str(out / run.folder),
+        rec=str(source / run.rec), network=NETWORKS[run.network], seed=run.seed, output=str(out / run.folder),
         network_kwargs={**SMALL, **run.settings.get("network_kwargs", {})}, resume=True,
     )  # fmt: skip
     config.update({key: value for key, value in run.settings.items() if key != "network_kwargs"})
     if run.base:
-        config.update(init_from=str(weights_and_centers(out / run.base)), init_min_match=0.5)
+        config.update(init_from=str(out / run.base), init_min_match=0.5)
     train(config)
-
-
-def weights_and_centers(folder: Path) -> Path:
-    """A folder to start from: the backbone of a run and its class centers, as arcface_torch's checkpoint has them."""
-    start = folder / "start" / "checkpoint_gpu_0.pt"
-    if not start.is_file():
-        with tempfile.TemporaryDirectory() as temporary:
-            dcp_to_torch_save(latest_checkpoint(folder), f"{temporary}/state.pt")
-            tensors = torch.load(f"{temporary}/state.pt", weights_only=True)
-        backbone = torch.load(folder / "model.pt", weights_only=True)
-        softmax = {"weight": tensors["loss.class_centers"]}
-        with atomic_path(start) as temporary:
-            states = {"state_dict_backbone": backbone, "state_dict_softmax_fc": softmax, "state_optimizer": {}}
-            torch.save({**states, "epoch": 0}, temporary)
-    return start.parent
 
 
 def finish_run(run: Run, folder: Path, tests: Sequence[SetOfPairs], started: float) -> None:
@@ -154,11 +141,24 @@ def open_tests(kind: str, data: Path, faces: Path | None) -> list[SetOfPairs]:
     """What networks trained on one kind of faces are tested on."""
     if kind == "drawn":
         return [SetOfPairs.open(data / f"drawn_val_{name}.bin") for name in ("loose", "aligned")]
+    if kind == YOUTUBE:  # whose people were chosen from LFW's: tested on their own kind alone
+        return [SetOfPairs.open(faces / f"{name}.bin") for name in ("ytf_val_unaligned", "ytf_val")]
     paths = [data / f"{name}.bin" for name in ("lfw_loose", "lfw_box", "lfw_aligned", "lfw_raw")]
     paths += [data / f"fiw_val_{name}.bin" for name in ("unaligned", "aligned")]
     if faces is not None:
         paths += [faces / "ytf_val_unaligned.bin", faces / "ytf_val.bin"]
     return [SetOfPairs.open(path) for path in paths]
+
+
+def random_tables(**settings: Any) -> Backbone:
+    """KPRPE whose tables start at random instead of zero."""
+    net = get_model("vit_n_kprpe", **settings)
+    for name in net.position_tables():
+        torch.nn.init.normal_(net.get_parameter(name), std=0.1)
+    return net
+
+
+register_backbone("vit_n_kprpe_random_tables", random_tables)
 
 
 def compare(part: str, rec: str, seeds: int, variants: Mapping[str, tuple[str, dict]], **common: Any) -> list[Run]:
@@ -195,11 +195,8 @@ BASES = {
 REAL = {"num_epoch": 8, "augment": MOVED, "base": BASES["real"].folder}
 DRAWN = {"num_epoch": 7, "augment": MOVED_MORE, "base": BASES["drawn"].folder}
 
-# The longest run on real faces: wider, from scratch, its crops moved less.
-BEST = {
-    "num_epoch": 20, "augment": MOVED_MORE, "warmup_epoch": 1.0, "embedding_size": 256, "position_lr_scale": 30.0,
-    "network_kwargs": {"embed_dim": 96, "depth": 4},
-}  # fmt: skip
+SGD = {"optimizer": "sgd", "lr": 0.05, "weight_decay": 0.0005}
+RANDOM = {"network": "vit_n_kprpe_random_tables"}
 
 PARTS: dict[str, list[Run]] = {
     "base": list(BASES.values()),
@@ -225,11 +222,23 @@ PARTS: dict[str, list[Run]] = {
             for s, m in ((64.0, 0.2), (16.0, 0.1), (24.0, 0.2))
         }, num_epoch=2, augment=SLIGHTLY,
     ),
-    "best": [Run("best", "KPRPE best", "KPRPE", 0, "fiw_unaligned", BEST)],
     "variants": compare(
         "drawn", "drawn_loose", 1, {"KPRPE x30, no warm-up": kprpe(warmup_epoch=0.0)}
         | {f"KPRPE x30, {what} shared": kprpe(kprpe_sharing=what) for what in ("layers", "heads", "both")}
         | {f"KPRPE x30, {k} points": kprpe(num_keypoints=k) for k in (2, 3, 4)}, **DRAWN,
+    ),
+    "optimizer": compare(
+        "optimizer", "drawn_loose", 1, {
+            "ViT SGD": ("ViT", SGD), "KPRPE x1, SGD": ("KPRPE", SGD),
+            "KPRPE x30, SGD": ("KPRPE", {"position_lr_scale": 30.0, **SGD}),
+            "KPRPE x300, SGD": ("KPRPE", {"position_lr_scale": 300.0, **SGD}),
+            "KPRPE x1, random start": ("KPRPE", RANDOM),
+            "KPRPE x30, random start": ("KPRPE", {"position_lr_scale": 30.0, **RANDOM}),
+        }, **DRAWN,
+    ),
+    # Faces of other people, aligned, and moved in training.
+    "youtube": compare(
+        "youtube", YOUTUBE, 3, rates(0.002) | scaled("KPRPE", 30), **{**REAL, "num_epoch": 20}
     ),
     "long": compare("long", "drawn_loose", 1, rates(0.002) | scaled("KPRPE", 1, 30), **{**DRAWN, "num_epoch": 28}),
 }  # fmt: skip
@@ -245,7 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    run_parts(options.parts, options.data, options.faces, options.out)
+    try:
+        run_parts(options.parts, options.data, options.faces, options.out)
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

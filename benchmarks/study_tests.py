@@ -21,6 +21,7 @@ from insightface_kprpe.inference.embedding import embed_images
 from insightface_kprpe.inference.models import Embedder
 
 SIZE = 112
+ALIGNED = ("lfw_aligned", "drawn_val_aligned", "ytf_val")  # one of these is moved
 # How a test is made harder. Every crop is moved by the same amount in a direction of its own.
 MOVES = {
     "rotation": (15.0, 30.0, 45.0),  # degrees, either way
@@ -77,7 +78,7 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Verification accuracy in percent by test, and the cosine of every pair.
 
-    Beside the cosines, ``SET/is_same`` and ``SET/people`` are the pairs of each set.
+    Next to the cosines, ``SET/is_same`` and ``SET/people`` are the pairs of each set.
 
     The first set is also tested with wrong keypoints, where the network uses them; for other networks, with its crops
     turned onto the template by right and noisy ones. The second is shrunk, the aligned one moved.
@@ -102,7 +103,7 @@ def measure(
             test(f"{first.name}, aligned first, {name}", align(replace(first, keypoints=keypoints)))
     for side in RESOLUTIONS:
         test(f"{tests[1].name}, {side} px", replace(tests[1], images=shrink(tests[1].images, side)))
-    aligned = next(tested for tested in tests if tested.name in ("lfw_aligned", "drawn_val_aligned"))
+    aligned = next(tested for tested in tests if tested.name in ALIGNED)
     for kind, amounts in MOVES.items():
         for amount in amounts:
             test(f"{aligned.name}, {kind} {amount:g}", move(aligned, kind, amount))
@@ -138,7 +139,7 @@ def shrink(images: np.ndarray, side: int) -> np.ndarray:
 
 
 def move(tested: SetOfPairs, kind: str, amount: float, seed: int = 1) -> SetOfPairs:
-    """Move every crop about its centre, its keypoints along with it, by one amount each in a random direction."""
+    """Move every crop about its center, its keypoints along with it, by one amount each in a random direction."""
     matrix = move_matrix(len(tested.images), kind, amount, seed)
     images = to_network_input(torch.from_numpy(tested.images).permute(0, 3, 1, 2))
     parts = zip(images.split(64), matrix.split(64), strict=True)

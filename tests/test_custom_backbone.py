@@ -93,7 +93,7 @@ class Contradiction(Looking):
     [
         (lambda: nn.Linear(2, 2), "must be an insightface_kprpe.backbones.Backbone, got Linear"),
         (NoSize, "must set img_size to a positive integer, got None"),
-        (Contradiction, "must set needs_keypoints where it sets finds_keypoints"),
+        (Contradiction, "must set needs_keypoints if it sets finds_keypoints"),
     ],
 )
 def test_what_does_not_keep_to_the_interface_is_refused(build, message):

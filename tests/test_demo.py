@@ -82,7 +82,7 @@ def test_a_report_has_every_face_of_every_photo(app, photos):
     ]  # fmt: skip
     np.testing.assert_allclose(report.similarity, embeddings @ embeddings.T, atol=1e-5)
     assert report.notes[0] == "dark.png: no face found"
-    assert report.notes[1].startswith("torn.jpg: could not be read as a picture") and len(report.notes) == 2
+    assert report.notes[1].startswith("torn.jpg: could not be read as an image") and len(report.notes) == 2
     assert [caption for _, caption in report.photos] == ["two.png: 2 faces", "one.png: 1 face", "dark.png: 0 faces"]
     drawn, original = report.photos[0][0], cv2.imread(str(photos[0]))[..., ::-1]
     assert drawn.shape == original.shape and (drawn != original).any()
@@ -282,7 +282,7 @@ def test_photos_dropped_on_the_page_are_shown(demo, browser, photos, tmp_path):
         files.send_keys("\n".join(map(str, photos)))
         # three photos, the crops, the matrix, and two pictures of attention
         until(lambda: len(pictures()) == 7)
-        assert "dark.png: no face found" in text() and "torn.jpg: could not be read as a picture" in text()
+        assert "dark.png: no face found" in text() and "torn.jpg: could not be read as an image" in text()
         table = text().partition("embedding norm")[2]
         assert table.count("two.png") == 2 and table.count("one.png") == 1
         folder = Path(os.environ["GRADIO_TEMP_DIR"])

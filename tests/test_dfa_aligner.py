@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from insightface_kprpe.dfa import DFA, RETINAFACE, AlignedFace
 from insightface_kprpe.dfa.aligner import align, canonical_keypoints, fit_to_square, plausible
-from insightface_kprpe.geometry import CANONICAL_KEYPOINTS
+from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, similarity_transform, theta_from_similarity
 
 CANONICAL = torch.tensor(CANONICAL_KEYPOINTS)
 
@@ -94,6 +94,38 @@ def test_any_size_is_the_square_one_in_other_coordinates(facing, shape, padding_
     torch.testing.assert_close(face.score, square.score)
     # the aligned faces differ by the resampling only
     torch.testing.assert_close(face.aligned_keypoints, square.aligned_keypoints, atol=1e-4, rtol=0)
+
+
+def published_aligned(images, keypoints, padding_ratio):
+    """What CVLface samples, in plain steps: pad, resize to 160 pixels, corners on corners, and warp."""
+    height, width = images.shape[-2:]
+    around = int(max(height, width) * padding_ratio)
+    left, top = around + max(0, (height - width) // 2), around + max(0, (width - height) // 2)
+    side = max(height, width) + 2 * around
+    padded = torch.full((len(images), 3, side, side), -1.0)
+    padded[:, :, top : top + height, left : left + width] = images
+    square = F.interpolate(padded, size=(160, 160), mode="bilinear", align_corners=True)
+    points = (keypoints * torch.tensor([width, height]) + torch.tensor([left, top])) / side * 160
+    theta = theta_from_similarity(similarity_transform(points, CANONICAL * 112), 160, 112)
+    grid = F.affine_grid(theta, [len(images), 3, 112, 112], align_corners=True)
+    return F.grid_sample(square + 1, grid, align_corners=True) - 1, theta
+
+
+@pytest.mark.parametrize("shape", [(112, 112), (90, 141), (200, 123)])
+@pytest.mark.parametrize("padding_ratio", [0.0, 0.215])
+def test_aligned_face_of_the_published_code(facing, shape, padding_ratio):
+    facing.padding_ratio = padding_ratio
+    images = torch.rand(2, 3, *shape) * 2 - 1
+    with torch.no_grad():
+        ours = facing(images)
+        facing.aligned_from = "square"
+        published = facing(images)
+    aligned, theta = published_aligned(images, ours.keypoints, padding_ratio)
+    torch.testing.assert_close(published.aligned, aligned, atol=1e-4, rtol=0)
+    torch.testing.assert_close(published.theta, theta, atol=1e-5, rtol=0)
+    assert (published.aligned - ours.aligned).abs().mean() > 0.01  # the images are noise, which resizing blurs
+    for name in ("keypoints", "score", "bbox"):
+        torch.testing.assert_close(getattr(published, name), getattr(ours, name))
 
 
 def test_landmarks_land_on_the_template():
@@ -257,11 +289,13 @@ def test_bad_arguments():
         DFA(padding_ratio=-0.1)
     with pytest.raises(ValueError, match="missing"):
         DFA({"body.conv1.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="aligned_from must be one of crop, square, got 'network'"):
+        DFA(aligned_from="network")
     with pytest.raises(FileNotFoundError, match="not found"):
         DFA("nowhere.pt")
 
 
-def test_canonical_keypoints_are_centred():
+def test_canonical_keypoints_are_centered():
     for width, height in itertools.product((80, 112), (80, 112)):
         points = canonical_keypoints(width, height) * torch.tensor([width, height])
         offset = torch.tensor([(max(width, height) - width) // 2, (max(width, height) - height) // 2])

@@ -26,11 +26,11 @@ def test_save_and_load(gallery, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no gallery", b"PK\x03\x04 nor this", b"\x80\x04N."])
 def test_other_files_are_no_galleries(tmp_path, content):
     (tmp_path / "people.npz").write_bytes(content)
-    with pytest.raises(ValueError, match="is no gallery, or a damaged one") as error:
+    with pytest.raises(ValueError, match="is not a gallery, or is damaged") as error:
         FileGallery.load(tmp_path / "people.npz")
     assert "pickle" not in str(error.value)
     np.savez(tmp_path / "pickled.npz", names=np.array([{}], dtype=object), model="")
-    with pytest.raises(ValueError, match="is no gallery"):
+    with pytest.raises(ValueError, match="is not a gallery"):
         FileGallery.load(tmp_path / "pickled.npz")
     with pytest.raises(FileNotFoundError, match="gallery not found"):
         FileGallery.load(tmp_path / "absent.npz")
@@ -74,7 +74,7 @@ def write_gallery(path, save=np.savez, **changed):
 )
 def test_damaged_galleries_say_what_is_wrong(tmp_path, changed, message):
     path = write_gallery(tmp_path / "people.npz", **changed)
-    with pytest.raises(ValueError, match=r"people\.npz is no gallery, or a damaged one: " + message):
+    with pytest.raises(ValueError, match=r"people\.npz is not a gallery, or is damaged: " + message):
         FileGallery.load(path)
 
 

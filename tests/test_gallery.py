@@ -30,7 +30,7 @@ def place(gallery_place):
 
 
 def test_search_names_the_most_similar_person(place):
-    """Ann is the mean of her pictures, weighted by quality."""
+    """Ann is the mean of her images, weighted by quality."""
     with reading(place) as gallery:
         (ann, bob), (only,) = (
             gallery.search(np.float32([[5, 1, 0]]), top=5)[0],
@@ -161,12 +161,12 @@ def test_dropped_pictures_count_nothing(place):
 
 def test_what_cannot_be_compared_is_not_added(place):
     with editing(place) as gallery:
-        for row, message in ((np.nan, "must be finite"), (0, "must have a length")):
+        for row, message in ((np.nan, "must be finite"), (0, "must not be zero")):
             with pytest.raises(ValueError, match=message):
                 gallery.add(["Eve"], np.float32([[row, 0, 0]]), [1.0], ["e"])
         with pytest.raises(ValueError, match=r"qualities must be in \[0, 1\]"):
             gallery.add(["Eve"], np.float32([[1, 0, 0]]), [1.5], ["e"])
-        with pytest.raises(ValueError, match="must be as many, got 2, 1, 1, 1, 1"):
+        with pytest.raises(ValueError, match="must have the same length, got 2, 1, 1, 1, 1"):
             gallery.add(["Eve", "Eva"], np.float32([[1, 0, 0]]), [1], ["e"])
         assert gallery.people() == {"Ann": 2, "Bob": 1}
 

@@ -1,4 +1,4 @@
-"""What lies beside weights and in packs, with entries of other types or cut off: one sentence that names the file."""
+"""What lies next to weights and in packs, with entries of other types or cut off: one sentence that names the file."""
 
 from __future__ import annotations
 

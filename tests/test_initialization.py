@@ -2,6 +2,7 @@ import logging
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import run_on_ranks
 from test_trainer import TINY, tiny_config, weights
 
@@ -175,6 +176,44 @@ def test_fine_tuning_starts_with_the_class_centers_of_the_same_people(tmp_path):
     for partial_fc in (same, others):
         initialize(make_net(), partial_fc, tmp_path)
     assert torch.equal(same.class_centers, torch.cat(centers)) and torch.equal(others.class_centers, before)
+
+
+def start_from_run(rank, folder, classes):
+    torch.manual_seed(rank)
+    partial_fc = PartialFC(AdaFace(), SIZE, classes)
+    before = partial_fc.class_centers.detach().clone()
+    group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    initialize(make_net(), partial_fc, folder, group=group)
+    return {"centers": partial_fc.class_centers.detach(), "before": before, **dict(partial_fc.named_buffers())}
+
+
+def write_run(folder):
+    """A run's folder with one checkpoint; returns its PartialFC."""
+    torch.manual_seed(7)
+    state = build_state(
+        load_config("quickstart"), make_net(), PartialFC(AdaFace(), SIZE, CLASSES), SCHEDULE, torch.device("cpu")
+    )
+    state.loss.margin_loss.batch_mean.fill_(12.5)
+    Checkpointer(folder).save(3, state, SCHEDULE)
+    return state.loss
+
+
+def test_fine_tuning_starts_with_the_class_centers_of_a_run(tmp_path, caplog):
+    saved = write_run(tmp_path)
+    with caplog.at_level(logging.INFO):
+        same, others = start_from_run(0, tmp_path, CLASSES), start_from_run(0, tmp_path, CLASSES + 1)
+    assert torch.equal(same["centers"], saved.class_centers) and same["margin_loss.batch_mean"] == 12.5
+    assert torch.equal(others["centers"], others["before"]) and others["margin_loss.batch_mean"] != 12.5
+    assert "its 7 class centers are used too" in caplog.text and "are of other people" in caplog.text
+
+
+@pytest.mark.slow
+def test_ranks_start_with_their_class_centers_of_a_run(tmp_path):
+    saved = write_run(tmp_path)
+    started = run_on_ranks(start_from_run, 2, tmp_path, CLASSES)
+    assert [len(part["centers"]) for part in started] == [4, 3]
+    assert torch.equal(torch.cat([part["centers"] for part in started]), saved.class_centers)
+    assert all(part["margin_loss.batch_mean"] == 12.5 for part in started)
 
 
 def test_the_trainer_starts_from_and_writes_plain_state_dicts(tmp_path):

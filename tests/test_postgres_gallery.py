@@ -65,16 +65,16 @@ def printed(*arguments):
 def test_nothing_that_is_printed_holds_the_password(postgres, tmp_path):
     address = postgres.empty_database()
     (tmp_path / "photos").mkdir()
-    nothing = "holds no gallery; make one with insightface-kprpe gallery add"
+    nothing = "has no gallery; create one with insightface-kprpe gallery add"
     before = printed("gallery", "list", address)
     with editing(address) as gallery:
         gallery.add(["Ann"], np.ones((1, 4)), [1.0], ["a"])
         gallery.commit()
     outputs = {
-        "postgresql://tester@/postgres: 1 person, 1 picture": printed("gallery", "list", address),
+        "postgresql://tester@/postgres: 1 person, 1 image": printed("gallery", "list", address),
         "nobody in the gallery is named 'Bob'": printed("gallery", "remove", address, "Bob"),
-        "tester@/postgres: Ann removed (1 picture), 0 people left": printed("gallery", "remove", address, "Ann"),
-        "holds no pictures": printed("gallery", "add", address, str(tmp_path / "photos")),
+        "tester@/postgres: Ann removed (1 image), 0 people left": printed("gallery", "remove", address, "Ann"),
+        "no images in": printed("gallery", "add", address, str(tmp_path / "photos")),
         "password authentication failed": printed("gallery", "list", postgres.address("postgres", "s3cret-and-wrong")),
         'database "absent" does not exist': printed("gallery", "list", postgres.address("absent")),
     }

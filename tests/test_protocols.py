@@ -35,7 +35,7 @@ PEOPLE, FRAMES = 6, 4  # two templates of two frames each a person
 
 
 class Thumbnail(Backbone):
-    """Its embedding is a small picture of the crop: good enough to tell drawn people apart somewhat."""
+    """Its embedding is a small image of the crop: good enough to tell drawn people apart somewhat."""
 
     img_size, num_features, needs_keypoints = 112, 202, True
 
@@ -156,7 +156,7 @@ def test_missing_and_damaged_images(ijb_folder, embed):
 def test_identification_does_not_vanish_without_a_word(ijb_folder, embed, caplog):
     (ijb_folder / "meta" / "ijbc_1N_probe_mixed.csv").unlink()
     (result,) = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions())
-    assert "1:N is not measured: no ijbc_1N_probe_mixed.csv in " in caplog.text
+    assert "skipping 1:N: no ijbc_1N_probe_mixed.csv in " in caplog.text
     assert result.settings["1:N"].startswith("not measured: no ijbc_1N_probe_mixed.csv")
     for gallery in ("G1", "G2"):
         (ijb_folder / "meta" / f"ijbc_1N_gallery_{gallery}.csv").unlink()
@@ -181,7 +181,7 @@ def rewrite(path, change):
         ("1N_probe_mixed.csv", lambda text: text + "998,1,x.jpg\n", "probe names templates .*: 998"),
         ("1N_gallery_G2.csv", lambda text: text + "997,77,x.jpg\n", "gallery G2 names templates .*: 997"),
         ("1N_gallery_G1.csv", lambda text: text.replace(",1,", ",91,").replace(",0,", ",90,").replace(",2,", ",92,"),
-         "gallery G1 holds no subject of the probes"),
+         "gallery G1 holds none of the probes' subjects"),
     ],
 )  # fmt: skip
 def test_lists_that_do_not_fit_are_refused_before_anything_is_embedded(ijb_folder, name, change, message):
@@ -407,7 +407,7 @@ def test_command_line_of_ijb_with_the_flags_of_arcface_torch(ijb_folder, weights
     assert f"mine, {FUSION_METHODS[0]}-IJBC" in theirs[2] and theirs[2].split("|")[6].strip() == f"{value:.2f}"
     with pytest.raises(ValueError, match="once"):
         call("evaluate", "ijb", ijb_folder, *flags)
-    with pytest.raises(ValueError, match="is said to be vit_s"):
+    with pytest.raises(ValueError, match="claims to be vit_s"):
         call("evaluate", "ijb", *flags, "--network", "vit_s")
 
 
@@ -468,5 +468,5 @@ def test_faces_without_landmarks_are_missing_ones(tmp_path, caplog):
     assert f"3 of 4 faces have no landmarks (first: {tmp_path / 'a.png'})" in caplog.text
     assert aligned[0].shape == (112, 112, 3) and np.isfinite(aligned.keypoints).all()
     for index in (1, 2, 3):
-        with pytest.raises(ValueError, match=r"a\.png: its landmarks coincide, there is nothing to align by"):
+        with pytest.raises(ValueError, match=r"a\.png: its landmarks coincide, so it cannot be aligned"):
             aligned[index]

@@ -7,11 +7,11 @@ import insightface_kprpe as ik
 from insightface_kprpe.data.landmark_dataset import UNKNOWN
 from insightface_kprpe.dfa import DFA, load_dfa
 from insightface_kprpe.quickstart.landmarks import DrawnScenes, landmark_error, train_both
-from insightface_kprpe.quickstart.run import with_aligner
+from insightface_kprpe.quickstart.run import last_accuracies, with_aligner
 from insightface_kprpe.training.config import dump_config, load_config
 
 
-def test_drawn_scenes_are_labelled_and_drawn_once():
+def test_drawn_scenes_are_labeled_and_drawn_once():
     scenes = DrawnScenes(8, 96, face_size=(40, 60), faceless=4)
     assert len(scenes) == 8
     face, nobody = scenes[0], scenes[3]
@@ -29,6 +29,12 @@ def test_landmark_error_of_an_aligner_that_knows_nothing():
     error, template = landmark_error(DFA().eval(), first_identity=5, people=4)
     assert 0.08 < template < 0.25  # loose crops: the face is anywhere
     assert error > 0.08
+
+
+def test_last_accuracies_are_fractions(tmp_path):
+    rows = ['{"step": 1, "accuracy/a": 50.0}', '{"step": 2, "loss": 3.5}', '{"step": 2, "accuracy/a": 83.8}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    assert last_accuracies(tmp_path) == {"a": pytest.approx(0.838)}
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 import insightface_kprpe as ik
 from insightface_kprpe import cli
-from insightface_kprpe.app import enrolment, recognition
+from insightface_kprpe.app import enrollment, recognition
 from insightface_kprpe.app.file_gallery import FileGallery
 from insightface_kprpe.app.gallery import Match
 from insightface_kprpe.app.pictures import read_picture, write_picture
@@ -27,7 +27,7 @@ PEOPLE = {"Ann": (5, 5), "Bob": (14, 20), "Cid": (25, 9)}
 
 @pytest.fixture
 def people(tmp_path):
-    """Whom the tiny recogniser tells apart by colour: folders, a single picture, and one without a face."""
+    """Whom the tiny recognizer tells apart by color: folders, a single image, and one without a face."""
     for number, (name, cell) in enumerate(PEOPLE.items()):
         for picture in range(1 if name == "Cid" else 3):
             image = tiny.draw_picture([cell], seed=picture)
@@ -40,45 +40,45 @@ def people(tmp_path):
     cv2.imwrite(str(tmp_path / "people" / "Ann" / "dark.png"), tiny.draw_picture([], seed=9))
     (tmp_path / "people" / ".hidden").mkdir()
     (tmp_path / "people" / ".hidden" / "x.png").write_bytes(b"")
-    (tmp_path / "people" / "notes.txt").write_text("no picture")
+    (tmp_path / "people" / "notes.txt").write_text("no image")
     tiny.write_pack(tmp_path)
     return tmp_path / "people"
 
 
 def test_people_of_a_folder(people, tmp_path):
-    found = enrolment.people_of_folder(people)
+    found = enrollment.people_of_folder(people)
     assert [(name, path.name) for name, path in found] == [
         ("Ann", "0.png"), ("Ann", "1.png"), ("Ann", "2.png"), ("Ann", "dark.png"),
         ("Bob", "0.png"), ("Bob", "1.png"), ("Bob", "2.png"), ("Cid", "Cid.png"),
     ]  # fmt: skip
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no pictures"):
-        enrolment.people_of_folder(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no images in"):
+        enrollment.people_of_folder(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="folder of people not found"):
-        enrolment.people_of_folder(tmp_path / "absent")
+        enrollment.people_of_folder(tmp_path / "absent")
 
 
 def test_enrolled_people_are_named(people, tmp_path, monkeypatch):
     app = recognition.open_pack("tiny", tmp_path, **tiny.CPU)
     gallery = FileGallery()
     saved = []
-    monkeypatch.setattr(enrolment, "_PICTURES_AT_A_TIME", 3)
-    monkeypatch.setattr(enrolment, "_PICTURES_A_SAVE", 4)
+    monkeypatch.setattr(enrollment, "_PICTURES_AT_A_TIME", 3)
+    monkeypatch.setattr(enrollment, "_PICTURES_A_SAVE", 4)
     monkeypatch.setattr(FileGallery, "commit", lambda self: saved.append(len(self.names)))
-    pictures = enrolment.people_of_folder(people)
+    pictures = enrollment.people_of_folder(people)
     (people / "Bob" / "torn.png").write_bytes((people / "Bob" / "0.png").read_bytes()[:30])
     unreadable = (
-        "could not be read as a picture: 30 bytes of PNG are not a readable image: damaged, or of a kind that the "
+        "could not be read as an image: 30 bytes of PNG are not a readable image: damaged, or in a format that the "
     )
     unreadable += f"installed OpenCV {cv2.__version__} does not read; remove or replace it"
     left_out = {people / "Ann" / "dark.png": "no face found", people / "Bob" / "torn.png": unreadable}
     pictures.append(("Bob", people / "Bob" / "torn.png"))
-    first = enrolment.enrol(app, gallery, pictures)
-    assert first == enrolment.Enrolled(added=7, left_out=left_out)
+    first = enrollment.enroll(app, gallery, pictures)
+    assert first == enrollment.Enrolled(added=7, left_out=left_out)
     assert saved == [5, 7] and gallery.people() == {"Ann": 3, "Bob": 3, "Cid": 1}
     passed_over = {path: name for name, path in pictures if path not in left_out}
-    again = enrolment.enrol(app, gallery, pictures)
-    assert again == enrolment.Enrolled(passed_over=passed_over, left_out=left_out)
+    again = enrollment.enroll(app, gallery, pictures)
+    assert again == enrollment.Enrolled(passed_over=passed_over, left_out=left_out)
     assert len(gallery.names) == 7 and saved == [5, 7]  # none twice
 
     photo = read_picture(people / "Bob" / "1.png")
@@ -93,7 +93,7 @@ def test_enrolled_people_are_named(people, tmp_path, monkeypatch):
 
 def test_a_gallery_belongs_to_a_model(people, tmp_path):
     gallery = FileGallery()
-    enrolment.enrol(recognition.open_pack("tiny", tmp_path, **tiny.CPU), gallery, [("Cid", people / "Cid.png")])
+    enrollment.enroll(recognition.open_pack("tiny", tmp_path, **tiny.CPU), gallery, [("Cid", people / "Cid.png")])
     unaligned = recognition.open_pack("tiny", tmp_path, aligned=False, **tiny.CPU)
     tiny.write_pack(tmp_path, "plain", twin=False)
     plain = recognition.open_pack("plain", tmp_path, **tiny.CPU)
@@ -150,11 +150,11 @@ def test_pictures_from_and_to_files(tmp_path):
     for name in ("out.txt", "out", "out.gif"):
         with pytest.raises(ValueError, match=name + r" must end in one of \.jpg, .*\.tiff"):
             write_picture(tmp_path / name, image)
-    for content in (b"", b"no picture"):
+    for content in (b"", b"no image"):
         (tmp_path / "bad.jpg").write_bytes(content)
-        with pytest.raises(ValueError, match="could not be read as a picture"):
+        with pytest.raises(ValueError, match="could not be read as an image"):
             read_picture(tmp_path / "bad.jpg")
-    with pytest.raises(FileNotFoundError, match="picture not found"):
+    with pytest.raises(FileNotFoundError, match="image not found"):
         read_picture(tmp_path / "absent.jpg")
 
 
@@ -165,12 +165,12 @@ def call(*arguments):
 def test_command_line(people, gallery_place, tmp_path):
     index, pack = gallery_place, ("--pack", "tiny", "--root", tmp_path)
     result = call("gallery", "add", index, people, *pack)
-    assert "7 pictures added, 3 people\n" in result.output and "dark.png: left out, no face found" in result.output
+    assert "7 images added, 3 people\n" in result.output and "dark.png: left out, no face found" in result.output
     result = call("gallery", "add", index, people / "Cid.png", "--name", "Dee", *pack)
-    assert "0 pictures added, 3 people, 1 passed over: already in the gallery (as Cid)\n" in result.output
+    assert "0 images added, 3 people, 1 skipped: already in the gallery (as Cid)\n" in result.output
     result = call("gallery", "add", tmp_path / "one.npz", people / "Cid.png", "--name", "Dee", *pack)
-    assert "1 picture added, 1 person\n" in result.output
-    with pytest.raises(ValueError, match="none of its pictures could be added"):
+    assert "1 image added, 1 person\n" in result.output
+    with pytest.raises(ValueError, match="none of its images could be added"):
         call("gallery", "add", tmp_path / "none.npz", people / "Ann" / "dark.png", "--name", "Dee", *pack)
     assert not (tmp_path / "none.npz").exists()
     assert [line.split() for line in call("gallery", "list", index).output.splitlines()[:3]] == [
@@ -181,14 +181,14 @@ def test_command_line(people, gallery_place, tmp_path):
         assert "1 face, gallery of 3 people, threshold 0.300" in result.output
         assert "  1  Bob " in result.output and "quality" in result.output
         assert (read_picture(tmp_path / "named.png") != read_picture(people / "Bob" / "1.png")).any()
-    assert "Bob removed (3 pictures), 2 people left" in call("gallery", "remove", index, "Bob").output
+    assert "Bob removed (3 images), 2 people left" in call("gallery", "remove", index, "Bob").output
     result = call("recognize", index, people / "Bob" / "1.png", "--threshold", "1.01", *pack)
     assert "unknown" in result.output and "(nearest: " in result.output
-    with pytest.raises(FileNotFoundError, match="pack not found.* which holds tiny; --root"):
+    with pytest.raises(FileNotFoundError, match="pack not found.* which holds tiny; use --root"):
         call("recognize", index, people / "Cid.png", "--pack", "absent", "--root", tmp_path)
     with pytest.raises(ValueError, match="named must end in one of"):  # before anything is opened
         call(
             "recognize", index, people / "Cid.png", "--out", tmp_path / "named", "--pack", "absent", "--root", tmp_path
         )
-    with pytest.raises(FileNotFoundError, match="pictures not found"):
+    with pytest.raises(FileNotFoundError, match="images not found"):
         call("gallery", "add", index, tmp_path / "absent", "--name", "Eve", *pack)

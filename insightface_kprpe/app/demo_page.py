@@ -62,7 +62,7 @@ class Demo:
         return report, notes, report.photos, report.rows, crops_picture(report), matrix
 
     def show_maps(self, report: PhotoReport | None, number: int | None, point: str) -> list:
-        """The two pictures of attention; None where there is no such face (any more)."""
+        """The two images of attention; None where there is no such face (any more)."""
         if report is None or number is None or number > len(report.crops):
             return [None, None]
         return attention_pictures(report, number, point, self.kprpe, self.plain)
@@ -93,7 +93,12 @@ def build_page(demo: Demo) -> Any:
             kinds = sorted(readable_suffixes())
             files = gr.File(label="photos", file_count="multiple", file_types=kinds, scale=2, height=180)
             threshold = gr.Slider(
-                0, 1, demo.threshold, step=0.01, label="threshold", info="cosine from which on two faces are one person"
+                0,
+                1,
+                demo.threshold,
+                step=0.01,
+                label="threshold",
+                info="minimum cosine similarity of one person's faces",
             )
         notes = gr.Markdown()
         with gr.Column(visible=False) as results:
@@ -102,7 +107,7 @@ def build_page(demo: Demo) -> Any:
             table = gr.Dataframe(headers=list(COLUMNS), interactive=False, wrap=True, show_label=False)
             gr.Markdown(
                 "## What the recognition model sees\n"
-                "Quality, 0 to 1: how close the keypoints are to the template's, times the score of whoever found them."
+                "Quality, 0 to 1: how close the keypoints are to the template's, times the score of their detector."
             )
             crops = _picture(gr)
             gr.Markdown("## How similar the faces are\nThe cosine of every two; framed from the threshold on.")
@@ -133,7 +138,7 @@ def _picture(gr: ModuleType) -> Any:
 
 
 def _add_maps(gr: ModuleType, demo: Demo, report: Any) -> tuple[Any, Callable, list, list]:
-    """The part of the page about attention: whose, and how its pictures are made of what."""
+    """The part of the page about attention: whose, and how its images are made of what."""
     gr.Markdown("## Where the network looks\nThe red star is the query, circles are the keypoints, darker is more.")
     with gr.Row():
         face = gr.Dropdown([], label="face", info="its number above")

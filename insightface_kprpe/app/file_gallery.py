@@ -22,10 +22,10 @@ _UNIT = 1e-3  # how far from 1 the length of a stored row may be
 
 
 class FileGallery(Gallery):
-    """A gallery in memory, one row a picture; :meth:`commit` writes it to its file, where it has one.
+    """A gallery in memory, one row per image; :meth:`commit` writes it to its file, where it has one.
 
     Args:
-        model: what tells the recognition model apart whose embeddings these are; "" in a new gallery.
+        model: identifies the recognition model of the embeddings; "" in a new gallery.
         path: its file, which need not be there yet; None: it lives in memory alone.
     """
 
@@ -47,9 +47,9 @@ class FileGallery(Gallery):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no gallery, or damaged.
+            ValueError: it is not a gallery, or damaged.
         """
-        path = user_file(path, "gallery", "make one with insightface-kprpe gallery add")
+        path = user_file(path, "gallery", "create one with insightface-kprpe gallery add")
         gallery = cls(path=path)
         try:
             arrays = read_npz(path, ("model", *_FIELDS), _CONTENT_FIELDS)
@@ -59,13 +59,13 @@ class FileGallery(Gallery):
             gallery._complete(with_content=len(arrays) > len(_FIELDS))
         except ValueError as error:
             raise ValueError(
-                f"{path} is no gallery, or a damaged one: {error}; add its people to a new one with insightface-kprpe "
+                f"{path} is not a gallery, or is damaged: {error}; add its people to a new one with insightface-kprpe "
                 "gallery add"
             ) from error
         return gallery
 
     def _complete(self, with_content: bool) -> None:
-        """Check what was read, and fill in what old galleries do not have."""
+        """Check what was read, and fill in what old galleries lack."""
         count = len(self.embeddings) if self.embeddings.ndim else 0
         if not with_content:
             self.digests, self.sizes, self.times = np.full(count, ""), np.full(count, -1), np.full(count, -1)
@@ -78,7 +78,7 @@ class FileGallery(Gallery):
                 )
         if self.embeddings.ndim != 2 or self.embeddings.dtype != np.float32:
             raise ValueError(f"embeddings must be (N, D) float32, got {self.embeddings.shape} {self.embeddings.dtype}")
-        # Compared so that NaN is wrong, too.
+        # Written so that NaN fails, too.
         lengths = np.sqrt(np.einsum("nd,nd->n", self.embeddings, self.embeddings, dtype=np.float64))
         wrong = np.flatnonzero(~(np.abs(lengths - 1) <= _UNIT))
         if len(wrong):
@@ -104,21 +104,21 @@ class FileGallery(Gallery):
         return self.embeddings.shape[1] if len(self.names) else None
 
     def people(self) -> dict[str, int]:
-        """How many pictures there are of each person, in the order of their names."""
+        """How many images there are of each person, in the order of their names."""
         return dict(sorted(Counter(self.names.tolist()).items()))
 
     def from_sources(self, sources: Collection[str]) -> list[Picture]:
-        """The pictures that came from one of these places."""
+        """The images that came from one of these places."""
         wanted = set(sources)
         return [self._picture(row) for row, source in enumerate(self.sources.tolist()) if source in wanted]
 
     def with_digests(self, digests: Collection[str]) -> list[Picture]:
-        """The pictures whose files had one of these digests."""
+        """The images whose files had one of these digests."""
         wanted = set(digests)
         return [self._picture(row) for row, digest in enumerate(self.digests.tolist()) if digest in wanted]
 
     def below(self, folder: str | Path) -> list[Picture]:
-        """The pictures that came from this folder or its sub-folders, or from this file."""
+        """The images that came from this folder or its sub-folders, or from this file."""
         rows = enumerate(self.sources.tolist())
         return [self._picture(row) for row, source in rows if Path(source).is_relative_to(folder)]
 
@@ -127,7 +127,7 @@ class FileGallery(Gallery):
         return Picture(row, str(self.names[row]), str(self.sources[row]), content)
 
     def replace(self, pictures: Collection[Picture]) -> None:
-        """Change name, source and content of the pictures that have the keys of these; their embeddings stay."""
+        """Change name, source and content of the images that have the keys of these; their embeddings stay."""
         names, sources, digests = self.names.tolist(), self.sources.tolist(), self.digests.tolist()
         for key, name, source, content in pictures:
             names[key], sources[key], digests[key] = nfc(name), source, content.digest
@@ -136,7 +136,7 @@ class FileGallery(Gallery):
         self._changed()
 
     def drop(self, pictures: Collection[Picture]) -> None:
-        """Forget pictures."""
+        """Forget images."""
         gone = np.zeros(len(self.names), dtype=bool)
         gone[[picture.key for picture in pictures]] = True
         self._keep(~gone)
@@ -170,7 +170,7 @@ class FileGallery(Gallery):
         }
         for field, values in new.items():
             old = getattr(self, field)
-            # Texts of other lengths are of other types.
+            # String types of other lengths differ.
             values = np.asarray(values, dtype=np.str_ if old.dtype.kind == "U" else old.dtype)
             setattr(self, field, np.concatenate([old, values]))
         self._changed()
@@ -180,7 +180,7 @@ class FileGallery(Gallery):
 
     @functools.cached_property
     def templates(self) -> tuple[np.ndarray, np.ndarray]:
-        """(T,) people and (T, D) float32 unit embeddings: the mean of a person's pictures, weighted by quality."""
+        """(T,) people and (T, D) float32 unit embeddings: the mean of a person's images, weighted by quality."""
         names, person = np.unique(self.names, return_inverse=True)
         if len(names) == len(self.names):
             return self.names, self.embeddings

@@ -25,7 +25,7 @@ def reading(place: str | Path) -> Iterator[Gallery]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no gallery, or damaged, or the address leads to none.
+        ValueError: the file is not a gallery, or damaged, or the address leads to none.
         ImportError: the extra ``postgres`` is missing.
     """
     if not is_address(place):
@@ -43,7 +43,7 @@ def editing(place: str | Path) -> Iterator[Gallery]:
         place: its file, or its address, postgresql://...
 
     Raises:
-        ValueError: the file is no gallery, or damaged, or the address leads to no database.
+        ValueError: the file is not a gallery, or damaged, or the address leads to no database.
         ImportError: the extra ``postgres`` is missing.
     """
     if is_address(place):

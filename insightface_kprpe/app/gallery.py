@@ -22,7 +22,7 @@ class Match(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What tells the content of a picture file apart: its SHA-256; size and time of the last change save reading it."""
+    """Identifies the content of an image file: its SHA-256; size and modification time avoid reading it again."""
 
     digest: str = ""
     size: int = -1
@@ -30,7 +30,7 @@ class Content(NamedTuple):
 
     @classmethod
     def of(cls, path: Path, known: Content | None = None) -> Content:
-        """The content of a file, which is read unless it has the size and the time of what is ``known`` of it."""
+        """The content of a file, which is read unless its size and time match those in ``known``."""
         status = path.stat()
         size, time = status.st_size, status.st_mtime_ns
         if known is not None and known.digest and (size, time) == known[1:]:
@@ -39,7 +39,7 @@ class Content(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture in a gallery: whose it is, where it came from, and what is known of that file."""
+    """An image in a gallery: whose it is, where it came from, and what is known of that file."""
 
     key: int  # tells it from the gallery's others, until some are dropped
     name: str
@@ -48,13 +48,13 @@ class Picture(NamedTuple):
 
 
 class Gallery(ABC):
-    """Embeddings of named people, one for each picture.
+    """Embeddings of named people, one for each image.
 
     What is changed is seen at once, and survives from the next :meth:`commit` on.
 
     Attributes:
         place: where it is kept, for messages; a password is no part of it.
-        model: what tells the recognition model apart whose embeddings these are; "" in a new gallery.
+        model: identifies the recognition model of the embeddings; "" in a new gallery.
     """
 
     place: str
@@ -73,14 +73,14 @@ class Gallery(ABC):
         sources: Sequence[str],
         contents: Sequence[Content] | None = None,
     ) -> None:
-        """Add pictures of people.
+        """Add images of people.
 
         Args:
             names: B people.
             embeddings: (B, D) float, of any length.
-            qualities: B numbers in [0, 1], how much each picture counts for its person.
-            sources: B descriptions of where the pictures are.
-            contents: B, what the pictures are; None: unknown.
+            qualities: B numbers in [0, 1], how much each image counts for its person.
+            sources: B descriptions of where the images are.
+            contents: B, what the images are; None: unknown.
 
         Raises:
             ValueError: shapes do not fit, qualities are outside [0, 1], or embeddings are not finite or have no length.
@@ -89,11 +89,11 @@ class Gallery(ABC):
         contents = [Content()] * len(rows) if contents is None else contents
         if not len(names) == len(rows) == len(qualities) == len(sources) == len(contents):
             raise ValueError(
-                "names, embeddings, qualities, sources and contents must be as many, got "
+                "names, embeddings, qualities, sources and contents must have the same length, got "
                 f"{', '.join(str(len(values)) for values in (names, rows, qualities, sources, contents))}"
             )
         if not rows.any(1).all():
-            raise ValueError("embeddings must have a length, got one of zeros")
+            raise ValueError("embeddings must not be zero, got a row of zeros")
         if not all(0 <= quality <= 1 for quality in qualities):
             raise ValueError(f"qualities must be in [0, 1], got {min(qualities):g} to {max(qualities):g}")
         if self.width not in (None, rows.shape[1]):
@@ -108,7 +108,7 @@ class Gallery(ABC):
         """Forget a person.
 
         Returns:
-            How many pictures that were.
+            How many images that were.
 
         Raises:
             ValueError: nobody has that name.
@@ -121,7 +121,7 @@ class Gallery(ABC):
     def search(self, embeddings: np.ndarray, top: int = 1) -> list[list[Match]]:
         """The people most similar to each of some faces; all people are compared.
 
-        A person is the mean of their pictures, weighted by quality.
+        A person is the mean of their images, weighted by quality.
 
         Args:
             embeddings: (B, D) float, of any length.
@@ -142,27 +142,27 @@ class Gallery(ABC):
 
     @abstractmethod
     def people(self) -> dict[str, int]:
-        """How many pictures there are of each person, in the order of their names."""
+        """How many images there are of each person, in the order of their names."""
 
     @abstractmethod
     def from_sources(self, sources: Collection[str]) -> list[Picture]:
-        """The pictures that came from one of these places."""
+        """The images that came from one of these places."""
 
     @abstractmethod
     def with_digests(self, digests: Collection[str]) -> list[Picture]:
-        """The pictures whose files had one of these digests."""
+        """The images whose files had one of these digests."""
 
     @abstractmethod
     def below(self, folder: str | Path) -> list[Picture]:
-        """The pictures that came from this folder or its sub-folders, or from this file."""
+        """The images that came from this folder or its sub-folders, or from this file."""
 
     @abstractmethod
     def replace(self, pictures: Collection[Picture]) -> None:
-        """Change name, source and content of the pictures that have the keys of these; their embeddings stay."""
+        """Change name, source and content of the images that have the keys of these; their embeddings stay."""
 
     @abstractmethod
     def drop(self, pictures: Collection[Picture]) -> None:
-        """Forget pictures."""
+        """Forget images."""
 
     @abstractmethod
     def commit(self) -> None:
@@ -177,11 +177,11 @@ class Gallery(ABC):
         sources: Sequence[str],
         contents: Sequence[Content],
     ) -> None:
-        """Add one or more pictures, with names in composed Unicode and unit rows (B, D) float32."""
+        """Add one or more images, with names in composed Unicode and unit rows (B, D) float32."""
 
     @abstractmethod
     def _remove(self, name: str) -> int:
-        """Forget a person, named in composed Unicode; how many pictures that were."""
+        """Forget a person, named in composed Unicode; how many images that were."""
 
     @abstractmethod
     def _search(self, rows: np.ndarray, top: int) -> list[list[Match]]:

@@ -1,4 +1,4 @@
-"""All that the demo shows of some photos, as pictures and numbers; the page around it is another module's."""
+"""All that the demo shows of some photos, as images and numbers; the page around it is another module's."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def attention_pictures(
         plain: one without, for comparison.
 
     Returns:
-        Both pictures, (H, W, 3) uint8 RGB.
+        Both images, (H, W, 3) uint8 RGB.
 
     Raises:
         ValueError: there is no such face or point, or a network is none that can be drawn.

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 _SCHEMES = ("postgresql:", "postgres:")  # also where the slashes are wrong: such a thing is no file, and may be secret
 _ADVICE = "expected postgresql://USER@HOST:PORT/DATABASE, with % and two digits for special characters of a password"
-# The people's templates are kept beside their pictures, so that a search reads one row a person; and within that row:
+# The people's templates are kept next to their images, so that a search reads one row a person; and within that row:
 # PostgreSQL would put vectors of 2 kB elsewhere, and fetch each of them.
 _TABLES = """
 CREATE TABLE kprpe_gallery (model text NOT NULL);
@@ -70,7 +70,7 @@ def open_postgres(address: str, to_edit: bool) -> Iterator[PostgresGallery]:
         if to_edit:
             gallery.take_turn()
         elif not gallery.exists:
-            raise ValueError(f"{place} holds no gallery; make one with insightface-kprpe gallery add")
+            raise ValueError(f"{place} has no gallery; create one with insightface-kprpe gallery add")
         yield gallery
     finally:
         connection.close()  # what was not committed is undone
@@ -153,20 +153,20 @@ class PostgresGallery(Gallery):
             register_vector(self.connection)
 
     def people(self) -> dict[str, int]:
-        """How many pictures there are of each person, in the order of their names."""
+        """How many images there are of each person, in the order of their names."""
         counted = self._run("SELECT name, count(*) FROM kprpe_pictures GROUP BY name") if self.exists else []
         return dict(sorted(counted))
 
     def from_sources(self, sources: Collection[str]) -> list[Picture]:
-        """The pictures that came from one of these places."""
+        """The images that came from one of these places."""
         return self._pictures("source = ANY(%s)", list(sources))
 
     def with_digests(self, digests: Collection[str]) -> list[Picture]:
-        """The pictures whose files had one of these digests."""
+        """The images whose files had one of these digests."""
         return self._pictures("digest = ANY(%s)", list(digests))
 
     def below(self, folder: str | Path) -> list[Picture]:
-        """The pictures that came from this folder or its sub-folders, or from this file."""
+        """The images that came from this folder or its sub-folders, or from this file."""
         path = str(folder)
         return self._pictures("source = %s OR starts_with(source, %s)", path, path.rstrip(os.sep) + os.sep)
 
@@ -176,14 +176,14 @@ class PostgresGallery(Gallery):
         return [Picture(key, name, source, Content(*content)) for key, name, source, *content in rows]
 
     def replace(self, pictures: Collection[Picture]) -> None:
-        """Change name, source and content of the pictures that have the keys of these; their embeddings stay."""
+        """Change name, source and content of the images that have the keys of these; their embeddings stay."""
         names = self._names_of(pictures) | {nfc(picture.name) for picture in pictures}
         query = "UPDATE kprpe_pictures SET name = %s, source = %s, digest = %s, size = %s, time = %s WHERE id = %s"
         self._run_many(query, [(nfc(name), source, *content, key) for key, name, source, content in pictures])
         self._pool(names)
 
     def drop(self, pictures: Collection[Picture]) -> None:
-        """Forget pictures."""
+        """Forget images."""
         names = self._names_of(pictures)
         self._run("DELETE FROM kprpe_pictures WHERE id = ANY(%s)", [picture.key for picture in pictures])
         self._pool(names)
@@ -232,12 +232,12 @@ class PostgresGallery(Gallery):
         return len(self._run("DELETE FROM kprpe_pictures WHERE name = %s RETURNING 1", name))
 
     def _names_of(self, pictures: Collection[Picture]) -> set[str]:
-        """Whose pictures these are at present."""
+        """Whose images these are at present."""
         keys = [picture.key for picture in pictures]
         return {name for (name,) in self._run("SELECT DISTINCT name FROM kprpe_pictures WHERE id = ANY(%s)", keys)}
 
     def _pool(self, names: Collection[str]) -> None:
-        """Make the templates of people anew, whose pictures have changed."""
+        """Make the templates of people anew, whose images have changed."""
         from pgvector import Vector
 
         query = "SELECT name, embedding, quality FROM kprpe_pictures WHERE name = ANY(%s) ORDER BY id"

@@ -24,7 +24,7 @@ def demo(
     pack: Pack = "kprpe",
     root: Root = Path("~/.insightface"),
     threshold: Annotated[
-        float | None, typer.Option(help="cosine from which on two faces are one person; default: the pack's, or 0.3")
+        float | None, typer.Option(help="minimum cosine similarity for a match; default: the pack's, or 0.3")
     ] = None,
     det_thresh: DetectorThreshold = 0.5,
     aligned: Aligned = True,

@@ -1,4 +1,4 @@
-"""Verbs about the faces of photos, and about whether everything is installed as it should be."""
+"""Verbs for faces in photos, and the one that checks the installation."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import typer
 from .app import app
 
 if TYPE_CHECKING:
-    from ..app.enrolment import Enrolled
+    from ..app.enrollment import Enrolled
     from ..app.gallery import Gallery
 
-Pack = Annotated[str, typer.Option(help="model pack: its name in ROOT/models, or its folder")]
+Pack = Annotated[str, typer.Option(help="model pack: a name in ROOT/models, or a folder")]
 Root = Annotated[Path, typer.Option(help="InsightFace's root folder")]
 Index = Annotated[str, typer.Argument(help="gallery: its file (.npz), or postgresql://USER@HOST/DATABASE")]
-Aligned = Annotated[bool, typer.Option(help="--no-aligned: the network sees the detector's box as it is")]
-AreCrops = Annotated[bool, typer.Option("--crops", help="pictures are crops, aligned already: nothing is detected")]
-DetectorThreshold = Annotated[float, typer.Option(help="score from which on the detector's find is a face")]
+Aligned = Annotated[bool, typer.Option(help="--no-aligned feeds the detector's box to the network without aligning it")]
+AreCrops = Annotated[bool, typer.Option("--crops", help="images are aligned crops already; do not run the detector")]
+DetectorThreshold = Annotated[float, typer.Option(help="minimum detector score for a face")]
 
-gallery_app = typer.Typer(help="The people that recognize knows.", no_args_is_help=True, rich_markup_mode=None)
+gallery_app = typer.Typer(
+    help="Manage the gallery of people that recognize compares with.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(gallery_app, name="gallery")
 
 
@@ -30,13 +32,13 @@ def recognize(
     gallery: Annotated[
         str, typer.Argument(help="folder of people (NAME/*.jpg or NAME.jpg), gallery file, or postgresql:// address")
     ],
-    photo: Annotated[Path, typer.Argument(help="picture whose faces are to be named")],
-    out: Annotated[Path | None, typer.Option(help="picture to write, with boxes and names (.jpg, .png)")] = None,
+    photo: Annotated[Path, typer.Argument(help="image with the faces to name")],
+    out: Annotated[Path | None, typer.Option(help="image to write, with boxes and names (.jpg, .png)")] = None,
     pack: Pack = "kprpe",
     root: Root = Path("~/.insightface"),
     threshold: Annotated[
         float | None,
-        typer.Option(help="cosine from which on a face is somebody's; default: the pack's, or 0.3"),
+        typer.Option(help="minimum cosine similarity for a match; default: the pack's, or 0.3"),
     ] = None,
     det_thresh: DetectorThreshold = 0.5,
     aligned: Aligned = True,
@@ -83,10 +85,10 @@ def open_people(place: str) -> AbstractContextManager[Gallery]:
 
 def fill_gallery(people: Gallery, place: str, analysis: Any, crops: bool) -> None:
     """Enrol the people of a folder; any other place is full already."""
-    from ..app.enrolment import enrol, people_of_folder
+    from ..app.enrollment import enroll, people_of_folder
 
     if Path(place).is_dir():
-        _report(enrol(analysis, people, people_of_folder(place), are_crops=crops), Path(place))
+        _report(enroll(analysis, people, people_of_folder(place), are_crops=crops), Path(place))
 
 
 def choose_threshold(analysis: Any, asked: float | None) -> float:
@@ -95,29 +97,33 @@ def choose_threshold(analysis: Any, asked: float | None) -> float:
 
     threshold = measured_threshold(analysis) if asked is None else asked
     if threshold is None:
-        typer.echo(f"threshold {DEFAULT_THRESHOLD}: nothing measured in the pack; set --threshold", err=True)
+        typer.echo(f"threshold {DEFAULT_THRESHOLD}: the pack has no measured one; set --threshold", err=True)
     return DEFAULT_THRESHOLD if threshold is None else threshold
 
 
 @gallery_app.command("add")
 def add_people(
     index: Index,
-    people: Annotated[Path, typer.Argument(help="folder of people (NAME/*.jpg or NAME.jpg); one person's with --name")],
-    name: Annotated[str | None, typer.Option(help="whose pictures these are; PEOPLE may then be one picture")] = None,
+    people: Annotated[
+        Path, typer.Argument(help="folder of people (NAME/*.jpg or NAME.jpg); with --name, one person's folder")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="the person all images are of; PEOPLE may then be a single image")
+    ] = None,
     pack: Pack = "kprpe",
     root: Root = Path("~/.insightface"),
     det_thresh: DetectorThreshold = 0.5,
     aligned: Aligned = True,
     crops: AreCrops = False,
-    prune: Annotated[bool, typer.Option(help="remove pictures that lay below PEOPLE and are gone")] = False,
+    prune: Annotated[bool, typer.Option(help="remove images that were in PEOPLE and no longer exist")] = False,
 ) -> None:
-    """Add the largest face of each picture.
+    """Add the largest face in each image.
 
-    Content decides: what is in the gallery is passed over, a changed file is embedded anew, a moved one followed.
+    Files are compared by content: known ones are skipped, changed ones embedded again, moved ones followed.
     Examples: insightface-kprpe gallery add people.npz photos/ --prune; insightface-kprpe gallery add
     postgresql://kim@db.example/faces ann.jpg --name Ann
     """
-    from ..app.enrolment import enrol, people_of_folder, vanished
+    from ..app.enrollment import enroll, people_of_folder, vanished
     from ..app.galleries import editing
     from ..app.recognition import open_pack
     from ..data.picture_files import list_pictures, nfc
@@ -125,12 +131,12 @@ def add_people(
     if name is None:
         pictures = people_of_folder(people)
     elif not people.exists():
-        raise FileNotFoundError(f"pictures not found: {people}")
+        raise FileNotFoundError(f"images not found: {people}")
     else:
         pictures = [(nfc(name), path) for path in ([people] if people.is_file() else list_pictures(people))]
     analysis = open_pack(pack, root, det_thresh, aligned=aligned)
     with editing(index) as gallery:
-        enrolled = enrol(analysis, gallery, pictures, are_crops=crops)
+        enrolled = enroll(analysis, gallery, pictures, are_crops=crops)
         lost = vanished(gallery, people)
         if prune and lost:
             gallery.drop(lost)
@@ -139,7 +145,7 @@ def add_people(
     _report(enrolled, people)
     fate = "removed" if prune else "still in the gallery; --prune removes it"
     for picture in lost:
-        typer.echo(f"{picture.source}: not there any more, {fate}", err=True)
+        typer.echo(f"{picture.source}: no longer exists, {fate}", err=True)
     removed = f", {len(lost)} removed" if prune and lost else ""
     typer.echo(f"{gallery.place}: {_added(enrolled)}, {known}{removed}{_passed_over(enrolled, pictures)}")
 
@@ -147,44 +153,47 @@ def add_people(
 def _added(enrolled: Enrolled) -> str:
     changed = f" ({len(enrolled.changed)} changed)" if enrolled.changed else ""
     moved = f", {len(enrolled.moved)} moved" if enrolled.moved else ""
-    return f"{count(enrolled.added, 'picture', 'pictures')} added{changed}{moved}"
+    return f"{count(enrolled.added, 'image', 'images')} added{changed}{moved}"
 
 
 def _passed_over(enrolled: Enrolled, pictures: list[tuple[str, Path]]) -> str:
     if not enrolled.passed_over:
         return ""
-    # By name where that is not the one asked for.
+    # Names are listed where they are not the ones asked for.
     asked = {path: name for name, path in pictures}
     others = sorted({name for path, name in enrolled.passed_over.items() if asked[path] != name})
     known_as = f" (as {', '.join(others)})" if others else ""
-    return f", {len(enrolled.passed_over)} passed over: already in the gallery{known_as}"
+    return f", {len(enrolled.passed_over)} skipped: already in the gallery{known_as}"
 
 
 @gallery_app.command("list")
 def list_people(index: Index) -> None:
-    """Say who is in the gallery, and with how many pictures. Example: insightface-kprpe gallery list people.npz"""
+    """List the people in the gallery, with their number of images.
+
+    Example: insightface-kprpe gallery list people.npz
+    """
     from ..app.galleries import reading
 
     with reading(index) as gallery:
         people = gallery.people()
     for name, pictures in people.items():
         typer.echo(f"{pictures:6}  {name}")
-    known, pictures = count(len(people), "person", "people"), count(sum(people.values()), "picture", "pictures")
+    known, pictures = count(len(people), "person", "people"), count(sum(people.values()), "image", "images")
     typer.echo(f"{gallery.place}: {known}, {pictures}, model {gallery.model}")
 
 
 @gallery_app.command("remove")
-def remove_person(index: Index, name: Annotated[str, typer.Argument(help="whom to forget")]) -> None:
-    """Forget a person. Example: insightface-kprpe gallery remove people.npz Ann"""
+def remove_person(index: Index, name: Annotated[str, typer.Argument(help="person to remove")]) -> None:
+    """Remove a person. Example: insightface-kprpe gallery remove people.npz Ann"""
     from ..app.galleries import editing, reading
 
     with reading(index):
-        pass  # says so where there is none
+        pass  # fails if there is none
     with editing(index) as gallery:
         pictures = gallery.remove(name)
         gallery.commit()
         left = count(len(gallery.people()), "person", "people")
-    typer.echo(f"{gallery.place}: {name} removed ({count(pictures, 'picture', 'pictures')}), {left} left")
+    typer.echo(f"{gallery.place}: {name} removed ({count(pictures, 'image', 'images')}), {left} left")
 
 
 @app.command()
@@ -192,7 +201,7 @@ def doctor(
     root: Root = Path("~/.insightface"),
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
 ) -> None:
-    """Check the installation and the model packs; what is wrong comes with the command that fixes it."""
+    """Check the installation and the model packs; each problem is printed with the command that fixes it."""
     import json
 
     from ..app.doctor import examine, format_findings
@@ -204,20 +213,20 @@ def doctor(
 
 
 def _report(enrolled: Enrolled, people: Path) -> None:
-    """A line for each picture with which something is amiss; an error where none could be added."""
-    lines = {path: "changed, embedded anew" for path in enrolled.changed if path not in enrolled.left_out}
-    lines |= {path: f"moved, it was {source}" for path, source in enrolled.moved.items()}
+    """A line for each image with a problem; an error if no image could be added."""
+    lines = {path: "changed, embedded again" for path in enrolled.changed if path not in enrolled.left_out}
+    lines |= {path: f"moved from {source}" for path, source in enrolled.moved.items()}
     for path, line in lines.items():
         typer.echo(f"{path}: {line}", err=True)
     for path, doubt in enrolled.doubts.items():
         typer.echo(f"{path}: {doubt}", err=True)
     for path, reason in enrolled.left_out.items():
-        gone = "; what the gallery had of it is removed" if path in enrolled.changed else ""
+        gone = "; its old entry is removed from the gallery" if path in enrolled.changed else ""
         typer.echo(f"{path}: left out, {reason}{gone}", err=True)
     if enrolled.left_out and not (enrolled.added or enrolled.passed_over or enrolled.moved):
-        raise ValueError(f"{people}: none of its pictures could be added")
+        raise ValueError(f"{people}: none of its images could be added")
     if enrolled.nobody:
-        typer.echo(f"warning: the gallery has nothing of {', '.join(enrolled.nobody)}", err=True)
+        typer.echo(f"warning: the gallery has no images of {', '.join(enrolled.nobody)}", err=True)
 
 
 def count(number: int, one: str, many: str) -> str:

@@ -25,12 +25,13 @@ PAPER = {
     "degrade_probability": 0.2,
     "erase_probability": 0.2,
 }
-# On a CPU: with much more, the memory that goes back to the system and is fetched anew costs more than the warp itself.
+# On a CPU: with much more, returning memory to the system and allocating it again costs more than the warp
+# itself.
 _WARPED_AT_ONCE = 16
 
 
 def warp_images(images: torch.Tensor, matrix: torch.Tensor, black: float = -1.0) -> torch.Tensor:
-    """Move the pixels of each image by its matrix; what comes from outside is black.
+    """Move the pixels of each image by its matrix; what comes from outside the image is black.
 
     Args:
         images: (B, C, S, S) float.
@@ -38,8 +39,8 @@ def warp_images(images: torch.Tensor, matrix: torch.Tensor, black: float = -1.0)
         black: the number of black pixels.
     """
     linear, offset = matrix[:, :, :2], matrix[:, :, 2:]
-    inverse = torch.linalg.inv_ex(linear).inverse  # inv would wait for a GPU
-    # grid_sample wants the way back, in [-1, 1], where x = (n + 1) / 2
+    inverse = torch.linalg.inv_ex(linear).inverse  # inv would synchronize with the GPU
+    # grid_sample needs the inverse, in [-1, 1], where x = (n + 1) / 2
     shift = inverse @ (1 - linear.sum(-1, keepdim=True) - 2 * offset)
     axis = (torch.arange(images.shape[-1], device=images.device) * 2 + 1) / images.shape[-1] - 1
     along_x = inverse[:, :, :1] * axis  # (B, 2, S)
@@ -58,7 +59,7 @@ def similarity_about_center(
 
     Args:
         angle: (B,) radians, clockwise as seen.
-        zoom: (B,) factors by which what is seen grows.
+        zoom: (B,) magnification factors.
         shift: (B, 2) along x and y, as fractions of the side.
         mirrored: (B,) bool; None: none is.
 
@@ -119,7 +120,7 @@ def random_similarity(
         rotation_probability: share of these that are turned.
 
     Returns:
-        (B, 5, 2) where the keypoints are now.
+        (B, 5, 2) the moved keypoints.
     """
     count = len(images)
 
@@ -136,7 +137,7 @@ def random_similarity(
     matrix = similarity_about_center(angle, zoom, shift)
     matrix, rows = matrix[chosen].to(images.device), torch.where(chosen)[0].to(images.device)
     at_once = _WARPED_AT_ONCE if images.device.type == "cpu" else len(rows)
-    if len(rows) == count:  # views will do
+    if len(rows) == count:  # views are enough
         for some, part in zip(images.split(at_once), matrix.split(at_once), strict=True):
             some.copy_(warp_images(some, part, black=0))
     else:
@@ -148,7 +149,7 @@ def random_similarity(
 class Augmentation:
     """Mirroring, color, degradation, similarity and erasing, in this order; all but mirroring are off by default.
 
-    What lies outside the old crop, and what is erased, is black, whatever the colors became.
+    Everything outside the old crop, and everything erased, is black, whatever happened to the colors.
 
     Args:
         rotation: largest angle in degrees, either way.
@@ -162,7 +163,7 @@ class Augmentation:
         erase_probability: share of the crops of which a part is blacked out.
 
     Raises:
-        ValueError: a probability is not in [0, 1], or another number out of its range.
+        ValueError: a probability is not in [0, 1], or another number is out of range.
     """
 
     def __init__(
@@ -215,7 +216,7 @@ class Augmentation:
             generator: on the CPU; the same state gives the same choices on any device.
 
         Returns:
-            New images, (B, 3, S, S) float in [-1, 1], and where their keypoints are.
+            New images, (B, 3, S, S) float in [-1, 1], and their keypoints.
         """
         images, keypoints = random_mirror(images, keypoints, generator)
         images = images.float().div_(255)

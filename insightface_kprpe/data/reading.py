@@ -1,4 +1,4 @@
-"""Many items read ahead by worker processes, which do not outlive the one that they work for."""
+"""Reads many items ahead in worker processes, which do not outlive their parent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import cv2
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-_AT_ONCE = 64  # items that a worker hands over together
+_AT_ONCE = 64  # items that a worker sends together
 _LOOK_EVERY = 0.5  # seconds
 
 
@@ -42,12 +42,12 @@ def results(items: Items, num_workers: int, label: str) -> Iterator[Any]:
 
 
 def start_worker(worker: int) -> None:
-    """What a process that reads images does first, as ``worker_init_fn`` of every loader.
+    """Initializes a process that reads images, as ``worker_init_fn`` of every loader.
 
     It ends when its parent is gone, however that was killed. torch's own watch is not enough: a worker whose results
-    nobody takes waits for ever to hand them over.
+    nobody takes waits forever to hand them over.
     """
-    cv2.setNumThreads(0)  # one thread a worker: they are many
+    cv2.setNumThreads(0)  # one thread per worker, as there are many
     parent = os.getppid()
 
     def watch() -> None:

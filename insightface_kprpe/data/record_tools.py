@@ -45,7 +45,7 @@ class Packed(NamedTuple):
         identities: how many.
         left_out: images that could not be read, or had no identity.
         landmarks: whether there is a landmark file.
-        unchanged: images whose JPEG file was taken over byte for byte; the others were encoded anew.
+        unchanged: images whose JPEG file was copied byte for byte; the others were encoded again.
     """
 
     images: int
@@ -77,13 +77,13 @@ def pack_drawn(folder: str | Path, faces: Iterable[tuple[np.ndarray, int, np.nda
 def pack_folder(
     folder: str | Path, out: str | Path, *, size: int = 112, quality: int = 95, num_workers: int = 0
 ) -> Packed:
-    """Pack a folder of people's folders of images, numbered in sorted order, and its ``ldmk_5points.csv``.
+    """Pack a folder with one sub-folder of images per person, numbered in sorted order, and its ``ldmk_5points.csv``.
 
-    A JPEG of the right size is taken over as it is; everything else is resized and encoded as JPEG. Images that cannot
+    A JPEG of the right size is copied unchanged; everything else is resized and encoded as JPEG. Images that cannot
     be read are left out with a warning each, their landmarks too.
 
     Args:
-        folder: has one sub-folder of images a person.
+        folder: has one sub-folder of images per person.
         out: a new folder.
         size: side of the packed images, pixels.
         quality: of images that are encoded, 1 to 100.
@@ -94,7 +94,7 @@ def pack_folder(
     """
     people = list_people(folder)
     if not people:
-        raise ValueError(f"FOLDER must have one sub-folder of images a person, got {folder} without images")
+        raise ValueError(f"FOLDER must have one sub-folder of images per person, got {folder} without images")
     if not 1 <= quality <= 100:
         raise ValueError(f"quality must be in 1 to 100, got {quality}")
     paths = [path for files in people.values() for path in files]
@@ -164,7 +164,7 @@ def _write(
     identity: str,
     name_of: Callable[[int], str] = str,
 ) -> Packed:
-    """Write a set and read it back; one that is there already, made of the same, is left as it is.
+    """Write a set and read it back; an existing one made from the same images is left unchanged.
 
     Args:
         out: a new folder.
@@ -175,13 +175,13 @@ def _write(
         num_workers: see :func:`_results`.
         write: of :mod:`.record_writer`.
         identity: tells what the set is made of, and how.
-        name_of: label -> what to call the person.
+        name_of: label -> name of the person.
     """
     if (done := _made_before(out, identity)) is not None:
-        logger.warning("%s is there already, made of the same images", out)
+        logger.warning("%s already exists, made of the same images", out)
         return done
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"OUT must be a new folder, got {out}, which exists; remove it or name another")
+        raise ValueError(f"OUT must be a new folder, got {out}, which exists; remove it or choose another")
     kept: list[int] = []
     totals = Counter()
     numbers: dict[int, int] = {}
@@ -213,7 +213,7 @@ def _write(
 
 
 def _made_before(out: Path, identity: str) -> Packed | None:
-    """What an earlier call, which may have been killed before it could tell, wrote of the same."""
+    """The result of an earlier call with the same input, which may have been killed before it returned."""
     try:
         mark = json.loads((out / _MARK).read_text())
         return Packed(**mark["packed"]) if mark["of"] == identity and (out / "train.rec").is_file() else None
@@ -222,7 +222,7 @@ def _made_before(out: Path, identity: str) -> Packed | None:
 
 
 def _identity(folder: Path, files: Iterable[Path], *how: object) -> str:
-    """Tells what a set is made of: names, sizes and times of files, of the landmarks, and the options."""
+    """Identifies what a set is made of: names, sizes and times of its files and landmarks, and the options."""
     described = [repr(how)]
     for file in (*files, folder / LANDMARK_FILE):
         if file.exists():
@@ -263,10 +263,10 @@ def _first_size(reader: RecordReader, keys: np.ndarray) -> int:
             return reader.read_image(key)[1].shape[0]
         except RecordError as error:
             first = error
-    raise RecordError(f"{reader.path} has no image that can be read; the last: {first}")
+    raise RecordError(f"{reader.path} has no readable image; the first error: {first}")
 
 
 def _copy_record(reader: RecordReader, keys: np.ndarray, index: int) -> tuple[bytes, bool]:
     key = int(keys[index])
-    reader.read_image(key)  # names the record of an image that cannot be read
+    reader.read_image(key)  # its error names the unreadable record
     return reader[key][1], True

@@ -32,7 +32,7 @@ class VerificationPairs:
         keypoints: (2P, 5, 2) float32 in [0, 1] of the crops.
         is_same: (P,) bool.
         keypoint_source: where the keypoints come from, for reports.
-        source: text that tells this set from others of its name.
+        source: text that distinguishes this set from others of the same name.
     """
 
     name: str
@@ -61,8 +61,8 @@ def open_verification(target: str, rec: str | Path = ".") -> VerificationPairs:
 
     Args:
         target: path of a ``.bin`` file, the name of one in the folder ``rec``, "synthetic" or "synthetic_unaligned".
-            Landmarks are read from ``<name>_ldmk_5points.csv`` beside the file.
-        rec: where named sets lie.
+            Landmarks are read from ``<name>_ldmk_5points.csv`` next to the file.
+        rec: the folder of named sets.
 
     Raises:
         ValueError: there is no such set, or it is damaged.
@@ -82,12 +82,12 @@ def open_verification(target: str, rec: str | Path = ".") -> VerificationPairs:
     landmarks = path.with_name(f"{path.stem}_{LANDMARK_FILE}")
     if landmarks.exists():
         keypoints, absent = read_keypoints(landmarks, len(pairs.images))
-        share = f", the canonical template for {absent.sum()} of {len(absent)}" if absent.any() else ""
-        keypoint_source = f"{landmarks.name}{share}"
+        note = f", the canonical template for {absent.sum()} of {len(absent)}" if absent.any() else ""
+        keypoint_source = f"{landmarks.name}{note}"
     else:
         logger.warning(
-            "%s not found: the canonical template stands in for every face's keypoints, unless the network finds them; "
-            "write the file with `insightface-kprpe landmarks %s --weights DFA`",
+            "%s not found: the canonical template is used as every face's keypoints, unless the network finds them; "
+            "create the file with `insightface-kprpe landmarks %s --weights DFA`",
             landmarks,
             path,
         )
@@ -103,7 +103,7 @@ def verification_file(target: str, rec: str | Path = ".") -> Path:
 
 
 def check_pairs(pairs: VerificationPairs, folds: int = 10, size: int = 112) -> None:
-    """Look through a whole set, so that verifying it cannot fail later for what its file holds.
+    """Check a whole set, so that verification cannot fail later because of its content.
 
     Args:
         pairs: the set; every image is decoded.
@@ -122,10 +122,10 @@ def check_pairs(pairs: VerificationPairs, folds: int = 10, size: int = 112) -> N
 
 
 def check_kinds(is_same: np.ndarray, folds: int = 10) -> None:
-    """What :func:`check_pairs` says of the (P,) answers, without a look at the images."""
+    """:func:`check_pairs` for the (P,) answers only, without looking at the images."""
     count, same = len(is_same), int(np.count_nonzero(is_same))
     if count < folds:
-        raise ValueError(f"it must hold at least {folds} pairs, one for each fold, got {count}")
+        raise ValueError(f"it must hold at least {folds} pairs, one per fold, got {count}")
     if same in (0, count):
         kind = "the same person" if same else "different people"
         raise ValueError(f"it must hold pairs of the same person and of different people, got {count} of {kind} only")

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 ALIGNED_SIZE = 112
 PADDING_VALUE = -1.0  # black
+ALIGNED_FROM = ("crop", "square")
 # Below these, five points have no least-squares alignment worth the name. Faces are far above: on 2,800 real ones, many
 # of them turned far to the side, the flatness is 0.15 or more and the correlation 0.3 or more.
 MIN_SPREAD = 1e-4  # root mean square distance from their mean, as a fraction of the crop's longer side
@@ -39,7 +40,8 @@ class AlignedFace(NamedTuple):
         bbox: (B, 4) x1, y1, x2, y2 in [0, 1] of the input crop; a face cut by the crop's edge reaches beyond.
         aligned: (B, 3, 112, 112) RGB in [-1, 1], the face moved onto the template; black outside the crop.
         aligned_keypoints: (B, 5, 2) xy in [0, 1] of the aligned crop.
-        theta: (B, 2, 3) what ``grid_sample`` reads the aligned crop with: from [-1, 1] of it to [-1, 1] of the input.
+        theta: (B, 2, 3) what ``grid_sample`` reads the aligned crop with: from [-1, 1] of it to [-1, 1] of the input
+            (of the padded square where the DFA samples from that).
     """
 
     keypoints: torch.Tensor
@@ -51,7 +53,7 @@ class AlignedFace(NamedTuple):
 
 
 def fit_to_square(images: torch.Tensor, size: int, padding_ratio: float = 0.0) -> torch.Tensor:
-    """Pad images to a square, black and centred, and resize them (bilinear, corners on corners).
+    """Pad images to a square, black and centered, and resize them (bilinear, corners on corners).
 
     Args:
         images: (B, 3, H, W) float in [-1, 1].
@@ -87,6 +89,13 @@ def square_to_crop(points: torch.Tensor, width: int, height: int, padding_ratio:
     left, top, side = _padding(width, height, padding_ratio)
     x, y = points.unbind(-1)
     return torch.stack([(x * side - left) / width, (y * side - top) / height], -1)
+
+
+def crop_to_square(points: torch.Tensor, width: int, height: int, padding_ratio: float) -> torch.Tensor:
+    """(..., 2) points in [0, 1] of the crop to [0, 1] of the padded square."""
+    left, top, side = _padding(width, height, padding_ratio)
+    x, y = points.unbind(-1)
+    return torch.stack([(x * width + left) / side, (y * height + top) / side], -1)
 
 
 def canonical_keypoints(width: int, height: int, template: torch.Tensor = TEMPLATE) -> torch.Tensor:
@@ -160,6 +169,8 @@ class DFA(RetinaFaceNet):
         weights: a file, or a state dict, with any of the published prefixes; without it the weights are random.
         padding_ratio: black border to put around the crop before the network sees it, as a fraction of its longer
             side; the network was trained on faces that fill 1 / 1.2 of the crop.
+        aligned_from: what the aligned face is sampled from. "crop": the images themselves. "square": the padded
+            square of 160 pixels that the network sees, as in CVLface; see docs/landmarks.md.
         **network: arguments of ``RetinaFaceNet``, e.g. ``**RETINAFACE`` for the baseline.
 
     Raises:
@@ -172,12 +183,16 @@ class DFA(RetinaFaceNet):
         weights: str | Path | Mapping[str, torch.Tensor] | None = None,
         *,
         padding_ratio: float = 0.0,
+        aligned_from: str = "crop",
         **network,
     ) -> None:
         super().__init__(**network)
         if padding_ratio < 0:
             raise ValueError(f"padding_ratio must be 0 or more, got {padding_ratio}")
+        if aligned_from not in ALIGNED_FROM:
+            raise ValueError(f"aligned_from must be one of {', '.join(ALIGNED_FROM)}, got {aligned_from!r}")
         self.padding_ratio = padding_ratio
+        self.aligned_from = aligned_from
         self.register_buffer("template", TEMPLATE.clone(), persistent=False)
         if weights is None:
             logger.info("DFA has random weights until some are loaded")
@@ -195,7 +210,12 @@ class DFA(RetinaFaceNet):
         """
         keypoints, score, bbox = self.locate(images)
         images = torch.where(torch.isfinite(images), images, PADDING_VALUE)
-        return AlignedFace(keypoints, score, bbox, *align(images, keypoints, template=self.template))
+        points = keypoints
+        if self.aligned_from == "square":
+            height, width = images.shape[-2:]
+            points = crop_to_square(keypoints, width, height, self.padding_ratio)
+            images = fit_to_square(images, self.image_size, self.padding_ratio)
+        return AlignedFace(keypoints, score, bbox, *align(images, points, template=self.template))
 
     def locate(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Find one face per crop and leave the crop as it is.

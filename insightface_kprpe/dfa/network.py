@@ -22,7 +22,7 @@ from .anchors import DFA_ANCHOR_SIZES, decode_boxes, decode_points, make_anchors
 ANCHORS_PER_CELL = 2
 VALUES_PER_ANCHOR = 4 + 2 + 10  # box, background / face, five points
 # RetinaFaceNet(**RETINAFACE) reads the public RetinaFace-MobileNet0.25 weights (WIDER FACE) as they were trained: for
-# faces of any size in a picture, on BGR pixels minus their mean, with plain ReLUs.
+# faces of any size in an image, on BGR pixels minus their mean, with plain ReLUs.
 RETINAFACE = {
     "aggregator": False,
     "anchor_sizes": ((10, 20), (32, 64), (128, 256)),
@@ -240,8 +240,8 @@ def start_from_retinaface(net: RetinaFaceNet, source: str | Path | Mapping[str, 
     """Load the public RetinaFace weights to train from; an aggregator, which they lack, keeps its own.
 
     They expect the pixels of ``RETINAFACE``. Where ``net`` takes others, the difference moves into the first
-    convolution and its BatchNorm, so that the body sees what it was trained on (but for the image's border, where the
-    convolution's zero padding is another colour now).
+    convolution and its BatchNorm, so that the body sees what it was trained on (except for the image's border, where
+    the convolution's zero padding is another color now).
 
     Args:
         net: with the body of the weights.

@@ -16,7 +16,7 @@ from .network import RETINAFACE, RetinaFaceNet, start_from_retinaface
 MIN_SIDE, MAX_SIDE = 32, 2048  # pixels of a network's input
 
 
-def load_dfa(source: str | Path | Mapping[str, torch.Tensor]) -> DFA:
+def load_dfa(source: str | Path | Mapping[str, torch.Tensor], *, aligned_from: str = "crop") -> DFA:
     """A trained landmark network, in eval mode.
 
     Args:
@@ -70,10 +70,10 @@ def _read(source: str | Path | Mapping[str, torch.Tensor]) -> tuple[dict[str, to
     if (folder / "config.json").is_file():
         config = read_json_object(folder / "config.json")
         if "aggregator" not in config:
-            raise ValueError(f"{folder} is no run of train-dfa: its config.json says nothing of an aggregator")
+            raise ValueError(f"{folder} is not a run of train-dfa: its config.json has no aggregator")
         return read_state_dict(folder / "model.pt"), _checked(config, folder / "config.json")
     if source.is_dir():
-        raise ValueError(f"{source} is no run of train-dfa: a run has config.json and model.pt")
+        raise ValueError(f"{source} is not a run of train-dfa: a run has config.json and model.pt")
     return _read(read_state_dict(source))
 
 
@@ -83,7 +83,7 @@ def _checked(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     size = network["image_size"]
     if not isinstance(network["body"], str) or not isinstance(network["aggregator"], bool):
         raise ValueError(
-            f"{path}: body must be a text and aggregator true or false, got {network['body']!r:.40} and "
+            f"{path}: body must be a string and aggregator true or false, got {network['body']!r:.40} and "
             f"{network['aggregator']!r:.40}"
         )
     if not isinstance(size, int) or not MIN_SIDE <= size <= MAX_SIDE:

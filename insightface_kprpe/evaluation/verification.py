@@ -16,7 +16,7 @@ def verify(
     Args:
         embed: the model.
         pairs: what to verify.
-        batch_size: crops a call of the model.
+        batch_size: crops per call of the model.
         flip: add the embedding of the mirrored crop.
     """
     embeddings = embed_images(embed, pairs.images, pairs.keypoints, batch_size, flip, label=f"verifying {pairs.name}")

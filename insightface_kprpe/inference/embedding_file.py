@@ -1,4 +1,4 @@
-"""Embeddings of a set of crops for users who want nothing else: one ``.npz`` or Parquet file."""
+"""Writes the embeddings of a set of crops to a single ``.npz`` or Parquet file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROWS_AT_ONCE = 8192
 
 
 class _Fitted(Sequence):
-    """Crops in the size that networks take."""
+    """Crops in the input size of networks."""
 
     def __init__(self, crops: Crops) -> None:
         self.crops = crops
@@ -34,9 +34,9 @@ class _Fitted(Sequence):
 
 
 def embed_to_file(embed: Embedder, source: str | Path, out: str | Path, options: EmbedOptions) -> int:
-    """Embed a set of crops into a file, one row an image; images that cannot be read have no row.
+    """Embed a set of crops into a file, one row per image; images that cannot be read have no row.
 
-    Keypoints come from ``ldmk_5points.csv`` where the set has one.
+    Keypoints come from ``ldmk_5points.csv`` if the set has one.
 
     Args:
         embed: the model.
@@ -78,7 +78,7 @@ def _write_npz(path: Path, names: np.ndarray, found: Embeddings) -> None:
 
 
 def _write_parquet(path: Path, names: np.ndarray, found: Embeddings) -> None:
-    """Some thousand rows at a time, as the embeddings may be a memory map larger than memory."""
+    """A few thousand rows at a time, as the embeddings may be a memory map larger than memory."""
     pyarrow, parquet = _import_pyarrow()
     number = pyarrow.float32()
     schema = pyarrow.schema(

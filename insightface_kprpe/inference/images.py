@@ -1,4 +1,4 @@
-"""Crops read from files when they are asked for: cut by landmarks, or whole."""
+"""Crops read from files on demand: aligned by landmarks, or whole images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZE = 112
 
 
 def as_it_lies(path: Path) -> Path:
-    """The file of this name, also where accents are composed otherwise on the disk (macOS) than in a list."""
+    """The file of this name, even if accents are composed differently on disk (macOS) than in a list."""
     if not path.exists():
         for form in ("NFC", "NFD"):
             other = Path(unicodedata.normalize(form, str(path)))
@@ -30,17 +30,17 @@ def as_it_lies(path: Path) -> Path:
 
 
 class AlignedFiles(Sequence):
-    """Faces cut out of image files and moved onto InsightFace's template, as ``norm_crop`` does.
+    """Faces from image files, aligned to InsightFace's template, as ``norm_crop`` does.
 
-    Where the five points coincide, as those of unknown landmarks do, there is nothing to align by: a warning counts
-    such faces, and they are treated like images that cannot be read.
+    If the five points coincide, as unknown landmarks do, a face cannot be aligned: a warning counts such faces, and
+    they are treated like unreadable images.
 
     Args:
         paths: of N images.
         landmarks_px: (N, 5, 2) float, pixels of each image.
 
     Attributes:
-        keypoints: (N, 5, 2) float32 in [0, 1] of the crops: where the landmarks come to lie.
+        keypoints: (N, 5, 2) float32 in [0, 1] of the crops: the aligned landmarks.
     """
 
     def __init__(self, paths: Sequence[Path], landmarks_px: np.ndarray) -> None:
@@ -60,7 +60,7 @@ class AlignedFiles(Sequence):
 
     def __getitem__(self, index: int) -> np.ndarray:
         if not self.alignable[index]:
-            raise ValueError(f"{self.paths[index]}: its landmarks coincide, there is nothing to align by")
+            raise ValueError(f"{self.paths[index]}: its landmarks coincide, so it cannot be aligned")
         return align_face(read_image_file(as_it_lies(self.paths[index])), self.landmarks_px[index], SIZE)[0]
 
 
@@ -82,7 +82,7 @@ class WholeFiles(Sequence):
 
 
 def fit_crop(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 -> (112, 112, 3) uint8; the whole image, averaged where it is larger, bicubic where smaller."""
+    """(H, W, 3) uint8 -> (112, 112, 3) uint8; the whole image, averaged if it is larger, bicubic if smaller."""
     if image.shape[:2] == (SIZE, SIZE):
         return image
     smooth = cv2.INTER_AREA if min(image.shape[:2]) > SIZE else cv2.INTER_CUBIC

@@ -58,7 +58,7 @@ def run_quickstart(output: Path, seed: int = 0) -> dict[str, float]:
         seed: of the networks' weights and training; the people are always the same.
 
     Returns:
-        Accuracies and rank-1 in percent, seconds taken, and what became of the faces in the photos.
+        Accuracies and rank-1 as fractions, seconds taken, and what became of the faces in the photos.
     """
     started = time.perf_counter()
     output = Path(output)
@@ -172,7 +172,7 @@ def evaluate(data: Path, run: Path, plain_run: Path, net: nn.Module) -> dict[str
     kprpe, plain = last_accuracies(run), last_accuracies(plain_run)
     print(f"  {'verification accuracy':36} {NETWORK:>12} {PLAIN:>12}")
     for name in kprpe:
-        print(f"  {name + ' pairs':36} {kprpe[name]:10.2f} % {plain[name]:10.2f} %")
+        print(f"  {name + ' pairs':36} {100 * kprpe[name]:10.2f} % {100 * plain[name]:10.2f} %")
     results = {f"accuracy/{name}": value for name, value in kprpe.items()}
     results |= {f"accuracy/{name}, {PLAIN}": value for name, value in plain.items()}
 
@@ -182,18 +182,16 @@ def evaluate(data: Path, run: Path, plain_run: Path, net: nn.Module) -> dict[str
 
     with torch.inference_mode():
         pairs = open_verification("unaligned", data)
-        results["accuracy/unaligned, aligned by DFA"] = 100 * verify(align_and_embed, pairs, flip=False).accuracy
+        by_dfa = verify(align_and_embed, pairs, flip=False).accuracy
     faces = SyntheticFaces(UNSEEN_PEOPLE, 6, first_identity=FIRST_UNSEEN_IDENTITY)
     images, labels, keypoints = zip(*(faces[i] for i in range(len(faces))), strict=True)
     embeddings = embed_images(TorchEmbedder(net), images, np.stack(keypoints), label="  embedding")
     labels = np.array(labels)
     gallery = np.arange(len(labels)) % 6 == 0
-    more = {"unaligned pairs, aligned by DFA": results["accuracy/unaligned, aligned by DFA"]}
-    found = identification(embeddings[~gallery], embeddings[gallery], labels[~gallery], labels[gallery], ranks=(1, 5))
-    ranks = {name: 100 * rate for name, rate in found.items()}
-    results |= ranks
-    for name, value in {**more, **ranks}.items():
-        print(f"  {name:36} {value:10.2f} %")
+    ranks = identification(embeddings[~gallery], embeddings[gallery], labels[~gallery], labels[gallery], ranks=(1, 5))
+    results |= {"accuracy/unaligned, aligned by DFA": by_dfa, **ranks}
+    for name, value in {"unaligned pairs, aligned by DFA": by_dfa, **ranks}.items():
+        print(f"  {name:36} {100 * value:10.2f} %")
     print(f"  (chance: 50 % for accuracy, {100 / UNSEEN_PEOPLE:.1f} % for rank-1)")
     error, template = landmark_error(net.dfa, FIRST_UNSEEN_IDENTITY, UNSEEN_PEOPLE)
     print(
@@ -203,10 +201,10 @@ def evaluate(data: Path, run: Path, plain_run: Path, net: nn.Module) -> dict[str
 
 
 def last_accuracies(run: Path) -> dict[str, float]:
-    """What a training run measured last on each validation set, percent."""
+    """What a training run measured last on each validation set, as a fraction; its file has percent."""
     rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     found = {key: value for row in rows for key, value in row.items()}
-    return {key.removeprefix("accuracy/"): value for key, value in found.items() if key.startswith("accuracy/")}
+    return {key.removeprefix("accuracy/"): value / 100 for key, value in found.items() if key.startswith("accuracy/")}
 
 
 def recognise(root: Path, output: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Where fine-tuning starts: weights of another network, as far as they fit, and a word on what did not."""
+"""The start of fine-tuning: weights of another network, as far as they fit, and a report on what did not."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from ..partial_fc import PartialFC
 from ..state_dict import ALIGNER_PREFIX, read_state_dict, strip_prefixes
 from . import arcface_torch_checkpoint
+from .checkpoint_files import latest_checkpoint
+from .sharded_tensors import read_fitting_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +24,7 @@ class Match(NamedTuple):
     """How a network and a file compare, by the names of their tensors.
 
     Attributes:
-        matched: taken over.
+        matched: in both, and loaded.
         missing: of the network, not in the file.
         mismatched: in both, of other shapes.
         unused: of the file, not in the network.
@@ -34,7 +37,7 @@ class Match(NamedTuple):
 
     @property
     def fraction(self) -> float:
-        """Part of the network's tensors that were taken over, in [0, 1]."""
+        """Fraction of the network's tensors that were loaded, in [0, 1]."""
         return len(self.matched) / max(1, len(self.matched) + len(self.missing) + len(self.mismatched))
 
     def __str__(self) -> str:
@@ -47,14 +50,22 @@ class Match(NamedTuple):
         return "; ".join(parts)
 
 
-def initialize(backbone: nn.Module, partial_fc: PartialFC, source: str | Path, min_match: float = 0.9) -> Match:
+def initialize(
+    backbone: nn.Module,
+    partial_fc: PartialFC,
+    source: str | Path,
+    min_match: float = 0.9,
+    group: dist.ProcessGroup | None = None,
+) -> Match:
     """Start a run from other weights.
 
     Args:
-        backbone: takes over every tensor of the file that has its name and shape.
-        partial_fc: takes over the class centers of arcface_torch's checkpoints, where people and embedding size agree.
+        backbone: loads every tensor of the file that has its name and shape.
+        partial_fc: loads the class centers of a run or of arcface_torch's checkpoints, if the number of people and the
+            embedding size agree.
         source: a weights file, the output folder of a run, or a folder of arcface_torch's ``checkpoint_gpu_*.pt``.
         min_match: least fraction of the backbone's tensors that must match, in [0, 1].
+        group: of all ranks, on CPU, each of which calls this; None: this process is the only one.
 
     Returns:
         What matched.
@@ -74,16 +85,38 @@ def initialize(backbone: nn.Module, partial_fc: PartialFC, source: str | Path, m
     if match.fraction < min_match:
         raise ValueError(
             f"init_from must fit at least {min_match:.0%} of the network, {source} fits {match.fraction:.0%} "
-            f"({match}); choose the network of that file, or set init_min_match lower"
+            f"({match}); choose the network of that file, or lower init_min_match"
         )
     backbone.load_state_dict({key: state[key] for key in match.matched}, strict=False)
-    if checkpoint and not arcface_torch_checkpoint.load_centers(checkpoint, partial_fc):
-        logger.info("init_from %s: its class centers are of other people; these start anew", source)
+    run = latest_checkpoint(source) if source.is_dir() and not checkpoint else None
+    if checkpoint:
+        same_people = arcface_torch_checkpoint.load_centers(checkpoint, partial_fc)
+    elif run is not None:
+        same_people = _load_centers(run, partial_fc, group)
+    else:
+        return match
+    if same_people:
+        logger.info("init_from %s: its %d class centers are used too", source, partial_fc.num_classes)
+    else:
+        logger.info("init_from %s: its class centers are of other people; these start from scratch", source)
     return match
 
 
+def _load_centers(checkpoint: Path, partial_fc: PartialFC, group: dist.ProcessGroup | None) -> bool:
+    """Copy this rank's class centers, and AdaFace's statistics; False if people or embedding size differ."""
+    wanted = {f"loss.{key}": value for key, value in partial_fc.state_dict().items()}
+    rows = {f"loss.{key}": value for key, value in partial_fc.sharded().items()}
+    found = read_fitting_tensors(checkpoint, wanted, rows, group)
+    if not set(rows) <= set(found):
+        return False
+    with torch.no_grad():
+        for key, tensor in found.items():
+            wanted[key].copy_(tensor)
+    return True
+
+
 def compare(net: nn.Module, state: Mapping[str, torch.Tensor]) -> Match:
-    """How weights would fit a network. An aligner that they do not have at all is not counted as missing."""
+    """How weights fit a network. An aligner that they lack completely is not counted as missing."""
     wanted = net.state_dict()
     if not any(key.startswith(ALIGNER_PREFIX) for key in state):
         wanted = {key: value for key, value in wanted.items() if not key.startswith(ALIGNER_PREFIX)}

@@ -1,7 +1,7 @@
-"""Named tensors to and from a folder by ``torch.distributed.checkpoint``, whatever number of ranks reads them back.
+"""Named tensors to and from a folder by ``torch.distributed.checkpoint``, read back by any number of ranks.
 
 A tensor is either the same on all ranks, and stored once, or its rows are spread over the ranks, each of which stores
-and reads its own. Files are never unpickled freely.
+and reads its own. Files are never unpickled without restrictions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 Rows = Mapping[str, tuple[int, int]]  # tensor: (first row of this rank, rows of all ranks)
 
-# All that the index of a checkpoint of tensors consists of, beside torch's data types.
+# All classes in the index of a checkpoint of tensors, besides torch's data types.
 _INDEX = {
     "torch.distributed.checkpoint.metadata": {
         "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
@@ -67,7 +67,7 @@ def write_tensors(folder: Path, tensors: dict[str, Any], group: dist.ProcessGrou
 
 
 def stored_bytes(tensors: Mapping[str, torch.Tensor], rows: Rows) -> int:
-    """About how many bytes the tensors of all ranks take; arguments as for :func:`stage`."""
+    """Approximate size in bytes of the tensors of all ranks; arguments as for :func:`stage`."""
     total = 0
     for key, tensor in tensors.items():
         name = _owner(key, rows)
@@ -95,23 +95,66 @@ def read_tensors(
     Raises:
         ValueError: the files are damaged, or hold other names or shapes.
     """
-    reader = _SafeReader(folder)
+    with _damage(folder):
+        found = _empty_tensors(folder, _stored(folder), wanted, rows, optimized)
+        _read(folder, found, wanted, rows, group)
+    return found
+
+
+def read_fitting_tensors(
+    folder: Path, wanted: Mapping[str, torch.Tensor], rows: Rows, group: dist.ProcessGroup | None
+) -> dict[str, torch.Tensor]:
+    """This rank's part of those tensors that a checkpoint has under the same name and in the same size.
+
+    Arguments and errors are those of :func:`read_tensors`; every rank calls it.
+    """
+    with _damage(folder):
+        stored = _stored(folder)
+        found = {
+            key: torch.empty(tensor.shape, dtype=stored[key].properties.dtype)
+            for key, tensor in wanted.items()
+            if key in stored and stored[key].size == _size_of_all(key, tensor, rows)
+        }
+        _read(folder, found, wanted, rows, group)
+    return found
+
+
+@contextlib.contextmanager
+def _damage(folder: Path) -> Iterator[None]:
     try:
-        index = reader.read_metadata().state_dict_metadata
-        stored = {key: entry for key, entry in index.items() if isinstance(entry, TensorStorageMetadata)}
-        found = _empty_tensors(folder, stored, wanted, rows, optimized)
-        request: dict[str, Any] = dict(found)
-        for key, tensor in found.items():
-            name = _owner(key, rows)
-            if group is not None and name is not None and tensor.shape == wanted[name].shape:
-                request[key] = _sharded(tensor, *rows[name], group)
-        with _quiet():
-            dcp.load(request, storage_reader=_SafeReader(folder), process_group=group)
+        yield
     except (OSError, RuntimeError, pickle.UnpicklingError, CheckpointException) as error:
         raise ValueError(
             f"{folder} is damaged ({type(error).__name__}); remove it to resume from an older one"
         ) from error
-    return found
+
+
+def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """What tensors a checkpoint has."""
+    index = _SafeReader(folder).read_metadata().state_dict_metadata
+    return {key: entry for key, entry in index.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _read(
+    folder: Path,
+    found: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.Tensor],
+    rows: Rows,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Fill the tensors of ``found``."""
+    request: dict[str, Any] = dict(found)
+    for key, tensor in found.items():
+        name = _owner(key, rows)
+        if group is not None and name is not None and tensor.shape == wanted[name].shape:
+            request[key] = _sharded(tensor, *rows[name], group)
+    with _quiet():
+        dcp.load(request, storage_reader=_SafeReader(folder), process_group=group)
+
+
+def _size_of_all(key: str, tensor: torch.Tensor, rows: Rows) -> torch.Size:
+    """The size of a tensor in the checkpoint, where the rows of all ranks are together."""
+    return torch.Size((rows[key][1], *tensor.shape[1:])) if key in rows else tensor.shape
 
 
 def _empty_tensors(
@@ -121,12 +164,12 @@ def _empty_tensors(
     rows: Rows,
     optimized: Sequence[str],
 ) -> dict[str, torch.Tensor]:
-    """What to read into: weights and buffers as they are here, moments as they are in the file."""
+    """Tensors to read into: weights and buffers with their shapes here, moments with those in the file."""
     empty, problems = {}, []
     for key, tensor in wanted.items():
         if key.startswith("optimizer."):
             continue
-        size = torch.Size((rows[key][1], *tensor.shape[1:])) if key in rows else tensor.shape
+        size = _size_of_all(key, tensor, rows)
         if key not in stored:
             problems.append(f"missing {key}")
         elif stored[key].size != size:
@@ -140,8 +183,9 @@ def _empty_tensors(
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(
-            f"{folder} is of another network or loss: {'; '.join(problems[:5])}{more}; to train this one from those "
-            "weights, for instance on other people, start a new run in another output with init_from= that run's folder"
+            f"{folder} belongs to another network or loss: {'; '.join(problems[:5])}{more}; to start from those "
+            "weights, for instance on other people, start a new run in another output with init_from set to that run's "
+            "folder"
         )
     for key in moments:
         name, size = _parameter(key), stored[key].size
@@ -169,7 +213,7 @@ def _sharded(local: torch.Tensor, first: int, total: int, group: dist.ProcessGro
 
 
 class _SafeReader(dcp.FileSystemReader):
-    """Reads the index of a checkpoint, which is a pickle, without running anything that it may contain."""
+    """Reads the index of a checkpoint, which is a pickle, without executing anything in it."""
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
@@ -182,12 +226,12 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _INDEX.get(module, ()) or (module == "torch" and isinstance(vars(torch).get(name), torch.dtype)):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in the index of a checkpoint")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in the index of a checkpoint")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's remarks on ShardedTensor (no other tensor has shards of any size) and single processes."""
+    """Suppress torch's remarks on ShardedTensor (no other tensor has shards of any size) and single processes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)

@@ -162,7 +162,7 @@ READERS = {
     "gallery array": Reader(_make_gallery, "people.npz", _read_gallery, _mutate_member),
     "text": Reader(lambda f: (f / "a.txt").write_text("Zoë\n1 2"), "a.txt", lambda f: read_text(f / "a.txt")),
     **{
-        f"picture {suffix}": _picture(suffix)
+        f"image {suffix}": _picture(suffix)
         for suffix in (".jpg", ".png", ".bmp", ".webp", ".tif", ".gif", ".avif")
         if suffix in readable_suffixes()
     },

@@ -24,13 +24,13 @@ def run_pairs(
 ) -> list[Result]:
     """Verification of a ``.bin`` set: accuracy over ten folds, arcface_torch's VAL@FAR, and TPR at FPR over all pairs.
 
-    A sample of the pairs is also embedded with red and blue swapped; where that is better, a warning says so.
+    A sample of the pairs is also embedded with red and blue swapped; if that is better, a warning says so.
 
     Args:
         embed: the model.
-        pairs: what to verify. A pair of which an image cannot be read is left out, if the options permit it.
+        pairs: what to verify. A pair with an unreadable image is left out, if the options permit it.
         options: how to embed.
-        sheets: folder for a picture of the hardest pairs.
+        sheets: folder for an image of the hardest pairs.
 
     Returns:
         One result; none on ranks other than the first, if they share the work.
@@ -59,10 +59,10 @@ def run_pairs(
     metrics |= {f"val_at_far_{validation.target}": validation.val, "val_std": validation.std} | metrics_of(points)
     settings = {
         **common_settings(embed, options, found, pairs.keypoint_source, [f"image {i}" for i in range(2 * len(whole))]),
-        "alignment": "crops as they are in the set",
-        "pairs": f"{len(is_same)}, {int(is_same.sum())} of them of one person",
+        "alignment": "the set's own crops",
+        "pairs": f"{len(is_same)}, {int(is_same.sum())} of them of the same person",
         "threshold rule": (
-            "accuracy: best on the other nine folds; VAL (arcface_torch): their FAR, interpolated, is the target; "
+            "accuracy: best on the other nine folds; VAL (arcface_torch): where their interpolated FAR is the target; "
             "TPR: the highest whose FPR is at most the target"
         ),
         **unreached(points),
