@@ -37,17 +37,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import cv2
 import numpy as np
 
-from insightface_kprpe.app.aligner import cut_box
+from insightface_kprpe.app.alignment import CUTS, Crop
+from insightface_kprpe.app.detection import open_detector
 from insightface_kprpe.contact_sheet import arrange, face_cell, write_sheet
 from insightface_kprpe.data.image_codec import encode_jpeg
 from insightface_kprpe.data.landmark_csv import write_landmark_csv
+from insightface_kprpe.data.pair_lists import find_pictures, read_pair_list
 from insightface_kprpe.data.picture_files import list_people, read_image_file
 from insightface_kprpe.data.record_tools import pack_drawn
 from insightface_kprpe.data.synthetic import SyntheticFaces
 from insightface_kprpe.data.verification_bin import write_verification_bin
 from insightface_kprpe.data.verification_pairs import FIRST_UNSEEN_IDENTITY
 from insightface_kprpe.files import atomic_path
-from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, align_face, transform_points, warp_smoothly
+from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, transform_points, warp_smoothly
 from insightface_kprpe.inference.chunks import cut_into_blocks
 
 SIZE = 112
@@ -57,8 +59,7 @@ VALIDATION_PAIRS = 3000
 DRAWN = {"num_identities": 500, "seed": 1}
 _AT_ONCE = 200  # images that a process shows to the detector before it saves
 
-Crop = tuple[np.ndarray, np.ndarray]  # (112, 112, 3) uint8 RGB, (5, 2) keypoints in [0, 1] of it
-Cut = Callable[[np.ndarray, np.ndarray, np.ndarray, int], Crop]  # image, box, landmarks, seed
+Cut = Callable[[np.ndarray, np.ndarray, np.ndarray], Crop]  # picture, box, landmarks
 
 
 class Faces(NamedTuple):
@@ -93,14 +94,8 @@ def _part(cache: Path, block: range) -> Path:
 
 def _open_detector(path: Path) -> None:
     """Into each process of the pool."""
-    import onnxruntime
-    from insightface.model_zoo import model_zoo
-
     global _detector
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    _detector = model_zoo.get_model(str(path), providers=["CPUExecutionProvider"], sess_options=options)
-    _detector.prepare(-1, input_size=(640, 640))
+    _detector = open_detector(path, threshold=0.5, threads=1)
 
 
 def _detect_block(paths: Sequence[Path], padding: int, cache: Path, block: range) -> None:
@@ -120,28 +115,8 @@ def _detect(image: np.ndarray, padding: int) -> np.ndarray:
     return np.concatenate([boxes[nearest, :4], landmarks_px[nearest].reshape(-1)]).astype(np.float32) - padding
 
 
-def as_it_is(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray, seed: int) -> Crop:
-    """The whole, square image."""
-    side = image.shape[0]
-    interpolation = cv2.INTER_AREA if side > SIZE else cv2.INTER_LINEAR
-    crop = cv2.resize(image, (SIZE, SIZE), interpolation=interpolation)
-    return crop, (landmarks_px / side).astype(np.float32)
-
-
-def aligned(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray, seed: int) -> Crop:
-    """Turned onto the template."""
-    return align_face(image, landmarks_px, SIZE)
-
-
-def boxed(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray, seed: int) -> Crop:
-    """The square around the box."""
-    crop, matrix = cut_box(image, box, SIZE)
-    return crop, (transform_points(landmarks_px, matrix) / SIZE).astype(np.float32)
-
-
-def loose(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray, seed: int) -> Crop:
-    """The square around the box, turned, scaled and shifted at random, cut from the image."""
-    rng = np.random.default_rng(seed)
+def loose(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray, rng: np.random.Generator) -> Crop:
+    """The square around the box, turned, scaled and shifted at random, cut from the picture."""
     angle, zoom = np.deg2rad(rng.uniform(-30, 30)), np.exp(rng.uniform(*np.log([0.8, 1.25])))
     zoom *= SIZE / max(box[2:] - box[:2])
     linear = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -171,14 +146,16 @@ def write_training_set(folder: Path, faces: Faces, rows: np.ndarray, labels: np.
 
 
 def cut_face(faces: Faces, row: int, cut: Cut) -> Crop:
-    """One face of an image; an average one's keypoints are the template's, as where a score is too low."""
-    crop, keypoints = cut(read_image_file(faces.paths[row]), faces.boxes[row], faces.landmarks_px[row], row)
+    """One face of a picture; an average one's keypoints are the template's, as where a score is too low."""
+    if cut is loose:
+        cut = functools.partial(loose, rng=np.random.default_rng(row))
+    crop, keypoints = cut(read_image_file(faces.paths[row]), faces.boxes[row], faces.landmarks_px[row])
     return crop, keypoints if faces.found[row] else CANONICAL_KEYPOINTS
 
 
 def make_fiw(folder: Path, out: Path, detector: Path, processes: int) -> None:
     """Training sets and validation pairs of Families in the Wild."""
-    sets = {"unaligned": [as_it_is], "aligned": [aligned], "both": [as_it_is, aligned]}
+    sets = {"unaligned": [CUTS["whole"]], "aligned": [CUTS["aligned"]], "both": [CUTS["whole"], CUTS["aligned"]]}
     names = [f"fiw_{name}/train.rec" for name in sets] + ["fiw_val_unaligned.bin", "fiw_val_aligned.bin"]
     if all((out / name).is_file() for name in names):
         return
@@ -217,12 +194,12 @@ def draw_pairs(rows: np.ndarray, person: np.ndarray, family: np.ndarray, count: 
 
 def make_lfw(folder: Path, out: Path, detector: Path, processes: int) -> None:
     """The official pairs of Labeled Faces in the Wild, cut in four ways."""
-    cuts = {"raw": as_it_is, "box": boxed, "loose": loose, "aligned": aligned}
+    cuts = {"raw": CUTS["whole"], "box": CUTS["box"], "loose": loose, "aligned": CUTS["aligned"]}
     if all((out / f"lfw_{name}.bin").is_file() for name in cuts):
         return
-    images, is_same = read_lfw_pairs(folder / "pairs.txt")
+    images, is_same, _ = read_pair_list(folder / "pairs.txt")
     paths = sorted(set(images))
-    files = [folder / "images" / path for path in paths]
+    files = find_pictures(folder, paths)
     faces = find_faces(files, PADDING["lfw"], detector, out / "detected" / "lfw", processes)
     rows = [paths.index(path) for path in images]
     names = sorted({path.split("/")[0] for path in images})
@@ -230,17 +207,6 @@ def make_lfw(folder: Path, out: Path, detector: Path, processes: int) -> None:
     for name, cut in cuts.items():
         crops = [cut_face(faces, row, cut) for row in range(len(paths))]
         write_pairs(out / f"lfw_{name}.bin", [crops[row] for row in rows], is_same, people)
-
-
-def read_lfw_pairs(path: Path) -> tuple[list[str], list[bool]]:
-    """Images of the official pairs, two a pair, as ``NAME/NAME_0001.jpg``, and the answers."""
-    images, is_same = [], []
-    for line in path.read_text().splitlines()[1:]:
-        first, *rest = line.split("\t")
-        other = rest[1] if len(rest) == 3 else first
-        images += [f"{name}/{name}_{int(number):04d}.jpg" for name, number in ((first, rest[0]), (other, rest[-1]))]
-        is_same.append(len(rest) == 2)
-    return images, is_same
 
 
 def make_drawn(out: Path) -> None:

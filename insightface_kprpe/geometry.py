@@ -83,6 +83,21 @@ def theta_from_similarity(
     return torch.stack([torch.stack(row_x, -1), torch.stack(row_y, -1)], -2)
 
 
+def sampling_grid(theta: torch.Tensor, axis: torch.Tensor) -> torch.Tensor:
+    """What ``grid_sample`` reads, several times as fast as ``affine_grid`` on a CPU: rows and columns are added up.
+
+    Args:
+        theta: (B, 2, 3) float, from [-1, 1] of the target to [-1, 1] of the source.
+        axis: (S,) where the pixels of a target's row, and of its column, lie in [-1, 1].
+
+    Returns:
+        (B, S, S, 2), in memory (B, 2, S, S), which is no slower to read.
+    """
+    along_x = theta[:, :, :1] * axis  # (B, 2, S)
+    along_y = theta[:, :, 1:2] * axis + theta[:, :, 2:]
+    return (along_x[:, :, None] + along_y[..., None]).permute(0, 2, 3, 1)
+
+
 def estimate_alignment(landmarks_px: np.ndarray, size: int = 112) -> np.ndarray:
     """The matrix that InsightFace's ``norm_crop`` warps with.
 

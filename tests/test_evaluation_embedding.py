@@ -196,7 +196,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path, net, many, change, key):
     keypoints = np.zeros((20, 5, 2), np.float32) if change == "keypoints" else None
     options = replace(options, flip=change == "flip")
     images, source = many[: 19 if change == "count" else 20], "b" if change == "source" else "a"
-    with pytest.raises(ValueError, match=f"tiny-images holds results with another {key}: .*remove it"):
+    with pytest.raises(ValueError, match=f"tiny-images holds results for another {key}: .*remove it"):
         embed_faces(TorchEmbedder(net, "tiny"), images, keypoints, options, source=source)
 
 

@@ -137,7 +137,7 @@ def test_a_file_that_does_not_say_how_to_feed_it_is_named(tmp_path, files):
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     onnx.save(model, str(tmp_path / "net.onnx"))
-    with pytest.raises(ValueError, match=r"net\.onnx does not say how to feed it"):
+    with pytest.raises(ValueError, match=r"net\.onnx does not say how to normalize its input"):
         open_model(tmp_path / "net.onnx")
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from insightface_kprpe import cli
 from insightface_kprpe.backbones import VisionTransformer, get_model
 from insightface_kprpe.backbones.interface import Backbone
+from insightface_kprpe.data.image_codec import fit_crop
 from insightface_kprpe.data.landmark_csv import write_landmark_csv
 from insightface_kprpe.data.synthetic import draw_face, verification_pairs
 from insightface_kprpe.data.verification_bin import write_verification_bin
@@ -28,7 +29,7 @@ from insightface_kprpe.evaluation.report import format_text
 from insightface_kprpe.evaluation.verification import verify
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, align_face
 from insightface_kprpe.inference.embedding import EmbedOptions, embed_faces, embed_images
-from insightface_kprpe.inference.images import AlignedFiles, WholeFiles, fit_crop
+from insightface_kprpe.inference.images import AlignedFiles, WholeFiles
 from insightface_kprpe.inference.models import TorchEmbedder
 
 PEOPLE, FRAMES = 6, 4  # two templates of two frames each a person

@@ -12,11 +12,12 @@ from insightface.model_zoo.scrfd import SCRFD
 from ..data.face_dataset import to_network_input
 from ..dfa.aligner import canonical_keypoints, fit_to_square, square_to_crop
 from ..dfa.anchors import STRIDES
-from ..geometry import CANONICAL_KEYPOINTS, align_face, warp_smoothly
+from ..geometry import CANONICAL_KEYPOINTS, align_face, estimate_alignment, transform_points, warp_smoothly
 
 MIN_SIDE = 8  # pixels; five points of a smaller face are less than two pixels apart
 BOX_PADDING = 0.1  # on every side, as a fraction of the box's longer side: how the network saw faces in training
 _ALIGNED_SIZE = 112
+_WARP_LIMIT = 32_000  # pixels; OpenCV cannot warp a picture with a side above 32,766
 _STRIDE = STRIDES[0]  # the file's only face is the first anchor of the finest level
 
 
@@ -190,3 +191,29 @@ def cut_box(
         return np.zeros((size, size, 3), np.uint8), matrix
     near_matrix = np.column_stack([matrix[:, :2], matrix[:, 2] + scale * np.array([column, row])])
     return warp_smoothly(near, near_matrix, size), matrix
+
+
+def cut_aligned(img: np.ndarray, landmarks_px: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Move a face onto the template, as InsightFace does; also out of pictures that are too large for OpenCV to warp.
+
+    Args:
+        img: (H, W, 3) uint8 picture.
+        landmarks_px: (5, 2) in pixels of ``img``.
+        size: side of the result in pixels.
+
+    Returns:
+        The (size, size, 3) uint8 crop, black outside the picture, and its (5, 2) float32 keypoints in [0, 1].
+    """
+    return align_face(*_near(img, landmarks_px, size), size)
+
+
+def _near(img: np.ndarray, landmarks: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a picture too large for OpenCV to warp, the part that the aligned crop shows, and the landmarks in it."""
+    if max(img.shape[:2]) <= _WARP_LIMIT:
+        return img, landmarks
+    matrix = np.vstack([estimate_alignment(landmarks, size), [0, 0, 1]])
+    corners = transform_points(size * np.array([[0, 0], [1, 0], [0, 1], [1, 1]]), np.linalg.inv(matrix)[:2])
+    left, top = np.maximum(corners.min(0).astype(int) - 2, 0)
+    right, bottom = np.maximum(corners.max(0).astype(int) + 3, (left + 1, top + 1))
+    part = img[top:bottom, left:right]
+    return (part if part.size else img[:1, :1]), landmarks - np.array([left, top])

@@ -6,18 +6,14 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 from insightface.utils import face_align
 
 from .batches import LARGEST_BATCH, batches, check_crops, refuse_single
+from .border import WithBorder, is_stripe
 from .pictures import as_bgr
 from .recognizer import KeypointRecognizer
-
-# An image this many times longer than wide has no row left when resized for the detector.
-_THINNEST = 100
-_LARGEST_BORDERED = 1280  # pixels per side, twice what detectors see
 
 
 def checked_get(stock_get: Callable) -> Callable:
@@ -28,37 +24,16 @@ def checked_get(stock_get: Callable) -> Callable:
 
     def get(self, img: np.ndarray, *args: Any, **kwargs: Any) -> list:
         img = as_bgr(img)
-        short, long = sorted(img.shape[:2])
-        if not short or long > _THINNEST * short:
+        if is_stripe(img):
             return []
         faces = stock_get(self, img, *args, **kwargs)
         if faces:
             return faces
         wider = copy.copy(self)
-        wider.det_model = _WithBorder(self.det_model)
+        wider.det_model = WithBorder(self.det_model)
         return stock_get(wider, img, *args, **kwargs)
 
     return get
-
-
-class _WithBorder:
-    """A detector that sees an image with a black border around it, needed to find faces in aligned and tight crops.
-
-    Results are in pixels of the original image, so that nothing else has to know about the border.
-    """
-
-    def __init__(self, detector: Any) -> None:
-        self.detector = detector
-
-    def detect(self, img: np.ndarray, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray | None]:
-        scale = min(1.0, _LARGEST_BORDERED / max(img.shape[:2]))
-        if scale < 1:  # detectors shrink it further
-            img = cv2.resize(img, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        border = max(img.shape[:2]) // 2
-        wider = cv2.copyMakeBorder(img, border, border, border, border, cv2.BORDER_CONSTANT)
-        boxes, landmarks = self.detector.detect(wider, *args, **kwargs)
-        boxes = np.column_stack([(boxes[:, :4] - border) / scale, boxes[:, 4:]]).astype(np.float32)
-        return boxes, None if landmarks is None else ((landmarks - border) / scale).astype(np.float32)
 
 
 def get_batch(self, images: Iterable[np.ndarray], *args: Any, **kwargs: Any) -> list[list]:

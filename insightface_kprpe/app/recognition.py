@@ -53,14 +53,26 @@ def open_pack(name: str | Path, root: str | Path = "~/.insightface", det_thresh:
 
 
 def measured_threshold(app: Any) -> float | None:
-    """The threshold in a pack's ``pack.json`` for the lowest false positive rate; None if it has none."""
+    """The threshold that a pack's ``pack.json`` holds, of the smallest false positive rate; None if it has none."""
+    evaluation = measured_evaluation(app)
+    return None if evaluation is None else smallest_rate(evaluation)[1]
+
+
+def measured_evaluation(app: Any) -> dict[str, Any] | None:
+    """What a pack's ``pack.json`` says of how its recognition model verifies: set, pairs, thresholds; None: nothing."""
     file = Path(app.models["recognition"].model_file)
     for folder in file.parents[:2]:
         if (folder / MANIFEST).is_file():
             record = read_manifest(folder)["files"].get(file.relative_to(folder).as_posix(), {})
-            thresholds = record.get("evaluation", {}).get("thresholds", {})
-            return float(thresholds[min(thresholds, key=float)]) if thresholds else None
+            evaluation = record.get("evaluation", {})
+            return evaluation if evaluation.get("thresholds") else None
     return None
+
+
+def smallest_rate(evaluation: dict[str, Any]) -> tuple[str, float]:
+    """The smallest false positive rate of :func:`measured_evaluation`, as text, and its threshold."""
+    rate = min(evaluation["thresholds"], key=float)
+    return rate, float(evaluation["thresholds"][rate])
 
 
 def check_model(app: Any, gallery: Gallery) -> None:

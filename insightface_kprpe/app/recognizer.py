@@ -10,13 +10,11 @@ import numpy as np
 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 
 from ..evaluation.fusion import landmark_weights
-from ..geometry import CANONICAL_KEYPOINTS, SCORE_THRESHOLD, align_face, estimate_alignment, transform_points
+from ..geometry import CANONICAL_KEYPOINTS, SCORE_THRESHOLD, transform_points
 from ..packs.metadata import read_metadata
-from .aligner import FaceAligner, cut_box
+from .aligner import FaceAligner, cut_aligned, cut_box
 from .batches import batches, check_crops, check_keypoints
 from .pictures import as_bgr
-
-_WARP_LIMIT = 32_000  # pixels; OpenCV cannot warp an image with a side above 32,766
 
 
 class KeypointRecognizer(ArcFaceONNX):
@@ -154,7 +152,7 @@ class KeypointRecognizer(ArcFaceONNX):
         """What the network sees of a face, and the landmarks in [0, 1] of it."""
         size = self.input_size[0]
         if self.aligned:
-            return align_face(*_near(img, landmarks, size), size)
+            return cut_aligned(img, landmarks, size)
         crop, matrix = cut_box(img, face.bbox, size)
         return crop, (transform_points(landmarks, matrix) / size).astype(np.float32)
 
@@ -163,15 +161,3 @@ def _checked_face(face):
     if face is None:
         raise ValueError("face must be insightface's Face, got None; skip images in which no face was found")
     return face
-
-
-def _near(img: np.ndarray, landmarks: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of an image too large for OpenCV to warp, the part that the aligned crop shows, and the landmarks in it."""
-    if max(img.shape[:2]) <= _WARP_LIMIT:
-        return img, landmarks
-    matrix = np.vstack([estimate_alignment(landmarks, size), [0, 0, 1]])
-    corners = transform_points(size * np.array([[0, 0], [1, 0], [0, 1], [1, 1]]), np.linalg.inv(matrix)[:2])
-    left, top = np.maximum(corners.min(0).astype(int) - 2, 0)
-    right, bottom = np.maximum(corners.max(0).astype(int) + 3, (left + 1, top + 1))
-    part = img[top:bottom, left:right]
-    return (part if part.size else img[:1, :1]), landmarks - np.array([left, top])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -123,7 +123,11 @@ def rec_inspect(
     """Show counts, identities, image sizes, JPEG quality, landmarks; exit 1 on unreadable or contradictory data."""
     from ..data.record_inspection import inspect_records
 
-    facts = inspect_records(path, None if everything else 1000, num_workers)
+    echo_facts(inspect_records(path, None if everything else 1000, num_workers))
+
+
+def echo_facts(facts: dict[str, Any]) -> None:
+    """Print what an inspection found; exit status 1 where something is wrong."""
     bad, formats, contradictions = (facts.pop(name) for name in ("bad", "formats", "contradictions"))
     for name, value in facts.items():
         typer.echo(f"{name:20} {value}")

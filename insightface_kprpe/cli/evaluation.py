@@ -96,10 +96,16 @@ def _with_options(verb: Callable[..., None]) -> Callable[..., None]:
 @evaluate_app.command("bin")
 @_with_options
 def evaluate_bin(
-    sets: Annotated[list[str], typer.Argument(help=".bin verification sets, or synthetic / synthetic_unaligned")],
+    sets: Annotated[
+        list[str], typer.Argument(help=".bin files, folders with pairs.txt, or synthetic / synthetic_unaligned")
+    ],
     settings: Measuring,
 ) -> None:
-    """10-fold verification accuracy on InsightFace .bin sets; landmarks from NAME_ldmk_5points.csv next to each."""
+    """Verification accuracy over folds, on InsightFace .bin sets or folders of crops with LFW's pairs.txt.
+
+    Landmarks come from NAME_ldmk_5points.csv beside a .bin, ldmk_5points.csv in a folder. Example: insightface-kprpe
+    evaluate bin lfw.bin lfw_aligned --model work_dirs/my_run --out report
+    """
     from ..data.verification_pairs import open_verification
     from ..evaluation.protocols import run_pairs
 

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..geometry import CANONICAL_KEYPOINTS
+from .image_codec import fit_crop
 from .landmark_csv import read_keypoints
 from .picture_files import list_people, read_image_file
 from .record_checks import check_records
@@ -57,8 +58,7 @@ class FaceDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, torch.Tensor]:
         image, keypoints = self.source[index]
-        if image.shape[:2] != (self.size, self.size):
-            image = cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        image = fit_crop(image, self.size)
         if keypoints is None:
             keypoints = CANONICAL_KEYPOINTS
         planes = np.empty((3, self.size, self.size), np.uint8)

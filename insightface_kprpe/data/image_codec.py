@@ -13,6 +13,7 @@ from .image_header import image_kind, image_size
 PIXEL_LIMIT = "INSIGHTFACE_KPRPE_MAX_MEGAPIXELS"  # environment variable; also named in the error
 HEIF_REMEDY = "HEIC needs: pip install 'insightface-kprpe[heif]'"
 _MEGAPIXELS = 200.0
+CROP_SIZE = 112  # side of the crops that networks see, pixels
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 
 
@@ -55,6 +56,14 @@ def decode_image(data: bytes) -> np.ndarray:
 def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:
     """A JPEG file of an (H, W, 3) uint8 RGB image; quality is 1 to 100."""
     return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+def fit_crop(image: np.ndarray, size: int = CROP_SIZE) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3) uint8; the whole image, averaged where it is larger, bicubic where smaller."""
+    if image.shape[:2] == (size, size):
+        return image
+    smooth = cv2.INTER_AREA if min(image.shape[:2]) > size else cv2.INTER_CUBIC
+    return cv2.resize(image, (size, size), interpolation=smooth)
 
 
 def _check_size(width: int, height: int) -> None:

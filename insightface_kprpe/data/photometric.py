@@ -53,8 +53,9 @@ def adjust_sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor
     rows = (images[..., :-2, :] + images[..., 1:-1, :]).add_(images[..., 2:, :])
     smooth = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])
     inner = images[..., 1:-1, 1:-1]
+    smooth.add_(inner, alpha=4).div_(13).lerp_(inner, factor[:, None, None, None]).clamp_(0, 1)
     result = images.clone()
-    result[..., 1:-1, 1:-1] = _blend(smooth.add_(inner, alpha=4).div_(13), inner, factor)
+    result[..., 1:-1, 1:-1] = smooth
     return result
 
 

@@ -23,8 +23,8 @@ _WHERE_OPENCV_CAN = frozenset({".gif", ".webp", ".tif", ".tiff", ".avif"})
 _HEIF = frozenset({".heic", ".heif", ".hif"})
 # Files that operating systems leave in folders; names that start with a dot are hidden anyway.
 _SYSTEM_NAMES = frozenset({"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"})
-# Files that this package and similar ones put next to images.
-_COMPANIONS = ("ldmk_5points.csv", "ldmk_5points.png", "label.txt", "property")
+# What this package and its likes put beside pictures.
+_COMPANIONS = ("ldmk_5points.csv", "ldmk_5points.png", "faces.csv", "pairs.txt", "label.txt", "property")
 _SHOWN = 3  # files that a warning names, of each kind
 
 
@@ -137,10 +137,9 @@ def _split(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """Images, and all others but those that belong next to images."""
     pictures, others = [], []
     for file in files:
-        if file.suffix.lower() in readable_suffixes():
-            pictures.append(file)
-        elif not file.name.endswith(_COMPANIONS):
-            others.append(file)
+        if file.name.endswith(_COMPANIONS):
+            continue
+        (pictures if file.suffix.lower() in readable_suffixes() else others).append(file)
     return pictures, others
 
 

@@ -32,9 +32,9 @@ class Items(Dataset):
             return str(error)
 
 
-def results(items: Items, num_workers: int, label: str) -> Iterator[Any]:
-    """All items in order, read ahead by worker processes, under a progress bar."""
-    loader = DataLoader(items, _AT_ONCE, num_workers=num_workers, collate_fn=list, worker_init_fn=start_worker)
+def results(items: Items, num_workers: int, label: str, at_once: int = _AT_ONCE) -> Iterator[Any]:
+    """All items in order, read ahead by worker processes, which hand over some at once, under a progress bar."""
+    loader = DataLoader(items, at_once, num_workers=num_workers, collate_fn=list, worker_init_fn=start_worker)
     with tqdm(total=len(items), desc=label, unit="img", disable=None) as progress:
         for batch in loader:
             progress.update(len(batch))

@@ -55,9 +55,9 @@ def inspect_records(path: str | Path, check: int | None = 1000, num_workers: int
         "labels": ("0 to the last without gaps" if whole else "with gaps or negative; `rec repack` renumbers them")
         + ("" if (np.diff(labels) >= 0).all() else "; not in order"),
         "property file": _property(properties) if properties.is_file() else "none",
-        "landmarks": _landmark_state(reader.path.with_name(LANDMARK_FILE), len(keys)),
+        "landmarks": landmark_state(reader.path.with_name(LANDMARK_FILE), len(keys)),
         "decoded": len(shown),
-        "formats": {_describe(look): count for look, count in found.most_common(8)},
+        "formats": {describe_look(look): count for look, count in found.most_common(8)},
         "contradictions": find_contradictions(reader, labels),
         "bad": [result for result in looked if isinstance(result, str)],
     }
@@ -70,7 +70,8 @@ def _look_at_record(reader: RecordReader, keys: np.ndarray, index: int) -> tuple
     return height, width, jpeg_quality(reader[key][1])
 
 
-def _describe(look: tuple[int, int, int]) -> str:
+def describe_look(look: tuple[int, int, int]) -> str:
+    """Height, width and JPEG quality (0: no JPEG) in words."""
     height, width, quality = look
     return f"{width}x{height} " + (f"JPEG of quality about {quality}" if quality else "not JPEG")
 
@@ -107,7 +108,8 @@ def _has_header(reader: RecordReader) -> bool:
     return len(reader.image_keys) < len(reader)
 
 
-def _landmark_state(path: Path, count: int) -> str:
+def landmark_state(path: Path, count: int) -> str:
+    """What a landmark file for ``count`` images is worth, in words."""
     if not path.is_file():
         return f"none ({LANDMARK_FILE}); `insightface-kprpe landmarks` writes it"
     try:

@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
 from ..files import atomic_folder
 from ..fingerprint import fingerprint
 from .face_dataset import LANDMARK_FILE
-from .image_codec import decode_image, encode_jpeg
+from .image_codec import decode_image, encode_jpeg, fit_crop
 from .landmark_csv import read_landmark_csv, write_landmark_csv
 from .picture_files import list_people
 from .reading import Items, results
@@ -99,7 +98,7 @@ def pack_folder(
         raise ValueError(f"quality must be in 1 to 100, got {quality}")
     paths = [path for files in people.values() for path in files]
     labels = np.repeat(np.arange(len(people)), [len(files) for files in people.values()])
-    images = Items(len(paths), functools.partial(_encode_file, paths, size, quality))
+    images = Items(len(paths), lambda index: encode_crop(paths[index], size, quality))
     landmarks = _landmarks_of(Path(folder), len(paths), np.arange(len(paths)))
     identity = _identity(Path(folder), paths, "pack", size, quality)
     name_of = list(people).__getitem__
@@ -242,8 +241,12 @@ def _verify(folder: Path, count: int, checksum: int) -> int:
     return int(reader.labels().max()) + 1
 
 
-def _encode_file(paths: list[Path], size: int, quality: int, index: int) -> tuple[bytes, bool]:
-    path = paths[index]
+def encode_crop(path: Path, size: int, quality: int = 95) -> tuple[bytes, bool]:
+    """A picture file as a JPEG of ``size`` x ``size`` pixels, and whether that is the file itself, byte for byte.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     data = path.read_bytes()
     try:
         image = decode_image(data)
@@ -251,9 +254,7 @@ def _encode_file(paths: list[Path], size: int, quality: int, index: int) -> tupl
         raise ValueError(f"{path}: {error}") from error
     if data.startswith(b"\xff\xd8") and image.shape[:2] == (size, size):
         return data, True
-    if image.shape[:2] != (size, size):
-        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
-    return encode_jpeg(image, quality), False
+    return encode_jpeg(fit_crop(image, size), quality), False
 
 
 def _first_size(reader: RecordReader, keys: np.ndarray) -> int:

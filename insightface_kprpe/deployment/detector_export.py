@@ -89,10 +89,10 @@ class OneFaceLayout(nn.Module):
         """(B, 3, S, S) RGB, (pixel - 127.5) / 128 -> the nine outputs, each (B, A, 1, 4 or 10)."""
         side = self.dfa.image_size
         images = images * (_SCRFD_STD / _OUR_STD)
-        filled = (images > -1 + 1 / _OUR_STD).any(1)  # (B, S, S); the loader's black is exactly -1
-        start, stop = _extent(torch.stack([filled.any(1), filled.any(2)], 1))  # (B, 2) each: columns, rows
+        brightest = torch.stack([images.amax((1, 2)), images.amax((1, 3))], 1)  # (B, 2, S) of columns and rows
+        start, stop = _extent(brightest > -1 + 1 / _OUR_STD)  # (B, 2) each; the loader's black is exactly -1
         offset = torch.where(start == 0, (side - stop) // 2, 0)  # the loader pads at the end, never at the start
-        centered = _shift(_shift(images, offset[:, 0], 3), offset[:, 1], 2)
+        centered = _shift(images, offset)
         keypoints, score, bbox = self.dfa.locate(centered)
         points = keypoints * side - offset[:, None]
         corners = bbox.unflatten(1, (2, 2)) * side - offset[:, None]
@@ -131,12 +131,16 @@ def _extent(filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(filled, places, side).amin(-1), torch.where(filled, places + 1, 0).amax(-1)
 
 
-def _shift(images: torch.Tensor, pixels: torch.Tensor, axis: int) -> torch.Tensor:
-    """Each image moved right (axis 3) or down (axis 2); the black that leaves there enters on the other side."""
-    places = torch.arange(images.shape[axis], device=images.device) - pixels[:, None]  # (B, S)
-    places = torch.where(places < 0, places + images.shape[axis], places)
-    places = places[:, None, None, :] if axis == 3 else places[:, None, :, None]
-    return images.gather(axis, places.expand_as(images))
+def _shift(images: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Each image moved right and down by its (B, 2) pixels; the black that leaves there enters on the other side.
+
+    Pixels are moved once for both axes, as they are moved one by one.
+    """
+    side = images.shape[-1]
+    places = torch.arange(side, device=images.device) - offset[..., None]  # (B, 2, S)
+    column, row = torch.where(places < 0, places + side, places).unbind(1)
+    place = (row[:, :, None] * side + column[:, None]).flatten(1)
+    return images.flatten(2).gather(2, place[:, None].expand(-1, images.shape[1], -1)).view_as(images)
 
 
 def has_detail(images: torch.Tensor, start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from ..data.crops import Crops, open_crops
+from ..data.image_codec import fit_crop
 from ..data.landmark_csv import read_keypoints
 from ..distributed import rank_and_world_size
 from ..files import atomic_path
 from ..fingerprint import fingerprint
 from .embedding import Embeddings, EmbedOptions, embed_faces
-from .images import fit_crop
 from .models import Embedder
 
 SUFFIXES = (".npz", ".parquet")

@@ -7,16 +7,14 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 
+from ..data.image_codec import CROP_SIZE, fit_crop
 from ..data.picture_files import read_image_file
 from ..geometry import ARCFACE_TEMPLATE_112, CANONICAL_KEYPOINTS, align_face, distinct_landmarks, similarity_transform
 
 logger = logging.getLogger(__name__)
-
-SIZE = 112
 
 
 def as_it_lies(path: Path) -> Path:
@@ -48,7 +46,7 @@ class AlignedFiles(Sequence):
         points = torch.from_numpy(np.asarray(landmarks_px, dtype=np.float64))
         similarity = similarity_transform(points, torch.tensor(ARCFACE_TEMPLATE_112, dtype=torch.float64))
         moved = points @ similarity[..., :2].mT + similarity[:, None, :, 2]
-        self.keypoints = (moved / SIZE).float().numpy()
+        self.keypoints = (moved / CROP_SIZE).float().numpy()
         self.alignable = distinct_landmarks(landmarks_px)
         self.keypoints[~self.alignable] = CANONICAL_KEYPOINTS
         if not self.alignable.all():
@@ -61,7 +59,7 @@ class AlignedFiles(Sequence):
     def __getitem__(self, index: int) -> np.ndarray:
         if not self.alignable[index]:
             raise ValueError(f"{self.paths[index]}: its landmarks coincide, so it cannot be aligned")
-        return align_face(read_image_file(as_it_lies(self.paths[index])), self.landmarks_px[index], SIZE)[0]
+        return align_face(read_image_file(as_it_lies(self.paths[index])), self.landmarks_px[index], CROP_SIZE)[0]
 
 
 class WholeFiles(Sequence):
@@ -79,11 +77,3 @@ class WholeFiles(Sequence):
 
     def __getitem__(self, index: int) -> np.ndarray:
         return fit_crop(read_image_file(as_it_lies(self.paths[index])))
-
-
-def fit_crop(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 -> (112, 112, 3) uint8; the whole image, averaged if it is larger, bicubic if smaller."""
-    if image.shape[:2] == (SIZE, SIZE):
-        return image
-    smooth = cv2.INTER_AREA if min(image.shape[:2]) > SIZE else cv2.INTER_CUBIC
-    return cv2.resize(image, (SIZE, SIZE), interpolation=smooth)
