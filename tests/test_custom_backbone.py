@@ -123,7 +123,11 @@ def test_modules_that_cannot_be_imported_are_named(tmp_path):
     env = {**os.environ, "INSIGHTFACE_KPRPE_BACKBONES": "no_such_module"}
     command = [sys.executable, "-m", "insightface_kprpe.cli", "models"]
     result = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert result.returncode == 1 and "could not import 'no_such_module'" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 1
+        and "could not import 'no_such_module'" in result.stderr
+        and "Traceback" not in result.stderr
+    )
 
 
 # --- timm ------------------------------------------------------------------------------------------------------------
