@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from .._timm import Attention
 
+_FEW = 2**14  # pairs of patches; with so few, biases written out need less operators and as much memory
 _CHUNK = 2**18  # logits that one thread works on at a time: 1 MB
 
 
@@ -62,8 +63,12 @@ class OffsetAttention(Attention):
 
     @staticmethod
     def can_run(tokens: torch.Tensor) -> bool:
-        """Whether the way over lines is open: real float32 numbers on a CPU, and no one who records operations."""
-        return computes_on_cpu(tokens) and tokens.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        """Whether the way over lines is open and worth it.
+
+        Open: real float32 numbers on a CPU, and no one who records operations. Worth it: more than ``_FEW`` pairs.
+        """
+        open_way = computes_on_cpu(tokens) and tokens.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return open_way and len(tokens) * tokens.shape[1] ** 2 > _FEW
 
     def forward(
         self, x: torch.Tensor, attn_mask: torch.Tensor | Lines | None = None, is_causal: bool = False
