@@ -55,8 +55,8 @@ class NetworkOutput(NamedTuple):
 
 def infers_on_cpu(images: torch.Tensor) -> bool:
     """Whether a CPU is to compute this now, with no one who records operations for gradients or to run them later."""
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return images.device.type == "cpu" and not recorded
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(images) is not torch.Tensor
+    return images.device.type == "cpu" and not recorded and not torch.is_grad_enabled()
 
 
 class _ConvNorms(nn.Sequential):
