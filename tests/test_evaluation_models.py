@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import onnx
@@ -61,6 +63,13 @@ def test_every_form_of_a_network_gives_its_embeddings(files, net, faces, file):
     assert embed.name == {"run": "run", "run/model.pt": "run", "run/net.safetensors": "net"}.get(file, "two")
     assert embed.fingerprint() == open_model(files / file).fingerprint()
     assert "RGB" in embed.describe()
+
+
+@pytest.mark.parametrize("file", ["run", "two.onnx"])
+def test_models_can_be_copied_and_pickled(files, faces, file):
+    embed = open_model(files / file, name="mine")
+    for copied in (pickle.loads(pickle.dumps(embed)), copy.deepcopy(embed)):
+        assert copied.name == "mine" and torch.equal(copied(*faces), embed(*faces))
 
 
 def test_image_only_file_and_a_name(files, net, faces):

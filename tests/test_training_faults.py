@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from insightface_kprpe.data.sampler import EpochSampler
 from insightface_kprpe.data.verification_bin import read_verification_bin, write_verification_bin
 from insightface_kprpe.training import checkpoint, landmark_trainer, loop, metrics, trainer
+from insightface_kprpe.training.callbacks import StopSignal
 from insightface_kprpe.training.checkpoint_files import latest_checkpoint, list_checkpoints
 from insightface_kprpe.training.command_line import start_logging
 from insightface_kprpe.training.config import load_config
@@ -391,6 +392,29 @@ def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path):
     run.join(30)
     assert run.exitcode == -signal.SIGINT  # which a shell calls 130
     assert latest_checkpoint(tmp_path).name == "step_00000001"
+
+
+@pytest.mark.parametrize("number", StopSignal.SIGNALS)
+def test_every_signal_that_asks_a_run_to_stop_is_remembered(number):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.agreed() == number
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGHUP, before[1])
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.agreed()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 class Numbers(Dataset):

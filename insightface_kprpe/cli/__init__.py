@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..debugging import shows_tracebacks
 from . import arcface_torch, data, deployment, evaluation, faces, training  # noqa: F401 - they add their verbs
-from .app import DEBUG, app
+from .app import app
 from .errors import describe
 
 
@@ -48,6 +48,6 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if os.environ.get(DEBUG):
+        if shows_tracebacks():
             raise
         sys.exit(f"error: {describe(error, sys.argv[1:])}")

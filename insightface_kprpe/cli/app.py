@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-DEBUG = "INSIGHTFACE_KPRPE_DEBUG"  # environment variable: errors come with their traceback
+from ..debugging import VARIABLE
 
 
 class _Root(TyperGroup):
@@ -34,7 +34,7 @@ app = typer.Typer(
 
 @app.callback()
 def root(
-    debug: Annotated[bool, typer.Option("--debug", help=f"errors with their traceback; or {DEBUG}=1")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=f"errors with their traceback; or {VARIABLE}=1")] = False,
 ) -> None:
     if debug:
-        os.environ[DEBUG] = "1"
+        os.environ[VARIABLE] = "1"

@@ -32,7 +32,7 @@ class Embedding:
         typer.Option(
             "--model",
             "--model-prefix",
-            help="[NAME=]PATH: training run, weights, .onnx, or pack; several: repeat it",
+            help="[NAME=]PATH: training run, weights, .onnx, pack, or hf:OWNER/NAME; several: repeat it",
         ),
     ]
     network: Annotated[str | None, typer.Option(help="backbone that the weights are of, where nothing else says")] = (

@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from ..documents import read_json_object
 from ..files import atomic_folder
 from ..fingerprint import fingerprint
 from .face_dataset import LANDMARK_FILE
@@ -215,7 +216,7 @@ def _write(
 def _made_before(out: Path, identity: str) -> Packed | None:
     """What an earlier call, which may have been killed before it could tell, wrote of the same."""
     try:
-        mark = json.loads((out / _MARK).read_text())
+        mark = read_json_object(out / _MARK)
         return Packed(**mark["packed"]) if mark["of"] == identity and (out / "train.rec").is_file() else None
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from ..packs.layout import (
     PackError,
     read_manifest,
 )
-from ..packs.metadata import load_onnx, read_metadata
+from ..packs.metadata import input_convention, load_onnx, read_metadata
 from ..packs.routing import stock_model, stock_route
 from .precision import format_change
 
@@ -184,8 +186,9 @@ def _try(path: Path, name: str, task: str | None) -> np.ndarray | None:
 
 def _embed(model: Any, metadata: Mapping[str, str]) -> np.ndarray:
     """What InsightFace embeds a drawn face to, if it feeds the file as the file expects."""
-    if "mean" in metadata and (model.input_mean, model.input_std) != (float(metadata["mean"]), float(metadata["std"])):
-        names = [node.name for node in load_onnx(model.model_file).graph.node[:8]]
+    path = model.model_file
+    if "mean" in metadata and (model.input_mean, model.input_std) != input_convention(metadata, path):
+        names = [node.name for node in load_onnx(path).graph.node[:8]]
         names = [name for name in names if name.startswith(("Sub", "Mul", "_minus", "_mul"))]
         raise PackError(
             f"InsightFace would feed it mean {model.input_mean} and std {model.input_std} because of the node names "
@@ -223,4 +226,7 @@ def remove(folder: Path) -> None:
     others = [name for name in others if name not in listed]
     if others:
         raise PackError(f"{folder} also holds {', '.join(others[:5])}, which the pack does not list; move them away")
-    shutil.rmtree(folder)
+    # Under a name that the next build of the pack sweeps: a kill must not leave half a pack that nobody owns to.
+    trash = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    os.replace(folder, trash / folder.name)
+    shutil.rmtree(trash)

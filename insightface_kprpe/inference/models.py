@@ -12,8 +12,9 @@ import torch
 
 from ..backbones import Backbone
 from ..fingerprint import fingerprint
+from ..hub import is_hub_source, local_source
 from ..packs.layout import KEYPOINT_RECOGNITION, MANIFEST, RECOGNITION, read_manifest
-from ..packs.metadata import read_metadata
+from ..packs.metadata import input_convention, read_metadata
 from ..packs.providers import settle_providers
 from ..packs.routing import stock_route
 from ..weights.sources import load_published
@@ -175,6 +176,9 @@ class OnnxEmbedder(Embedder):
         self.batch = shape[0] if isinstance(shape[0], int) else None
         self.mean, self.std = _input_convention(self.path, metadata)
 
+    def __reduce__(self) -> tuple:
+        return OnnxEmbedder, (self.path, self.name, self.device)  # a session is opened anew where it arrives
+
     def __call__(self, images: torch.Tensor, keypoints: torch.Tensor) -> torch.Tensor:
         """Embed one batch, in parts where the file has a fixed batch size."""
         values = [(images.cpu() * 127.5 + (127.5 - self.mean)) / self.std, keypoints.cpu()][: len(self.inputs)]
@@ -205,10 +209,7 @@ class OnnxEmbedder(Embedder):
 def _input_convention(path: Path, metadata: dict[str, str]) -> tuple[float, float]:
     """Mean and std that the file expects: what it says itself, else what InsightFace's loader makes of it."""
     if "inputs" in metadata:  # exported by this package; in a pack others, too, say where they are from
-        try:
-            return float(metadata["mean"]), float(metadata["std"])
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path} does not say how to feed it (mean and std): export it anew") from error
+        return input_convention(metadata, path)
     route = stock_route(path)
     if route.task != "recognition" or route.outputs != 1:
         raise ValueError(f"{path} must be a recognition model with one output, InsightFace takes it for {route.kind}")
@@ -227,8 +228,9 @@ def open_model(
     Args:
         path: an ``.onnx`` file; a FaceAnalysis pack, by folder or by its name in ``~/.insightface/models``; or torch
             weights as :func:`~insightface_kprpe.weights.sources.load_published` takes them: a training run, a
-            ``.pt`` or ``.safetensors`` file, a published model. Of a pack that this package built, the model with
-            keypoints is taken where there is one.
+            ``.pt`` or ``.safetensors`` file, a published model; all of them, and ``.onnx`` files, also on the Hub
+            ("hf:owner/name[/path][@revision]"). Of a pack that this package built, the model with keypoints is taken
+            where there is one.
         network: name of the backbone that the weights are of, where neither the files beside them nor their shapes say.
         precision: "fp32" or "bf16"; ONNX files have their own.
         device: where to compute.
@@ -236,11 +238,12 @@ def open_model(
 
     Raises:
         FileNotFoundError: there is no such file, folder or pack.
+        ImportError, RuntimeError: it is on the Hub, and huggingface_hub is not installed, or the download failed.
         ValueError: it holds no recognition model, or nothing says which network the weights are of.
     """
     _check_precision(precision)
-    path = _find(path)
-    name = name or default_name(path)
+    source, path = path, _find(path)
+    name = name or default_name(source if is_hub_source(source) else path)
     if path.is_dir() and (any(path.glob("*.onnx")) or (path / MANIFEST).is_file()):
         path = _recognition_file(path)
     if path.suffix == ".onnx":
@@ -260,8 +263,8 @@ def default_name(path: str | Path) -> str:
 
 
 def _find(path: str | Path) -> Path:
-    """The path itself, or the installed pack of that name."""
-    found = Path(path).expanduser()
+    """The path itself, the installed pack of that name, or what was downloaded from the Hub."""
+    found = local_source(path)
     if found.exists():
         return found
     pack = Path(PACKS).expanduser() / str(path)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from easydict import EasyDict as edict
 
+from ..documents import read_json_object
 from ..files import write_atomically
 from . import recipes
 
@@ -167,13 +168,13 @@ def _run(path: Path) -> dict[str, Any]:
         return recipes.by_name(path.stem)
     is_json = path.suffix == ".json"
     try:
-        config = json.loads(path.read_text()) if is_json else runpy.run_path(str(path)).get("config")
+        config = read_json_object(path) if is_json else runpy.run_path(str(path)).get("config")
     except Exception as error:
-        what = "is no JSON" if is_json else "cannot be run as a config"
-        raise ConfigError(f"{path} {what}: {type(error).__name__}: {error}") from error
+        if is_json:
+            raise ConfigError(f"{error}; a run's config.json is expected") from error
+        raise ConfigError(f"{path} cannot be run as a config: {type(error).__name__}: {error}") from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        wanted = "hold one object {...}, as a run's config.json does" if is_json else "define `config = edict()`"
-        raise ConfigError(f"{path} must {wanted}, with names of keys; got {config!r:.60}")
+        raise ConfigError(f"{path} must define `config = edict()`, with names of keys; got {config!r:.60}")
     return config
 
 

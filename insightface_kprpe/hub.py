@@ -1,4 +1,4 @@
-"""Weights from the Hugging Face Hub: the few files that are needed, and never code."""
+"""Weights and ONNX files from the Hugging Face Hub: the few files that are needed, and never code."""
 
 from __future__ import annotations
 
@@ -30,10 +30,19 @@ class Snapshot(NamedTuple):
 
 def is_hub_source(source: str | Path) -> bool:
     """Whether a source names a repository of the Hub."""
-    return isinstance(source, str) and source.startswith(PREFIX)
+    return str(source).startswith(PREFIX)
 
 
-def fetch_snapshot(source: str, cache: str | Path | None = None, offline: bool = False) -> Snapshot:
+def local_source(source: str | Path, cache: str | Path | None = None, offline: bool = False) -> Path:
+    """The folder or file that a source means: a path is itself, of the Hub what is needed is downloaded.
+
+    Args:
+        source, cache, offline: see :func:`fetch_snapshot`, which also says what is raised.
+    """
+    return fetch_snapshot(source, cache, offline).path if is_hub_source(source) else Path(source).expanduser()
+
+
+def fetch_snapshot(source: str | Path, cache: str | Path | None = None, offline: bool = False) -> Snapshot:
     """Download what is needed of a repository, or find it in the cache.
 
     Args:
@@ -49,6 +58,7 @@ def fetch_snapshot(source: str, cache: str | Path | None = None, offline: bool =
         ImportError: ``huggingface_hub`` is not installed.
         RuntimeError: it could not be downloaded; the message says why.
     """
+    source = str(source)
     match = _SOURCE.fullmatch(source)
     inside = PurePosixPath(match["path"].lstrip("/")) if match else PurePosixPath("..")
     if match is None or ".." in inside.parts:
