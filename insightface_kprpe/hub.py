@@ -138,7 +138,7 @@ def only_weights(files: Iterable[str], folder: PurePosixPath, source: str) -> Pu
         NoWeightsError: there is nothing of the kind.
     """
     here = sorted(PurePosixPath(file) for file in files)
-    here = [file for file in here if file.parent == folder or folder in file.parents]
+    here = [file for file in here if folder in file.parents and not file.name.startswith(".")]
     found = [file for file in here if file.suffix in WEIGHTS_SUFFIXES]
     direct = [file for file in found if file.parent == folder]
     # The same weights are often there in both formats.

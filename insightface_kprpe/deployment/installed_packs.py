@@ -25,6 +25,7 @@ from ..packs.layout import (
     MANIFEST,
     RECOGNITION,
     PackError,
+    onnx_files,
     read_manifest,
 )
 from ..packs.metadata import input_convention, load_onnx, read_metadata
@@ -41,7 +42,7 @@ def describe(folder: Path) -> str:
     """A pack for people: of ours what the manifest says, of others what InsightFace takes the files for."""
     if not (folder / MANIFEST).is_file():
         lines = [f"{folder}: not built by this package; InsightFace takes its files for"]
-        for path in sorted(folder.rglob("*.onnx")):
+        for path in onnx_files(folder, deep=True):
             try:
                 route = stock_route(path)
                 taken = f"{route.task or 'nothing'} ({route.kind})"
@@ -101,7 +102,7 @@ def verify(folder: Path) -> list[str]:
 def added_files(folder: Path) -> list[str]:
     """The ONNX files of a pack that its manifest does not list."""
     listed = read_manifest(folder)["files"]
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.onnx"))]
+    names = [path.relative_to(folder).as_posix() for path in onnx_files(folder, deep=True)]
     return [name for name in names if name not in listed]
 
 

@@ -11,7 +11,16 @@ import torch.nn as nn
 from ..backbones import Backbone
 from ..dfa import DFA
 from ..hub import fetch_snapshot, is_hub_source, local_source
-from ..packs.layout import ALIGNER, DETECTION, DETECTOR_OUTPUTS, INSIGHTFACE_PACK, MANIFEST, PackError, read_manifest
+from ..packs.layout import (
+    ALIGNER,
+    DETECTION,
+    DETECTOR_OUTPUTS,
+    INSIGHTFACE_PACK,
+    MANIFEST,
+    PackError,
+    onnx_files,
+    read_manifest,
+)
 from ..packs.metadata import DFA_DETECTOR, load_onnx, metadata_of
 from ..packs.routing import stock_route
 from ..weights.architecture import read_architecture
@@ -62,7 +71,7 @@ def find_detector(
     if (folder / MANIFEST).is_file():
         known = read_manifest(folder)["files"].get(DETECTION, {}).get("licence", "unknown")
         return FoundFile(folder / DETECTION, f"{folder.name}/{DETECTION}", licence or known)
-    for candidate in sorted(folder.rglob("*.onnx"), key=lambda file: file.stat().st_size):  # detectors are small
+    for candidate in sorted(onnx_files(folder, deep=True), key=lambda file: file.stat().st_size):  # detectors are small
         # An aligner has a detector's layout, and finds one face in a crop.
         if candidate.parent.name == Path(ALIGNER).parent.name:
             continue
@@ -93,7 +102,7 @@ def find_extras(
     if unknown := [task for task in tasks if task not in EXTRA_TASKS]:
         raise PackError(f"extra tasks must be of {', '.join(EXTRA_TASKS)}, got {unknown[0]!r}")
     folder = _pack_folder(pack, root, offline, "extra_pack")
-    routes = {path: stock_route(path).task for path in sorted(folder.glob("*.onnx"))} if tasks else {}
+    routes = {path: stock_route(path).task for path in onnx_files(folder)} if tasks else {}
     found = {}
     for task in tasks:
         path = next((path for path, routed in routes.items() if routed == task), None)

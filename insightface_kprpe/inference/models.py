@@ -13,7 +13,7 @@ import torch
 from ..backbones import Backbone
 from ..fingerprint import fingerprint
 from ..hub import is_hub_source, local_source
-from ..packs.layout import KEYPOINT_RECOGNITION, MANIFEST, RECOGNITION, read_manifest
+from ..packs.layout import KEYPOINT_RECOGNITION, MANIFEST, RECOGNITION, onnx_files, read_manifest
 from ..packs.metadata import input_convention, read_metadata
 from ..packs.providers import settle_providers
 from ..packs.routing import stock_route
@@ -244,7 +244,7 @@ def open_model(
     _check_precision(precision)
     source, path = path, _find(path)
     name = name or default_name(source if is_hub_source(source) else path)
-    if path.is_dir() and (any(path.glob("*.onnx")) or (path / MANIFEST).is_file()):
+    if path.is_dir() and (onnx_files(path) or (path / MANIFEST).is_file()):
         path = _recognition_file(path)
     if path.suffix == ".onnx":
         if precision != "fp32" or network is not None:
@@ -278,7 +278,7 @@ def _recognition_file(folder: Path) -> Path:
     if (folder / MANIFEST).is_file():
         files = read_manifest(folder)["files"]
         return folder / (KEYPOINT_RECOGNITION if KEYPOINT_RECOGNITION in files else RECOGNITION)
-    for path in sorted(folder.glob("*.onnx")):
+    for path in onnx_files(folder):
         if stock_route(path).task == "recognition":
             return path
     raise ValueError(f"{folder} is no pack with a recognition model: InsightFace takes none of its .onnx files for one")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from easydict import EasyDict as edict
 
 from ..documents import read_json_object
-from ..files import write_atomically
+from ..files import read_text, write_atomically
 from . import recipes
 
 # Keys whose default is None: what else they may be.
@@ -172,10 +172,19 @@ def _run(path: Path) -> dict[str, Any]:
     except Exception as error:
         if is_json:
             raise ConfigError(f"{error}; a run's config.json is expected") from error
+        if isinstance(error, SyntaxError):
+            _check_encoding(path)
         raise ConfigError(f"{path} cannot be run as a config: {type(error).__name__}: {error}") from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise ConfigError(f"{path} must define `config = edict()`, with names of keys; got {config!r:.60}")
     return config
+
+
+def _check_encoding(path: Path) -> None:
+    try:
+        read_text(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _literal(text: str) -> Any:
