@@ -44,10 +44,14 @@ def results(items: Items, num_workers: int, label: str) -> Iterator[Any]:
 def start_worker(worker: int) -> None:
     """What a process that reads images does first, as ``worker_init_fn`` of every loader.
 
-    It ends when its parent is gone, however that was killed. torch's own watch is not enough: a worker whose results
-    nobody takes waits for ever to hand them over.
+    torch's own watch of the parent is not enough: a worker whose results nobody takes waits for ever to hand them over.
     """
     cv2.setNumThreads(0)  # one thread a worker: they are many
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it is gone, however that was killed."""
     parent = os.getppid()
 
     def watch() -> None:
