@@ -462,6 +462,7 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path, monkeypatch):
         (ValueError("a setting"), "error: a setting"),
         (PermissionError(13, "Permission denied", "x/y"), "error: [Errno 13] Permission denied: 'x/y'"),
         (EOFError(), "error: EOFError"),
+        (KeyError("files"), "error: KeyError: 'files' (INSIGHTFACE_KPRPE_DEBUG=1 in the environment "),
         (
             RuntimeError("CUDA out of memory"),
             "error: CUDA out of memory (INSIGHTFACE_KPRPE_DEBUG=1 in the environment ",

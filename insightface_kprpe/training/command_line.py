@@ -46,12 +46,15 @@ def run_command_line(
         train(config)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except (ValueError, ImportError, OSError, EOFError, RuntimeError) as error:
+    except Exception as error:
         if shows_tracebacks():
             raise
         explained = isinstance(error, ValueError | ImportError | OSError | TrainingError)
         hint = "" if explained else f" ({VARIABLE}=1 in the environment shows where)"
-        sys.exit(f"error: {str(error) or type(error).__name__}{hint}")
+        text = str(error) or type(error).__name__
+        if not explained and not isinstance(error, RuntimeError | EOFError):
+            text = f"{type(error).__name__}: {text}"
+        sys.exit(f"error: {text}{hint}")
 
 
 def _parser(plans: bool, description: dict[str, str]) -> argparse.ArgumentParser:
