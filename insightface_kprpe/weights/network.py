@@ -56,7 +56,7 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
             raise ValueError(f"{where}: {key} must be a whole number from 1 to {most}, got {config[key]!r:.40}")
 
 
-def check_numbers(settings: Mapping[str, Any], where: str | Path) -> None:
+def _check_numbers(settings: Mapping[str, Any], where: str | Path) -> None:
     """Refuse settings that would build a network of absurd size, for kinds that cannot be compared with weights before.
 
     Raises:
@@ -106,12 +106,28 @@ def load_network(weights: str | Path | Mapping[str, torch.Tensor], network: str,
         check_settings(settings, architecture, where)
     try:
         if architecture is None:
-            check_numbers(settings, where)
-            with torch.device("meta"):  # shapes alone: no memory is taken for sizes that are not the weights'
-                check_fit(get_model(network, **settings), state)
-        net = get_model(network, **settings)
-        return load_weights(net, state).eval()
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{where}: {network} does not take these settings ({error})") from error
+            check_fit(sketch(network, settings, where), state)  # before memory is taken for sizes that do not fit
+        return load_weights(_build(network, settings, where), state).eval()
     except ValueError as error:
         raise ValueError(str(error).replace("state dict", where, 1)) from error
+
+
+def sketch(network: str, settings: Mapping[str, Any], where: str | Path) -> nn.Module:
+    """A network without memory for its weights ("meta"), of settings that may be anything.
+
+    Raises:
+        ValueError: a number is too large, or the network does not take the settings.
+    """
+    _check_numbers(settings, where)
+    with torch.device("meta"):
+        return _build(network, settings, where)
+
+
+def _build(network: str, settings: Mapping[str, Any], where: str | Path) -> nn.Module:
+    try:
+        return get_model(network, **settings)
+    except FileNotFoundError:  # of an aligner's weights
+        raise
+    except Exception as error:  # of torch, and of code that expects what the settings are not
+        kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
+        raise ValueError(f"{where}: {network} does not take these settings ({kind}{error})") from error

@@ -36,7 +36,7 @@ from .architecture import (
 )
 from .cvlface import config_of_yaml
 from .description import Description
-from .network import check_config, check_numbers, load_network
+from .network import check_config, load_network, sketch
 
 logger = logging.getLogger(__name__)
 
@@ -274,9 +274,7 @@ def _is_custom(network: str | None) -> bool:
 def _build_by_name(state: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[Backbone, dict[str, Any]]:
     """A network that is no ViT of this package, as its registered name builds it, and what to say of it."""
     changes = config.get("network_kwargs", {})
-    check_numbers(changes, "state dict")
-    with torch.device("meta"):
-        length = config.get("embedding_size") or embedding_length(get_model(config["network"], **changes), state)
+    length = config.get("embedding_size") or embedding_length(sketch(config["network"], changes, "state dict"), state)
     net = load_network(state, config["network"], **{"num_features": length, **changes})
     facts = _recognition_facts(net, f"{type(net).__name__}, embedding {net.num_features}", config["network"], changes)
     if net.bgr:
