@@ -126,7 +126,9 @@ OUT_OF_RANGE = {
     ("value", "key"), [(value, key) for value, keys in OUT_OF_RANGE.items() for key in keys.split()]
 )
 def test_every_number_has_a_range(value, key):
-    with pytest.raises(ConfigError, match=f"^{key} must be .*, got {re.escape(str(ast.literal_eval(value)))}"):
+    with pytest.raises(
+        ConfigError, match=f"^command line: {key} must be .*, got {re.escape(str(ast.literal_eval(value)))}"
+    ):
         load_config("base", [f"{key}={value}"])
 
 
