@@ -91,7 +91,10 @@ def build_pack(
     source: Annotated[str | None, typer.Argument(help="the same as --recognition")] = None,
     recognition: Annotated[str | None, typer.Option(help=f"{SOURCE}; or an ArcFace ONNX file")] = None,
     detector: Annotated[
-        str, typer.Option(help="InsightFace pack (buffalo_l), ONNX file (also hf:) or folder; or dfa: the aligner, for crops")
+        str,
+        typer.Option(
+            help="InsightFace pack (buffalo_l), ONNX file (also hf:) or folder; or dfa: the aligner, for crops"
+        ),
     ] = ...,
     aligner: Annotated[
         str | None, typer.Option(help="DFA that refines the detector's landmarks after register(): ONNX or weights")
