@@ -1,4 +1,4 @@
-# make quickstart   everything once on drawn faces: train, verify, export, recognise
+# make quickstart   everything once on drawn faces: train, verify, export, recognize
 # make test         the whole test suite, on two processes (JOBS=8 for more)
 # make small-pack   a small trained pack, from data that you have: see docs/small_pack.md
 # make lint         ruff

@@ -5,7 +5,7 @@
 Forward passes, training steps (forward and backward) and onnxruntime. In every round each network runs once, and the
 ratio to the plain network is taken within the round; the table has the median over rounds. The column "mask" is the
 floor: the plain network with ready-made attention biases (B, H, N, N) that no one computed and no one learns. On a CPU
-one thread works, and its own CPU time is what counts, so that neighbours disturb little; with ``--threads 2`` wall time
+one thread works, and its own CPU time is what counts, so that neighbors disturb little; with ``--threads 2`` wall time
 does. On a GPU: the same in float32 and bfloat16, eager, compiled, and KPRPE through FlexAttention; no onnxruntime.
 """
 
@@ -31,6 +31,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from insightface_kprpe import get_model
 from insightface_kprpe.backbones.relative_position import template_keypoints
 from insightface_kprpe.deployment.onnx_export import eval_on_cpu, save_graph
+from insightface_kprpe.deployment.precision import WRITERS
 from insightface_kprpe.files import write_atomically
 
 POSITIONS = ("plain", "mask", "irpe", "kprpe")
@@ -126,15 +127,22 @@ def training(net: nn.Module, inputs: tuple[torch.Tensor, ...], precision: torch.
     return run
 
 
-def onnx_forward(net: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path, threads: int) -> Callable[[], None]:
-    """One exported network in onnxruntime."""
+def export(net: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> None:
+    """Write one network as ONNX."""
     names = ("images", "keypoints") if getattr(net, "position", None) == "kprpe" else ("images",)
     with eval_on_cpu(net):
         save_graph(_OneInput(net).eval() if len(names) == 1 else net, inputs[: len(names)], path, names, ["y"], {})
+
+
+def onnx_forward(path: Path, precision: str, inputs: tuple[torch.Tensor, ...], threads: int) -> Callable[[], None]:
+    """One exported network in onnxruntime, in float32 or as packs have it in a lower precision."""
+    if precision != "fp32":
+        full, path = path, path.with_suffix(f".{precision}.onnx")
+        WRITERS[precision](full, path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feeds = {name: value.numpy() for name, value in zip(names, inputs, strict=False)}
+    feeds = {taken.name: value.numpy() for taken, value in zip(session.get_inputs(), inputs, strict=False)}
     return lambda: session.run(None, feeds)
 
 
@@ -180,12 +188,13 @@ def measure_cpu(size: str, batch: int, arguments: argparse.Namespace) -> list[di
             rows.append(row(labels, interleave(runs, arguments.seconds, clock), batch))
     if "onnx" in arguments.passes:
         with tempfile.TemporaryDirectory() as folder:
-            runs = {
-                position: onnx_forward(net, inputs, Path(folder) / f"{position}.onnx", arguments.threads)
-                for position, net in nets.items()
-            }
-            labels = {"engine": "onnxruntime", "pass": "forward", "size": size}
-            rows.append(row(labels, interleave(runs, arguments.seconds, clock), batch))
+            paths = {position: Path(folder) / f"{position}.onnx" for position in nets}
+            for position, path in paths.items():
+                export(nets[position], inputs, path)
+            for precision in arguments.precisions:
+                runs = {name: onnx_forward(path, precision, inputs, arguments.threads) for name, path in paths.items()}
+                labels = {"engine": f"onnxruntime {precision}", "pass": "forward", "size": size}
+                rows.append(row(labels, interleave(runs, arguments.seconds, clock), batch))
     return rows
 
 
@@ -214,7 +223,7 @@ def measure_cuda(size: str, batch: int, arguments: argparse.Namespace) -> list[d
 
 def format_row(row: dict) -> str:
     ratios = "".join(f"{name} {ratio:.3f}  " for name, ratio in row["ratio"].items() if name != "plain")
-    where = f"{row['size']:14} {row['engine']:12} {row['pass']:9} batch {row['batch']:3}"
+    where = f"{row['size']:14} {row['engine']:16} {row['pass']:9} batch {row['batch']:3}"
     return f"{where}  plain {row['plain images/s']:8.1f}/s  {ratios}"
 
 
@@ -224,6 +233,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--positions", nargs="+", default=POSITIONS, choices=POSITIONS)
     parser.add_argument("--passes", nargs="+", default=["forward", "training", "onnx"], help="default: all three")
+    parser.add_argument("--precisions", nargs="+", default=["fp32"], choices=["fp32", *WRITERS], help="in onnxruntime")
     parser.add_argument("--depth", type=int, help="layers, where fewer will do (default: all; ratios hardly change)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default 1)")
     parser.add_argument("--seconds", type=float, default=10, help="for each network and row of the table (default 10)")

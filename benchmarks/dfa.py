@@ -1,17 +1,20 @@
-"""How fast does DFA align, against scikit-image's per-face transform, and how many faces a second does it see?
+"""How fast does DFA align, against scikit-image's per-face transform, and how many faces per second does it see?
 
     python benchmarks/dfa.py [--faces 256] [--threads 1] [--out dfa.json]
 
 Transform: both sides turn the same landmarks (N, 5, 2) into the sampling matrices theta (N, 2, 3). One side is a loop
 of ``skimage.transform.SimilarityTransform``, one estimate and one 3x3 inverse per face, put together to a tensor on
 the device; the other is ``similarity_transform`` and ``theta_from_similarity`` on the whole batch, on the device.
-Align: the same followed by the warp of the (N, 3, 160, 160) crops to 112x112, which is one ``grid_sample`` on both
-sides. DFA: faces a second of the whole aligner, crop in, landmarks and aligned face out. Medians after warm-up.
+Align: the same followed by the warp of the (N, 3, 160, 160) crops to 112x112, by ``affine_grid`` and ``grid_sample`` on
+one side, by ``align`` on the other. DFA: faces a second of the whole aligner, crop in, landmarks and aligned face out,
+and of the file that packs hold, which leaves the warp to OpenCV. Medians after warm-up; one thread on a CPU is measured
+by its CPU time, which neighbours disturb less.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -26,7 +29,9 @@ import torch
 import torch.nn.functional as F
 from skimage.transform import SimilarityTransform
 
+from insightface_kprpe.deployment.detector_export import export_detector
 from insightface_kprpe.dfa import DFA
+from insightface_kprpe.dfa.aligner import align
 from insightface_kprpe.files import write_atomically
 from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112, similarity_transform, theta_from_similarity
 
@@ -68,13 +73,14 @@ def warp(images: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
 
 def median_seconds(work: Callable[[], object], device: str, repeats: int) -> float:
     """Median time of ``work`` after two warm-up runs."""
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     times = []
     for _ in range(repeats + 2):
-        start = time.perf_counter()
+        start = clock()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times[2:])
 
 
@@ -87,7 +93,7 @@ def compare_transforms(faces: int, device: str, repeats: int) -> dict[str, dict[
     results = {}
     for name, ways in {
         "transform": [lambda way=way: way(landmarks) for way in (loop, batched)],
-        "align": [lambda way=way: warp(images, way(landmarks)) for way in (loop, batched)],
+        "align": [lambda: warp(images, loop(landmarks)), lambda: align(images, landmarks)],
     }.items():
         slow, fast = (1000 * median_seconds(way, device, repeats) for way in ways)
         results[name] = {
@@ -109,11 +115,14 @@ def dfa_faces_per_second(batch: int, device: str, repeats: int) -> dict[str, flo
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "dfa.onnx"
-            torch.onnx.export(dfa.cpu(), (images.cpu(),), path, dynamo=True, opset_version=18, verbose=False)
-            session = onnxruntime.InferenceSession(path, options, providers=[provider])
-        feed = {session.get_inputs()[0].name: images.cpu().numpy()}
-        results["onnxruntime"] = batch / median_seconds(lambda: session.run(None, feed), "cpu", repeats)
+            paths = [Path(folder) / "aligner.onnx", Path(folder) / "detector.onnx"]
+            torch.onnx.export(dfa.cpu(), (images.cpu(),), paths[0], dynamo=True, opset_version=18, verbose=False)
+            export_detector(dfa, paths[1])
+            sessions = [onnxruntime.InferenceSession(path, options, providers=[provider]) for path in paths]
+        for name, session in zip(("onnxruntime", "onnxruntime_pack"), sessions, strict=True):
+            feed = {session.get_inputs()[0].name: images.cpu().numpy()}
+            run = functools.partial(session.run, None, feed)
+            results[name] = batch / median_seconds(run, "cpu", repeats)
     return {name: round(value, 1) for name, value in results.items()}
 
 

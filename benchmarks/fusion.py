@@ -3,7 +3,7 @@
     python benchmarks/fusion.py faces/ijb --model NAME=work_dirs/run --aligner work_dirs/dfa --out work_dirs/fusion
 
 A share of the frames is made worse, drawn by a seed: one half of it is blurred, the other gets landmarks that lie
-beside the face, so that its aligned crop is shifted. Everything else is the set's. The set as it is comes first, for
+off the face, so that its aligned crop is shifted. Everything else is unchanged. The original set comes first, for
 comparison.
 """
 

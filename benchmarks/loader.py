@@ -1,10 +1,10 @@
-"""How many training images a second does one core read, decode and augment? One process, one thread, CPU seconds.
+"""How many training images per second does one core read, decode and augment? One process, one thread, CPU seconds.
 
     python benchmarks/loader.py [--rec FOLDER] [--out loader.json]
 
 Ours: records through a memory map, decoded by OpenCV to uint8, collated, and augmented in batches of 64 (on a CPU
 here; in training on the device). The baseline is what arcface_torch does, image by image: PIL decodes and mirrors, then
-the image becomes floats and is normalised; with the recipe, PIL's and NumPy's forms of the same operations come before
+the image becomes floats and is normalized; with the recipe, PIL's and NumPy's forms of the same operations come before
 that. Without ``--rec`` the images are 2,000 drawn faces, packed as JPEG of quality 95. Other work on the machine slows
 all forms down, CPU time or not: trust the rates of a quiet machine, and the ratios elsewhere.
 """

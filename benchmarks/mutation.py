@@ -3,7 +3,7 @@
     python benchmarks/mutation.py [AREA ...] [--jobs 1] [--out mutation.json]
 
 The faults are those of ``mutation_faults.txt``. A copy holds the package, the tests and nothing else: no development
-data lies beside it, so what counts is what every contributor's checkout can see. A fault is caught when a test fails,
+data lies next to it, so what counts is what every contributor's checkout can see. A fault is caught when a test fails,
 and survives when all tests of its area pass. Exit status 1: some survived; 2: the table or the tests need repair.
 
 Tests run in forks of this process, which has imported torch and the like once and for all.
@@ -37,7 +37,7 @@ CHECKOUT = TABLE.parents[1]
 PACKAGE = "insightface_kprpe"
 PARTS = (PACKAGE, "recognition_configs", "tests", "setup.cfg", "pyproject.toml", "ruff.toml")
 PRELOADED = ("torch", "cv2", f"{PACKAGE}._timm")
-TIME_LIMIT = 900  # seconds; a fault that makes ranks wait for each other for ever is caught, too
+TIME_LIMIT = 900  # seconds; a fault that makes ranks wait for each other forever is caught, too
 
 
 class StaleFault(ValueError):
@@ -63,7 +63,7 @@ class Area:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one fault; ``caught_by`` is the first test that failed, None where the fault survived."""
+    """What became of one fault; ``caught_by`` is the first test that failed, None if the fault survived."""
 
     area: str
     name: str
@@ -111,7 +111,7 @@ def locate(fault: Fault) -> Path:
     if len(found) != 1 or counts[found[0]] != 1:
         times = sum(counts.values())
         raise StaleFault(
-            f"{fault.name}: {fault.old!r} must stand once in the package, found {times} times; mend {TABLE}"
+            f"{fault.name}: {fault.old!r} must stand once in the package, found {times} times; fix {TABLE}"
         )
     compile(found[0].read_text().replace(fault.old, fault.new), fault.name, "exec")
     return found[0].relative_to(CHECKOUT)
@@ -155,7 +155,7 @@ class Tests:
             os._exit(status)
 
     def wait(self, seconds: float) -> int | None:
-        """pytest's exit status; None where it does not end within some seconds."""
+        """pytest's exit status; None if it does not end within some seconds."""
         end = time.perf_counter() + seconds
         while not (done := os.waitpid(self.pid, os.WNOHANG))[0]:
             if time.perf_counter() > end:

@@ -1,4 +1,4 @@
-"""Where does building a pack spend its time, and what does the form without keypoints cost, exported anew or derived?
+"""Where does building a pack spend its time, and what does the form without keypoints cost, exported again or derived?
 
     python benchmarks/pack.py [--network vit_s_kprpe] [--precision fp32] [--second-export] [--out pack.json]
 

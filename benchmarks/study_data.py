@@ -1,15 +1,15 @@
-"""Make the data sets of the study of KPRPE, from folders of pictures and drawn: RecordIO and ``.bin``, with landmarks.
+"""Make the data sets of the study of KPRPE, from folders of images and drawn: RecordIO and ``.bin``, with landmarks.
 
     python benchmarks/study_data.py --fiw fiw --lfw lfw --detector scrfd_500m_kps.onnx --out study_data --processes 2
 
-Every picture is padded with black and shown to the detector; the face nearest to its centre counts. Then, in ``--out``:
+Every image is padded with black and shown to the detector; the face nearest to its center counts. Then, in ``--out``:
 
 =======================  ===============================================================================================
-fiw_unaligned/           Families in the Wild to train on: its crops as they are, of people with 2 pictures or more
+fiw_unaligned/           Families in the Wild to train on: its crops as they are, of people with 2 images or more
 fiw_aligned/             the same faces, turned onto InsightFace's template
 fiw_both/                the two together, each face as it is and aligned
 fiw_val_{unaligned,aligned}.bin   3,000 pairs of every tenth family, none of which is in the two sets above
-lfw_raw.bin              Labeled Faces in the Wild, the official pairs in their order: the pictures as they are
+lfw_raw.bin              Labeled Faces in the Wild, the official pairs in their order: the images as they are
 lfw_box.bin              the square around the detector's box, as high as it
 lfw_loose.bin            that square turned by up to 30 degrees, scaled by 0.8 to 1.25, shifted by up to 0.1, at random
 lfw_aligned.bin          turned onto the template
@@ -17,8 +17,8 @@ drawn_{loose,aligned}/   drawn faces of 500 people, 16 of each
 drawn_val_{loose,aligned}.bin     3,000 drawn pairs of 500 other people
 =======================  ===============================================================================================
 
-Beside each lie ``*ldmk_5points.csv``, a contact sheet ``*.png`` to look at, and for each ``.bin`` ``*_people.npy``: who
-is on its images. What is there is not made again; detection goes on where it was stopped.
+Next to each lie ``*ldmk_5points.csv``, a contact sheet ``*.png`` to look at, and for each ``.bin`` ``*_people.npy``:
+who is on its images. Existing files are kept; detection resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -37,17 +37,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import cv2
 import numpy as np
 
-from insightface_kprpe.app.aligner import cut_box
+from insightface_kprpe.app.alignment import CUTS, Crop
+from insightface_kprpe.app.detection import open_detector
 from insightface_kprpe.contact_sheet import arrange, face_cell, write_sheet
 from insightface_kprpe.data.image_codec import encode_jpeg
 from insightface_kprpe.data.landmark_csv import write_landmark_csv
+from insightface_kprpe.data.pair_lists import find_pictures, read_pair_list
 from insightface_kprpe.data.picture_files import list_people, read_image_file
 from insightface_kprpe.data.record_tools import pack_drawn
 from insightface_kprpe.data.synthetic import SyntheticFaces
 from insightface_kprpe.data.verification_bin import write_verification_bin
 from insightface_kprpe.data.verification_pairs import FIRST_UNSEEN_IDENTITY
 from insightface_kprpe.files import atomic_path
-from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, align_face, transform_points, warp_smoothly
+from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, transform_points, warp_smoothly
 from insightface_kprpe.inference.chunks import cut_into_blocks
 
 SIZE = 112
@@ -55,14 +57,13 @@ PADDING = {"fiw": 112, "lfw": 60}  # black pixels on every side, without which t
 VALIDATION_FAMILIES = 10  # every tenth
 VALIDATION_PAIRS = 3000
 DRAWN = {"num_identities": 500, "seed": 1}
-_AT_ONCE = 200  # pictures that a process shows to the detector before it saves
+_AT_ONCE = 200  # images that a process shows to the detector before it saves
 
-Crop = tuple[np.ndarray, np.ndarray]  # (112, 112, 3) uint8 RGB, (5, 2) keypoints in [0, 1] of it
-Cut = Callable[[np.ndarray, np.ndarray, np.ndarray, int], Crop]  # picture, box, landmarks, seed
+Cut = Callable[[np.ndarray, np.ndarray, np.ndarray], Crop]  # picture, box, landmarks
 
 
 class Faces(NamedTuple):
-    """Pictures and the face in each; where none was found, the rest is that of an average face."""
+    """Images and the face in each; where none was found, the rest is that of an average face."""
 
     paths: list[Path]
     boxes: np.ndarray  # (N, 4) xyxy in pixels
@@ -71,7 +72,7 @@ class Faces(NamedTuple):
 
 
 def find_faces(paths: Sequence[Path], padding: int, detector: Path, cache: Path, processes: int) -> Faces:
-    """Detect one face in each picture; blocks that were done before are read from ``cache``."""
+    """Detect one face in each image; blocks that were done before are read from ``cache``."""
     cache.mkdir(parents=True, exist_ok=True)
     blocks = cut_into_blocks(len(paths), _AT_ONCE)
     missing = [block for block in blocks if not _part(cache, block).is_file()]
@@ -79,11 +80,11 @@ def find_faces(paths: Sequence[Path], padding: int, detector: Path, cache: Path,
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes, _open_detector, (detector,)) as pool:
         for done, _ in enumerate(pool.imap_unordered(work, missing), 1):
-            print(f"{cache.name}: {done} of {len(missing)} blocks of {_AT_ONCE} pictures", flush=True)
+            print(f"{cache.name}: {done} of {len(missing)} blocks of {_AT_ONCE} images", flush=True)
     rows = np.concatenate([np.load(_part(cache, block), allow_pickle=False) for block in blocks])
     found = np.isfinite(rows[:, 0])
     rows[~found] = rows[found].mean(0)
-    print(f"{cache.name}: faces in {found.sum()} of {len(found)} pictures", flush=True)
+    print(f"{cache.name}: faces in {found.sum()} of {len(found)} images", flush=True)
     return Faces(list(paths), rows[:, :4], rows[:, 4:].reshape(-1, 5, 2), found)
 
 
@@ -93,14 +94,8 @@ def _part(cache: Path, block: range) -> Path:
 
 def _open_detector(path: Path) -> None:
     """Into each process of the pool."""
-    import onnxruntime
-    from insightface.model_zoo import model_zoo
-
     global _detector
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    _detector = model_zoo.get_model(str(path), providers=["CPUExecutionProvider"], sess_options=options)
-    _detector.prepare(-1, input_size=(640, 640))
+    _detector = open_detector(path, threshold=0.5, threads=1)
 
 
 def _detect_block(paths: Sequence[Path], padding: int, cache: Path, block: range) -> None:
@@ -110,43 +105,23 @@ def _detect_block(paths: Sequence[Path], padding: int, cache: Path, block: range
 
 
 def _detect(image: np.ndarray, padding: int) -> np.ndarray:
-    """(14,) float32: box and landmarks in pixels of the face nearest to the centre; NaN where there is none."""
+    """(14,) float32: box and landmarks in pixels of the face nearest to the center; NaN where there is none."""
     border = (padding,) * 4
     boxes, landmarks_px = _detector.detect(cv2.copyMakeBorder(image[..., ::-1], *border, cv2.BORDER_CONSTANT))
     if not len(boxes):
         return np.full(14, np.nan, np.float32)
-    centre = np.array(image.shape[1::-1]) / 2 + padding
-    nearest = np.linalg.norm((boxes[:, :2] + boxes[:, 2:4]) / 2 - centre, axis=1).argmin()
+    center = np.array(image.shape[1::-1]) / 2 + padding
+    nearest = np.linalg.norm((boxes[:, :2] + boxes[:, 2:4]) / 2 - center, axis=1).argmin()
     return np.concatenate([boxes[nearest, :4], landmarks_px[nearest].reshape(-1)]).astype(np.float32) - padding
 
 
-def as_it_is(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray, seed: int) -> Crop:
-    """The whole, square picture."""
-    side = image.shape[0]
-    interpolation = cv2.INTER_AREA if side > SIZE else cv2.INTER_LINEAR
-    crop = cv2.resize(image, (SIZE, SIZE), interpolation=interpolation)
-    return crop, (landmarks_px / side).astype(np.float32)
-
-
-def aligned(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray, seed: int) -> Crop:
-    """Turned onto the template."""
-    return align_face(image, landmarks_px, SIZE)
-
-
-def boxed(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray, seed: int) -> Crop:
-    """The square around the box."""
-    crop, matrix = cut_box(image, box, SIZE)
-    return crop, (transform_points(landmarks_px, matrix) / SIZE).astype(np.float32)
-
-
-def loose(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray, seed: int) -> Crop:
+def loose(image: np.ndarray, box: np.ndarray, landmarks_px: np.ndarray, rng: np.random.Generator) -> Crop:
     """The square around the box, turned, scaled and shifted at random, cut from the picture."""
-    rng = np.random.default_rng(seed)
     angle, zoom = np.deg2rad(rng.uniform(-30, 30)), np.exp(rng.uniform(*np.log([0.8, 1.25])))
     zoom *= SIZE / max(box[2:] - box[:2])
     linear = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    centre = SIZE * (0.5 + rng.uniform(-0.1, 0.1, 2))
-    matrix = np.column_stack([linear, centre - linear @ ((box[:2] + box[2:]) / 2)])
+    center = SIZE * (0.5 + rng.uniform(-0.1, 0.1, 2))
+    matrix = np.column_stack([linear, center - linear @ ((box[:2] + box[2:]) / 2)])
     return warp_smoothly(image, matrix, SIZE), (transform_points(landmarks_px, matrix) / SIZE).astype(np.float32)
 
 
@@ -172,13 +147,15 @@ def write_training_set(folder: Path, faces: Faces, rows: np.ndarray, labels: np.
 
 def cut_face(faces: Faces, row: int, cut: Cut) -> Crop:
     """One face of a picture; an average one's keypoints are the template's, as where a score is too low."""
-    crop, keypoints = cut(read_image_file(faces.paths[row]), faces.boxes[row], faces.landmarks_px[row], row)
+    if cut is loose:
+        cut = functools.partial(loose, rng=np.random.default_rng(row))
+    crop, keypoints = cut(read_image_file(faces.paths[row]), faces.boxes[row], faces.landmarks_px[row])
     return crop, keypoints if faces.found[row] else CANONICAL_KEYPOINTS
 
 
 def make_fiw(folder: Path, out: Path, detector: Path, processes: int) -> None:
     """Training sets and validation pairs of Families in the Wild."""
-    sets = {"unaligned": [as_it_is], "aligned": [aligned], "both": [as_it_is, aligned]}
+    sets = {"unaligned": [CUTS["whole"]], "aligned": [CUTS["aligned"]], "both": [CUTS["whole"], CUTS["aligned"]]}
     names = [f"fiw_{name}/train.rec" for name in sets] + ["fiw_val_unaligned.bin", "fiw_val_aligned.bin"]
     if all((out / name).is_file() for name in names):
         return
@@ -194,7 +171,7 @@ def make_fiw(folder: Path, out: Path, detector: Path, processes: int) -> None:
     rows = np.flatnonzero(usable & ~kept_out)
     labels = np.unique(person[rows], return_inverse=True)[1]
     pairs, is_same = draw_pairs(np.flatnonzero(usable & kept_out), person, family, VALIDATION_PAIRS)
-    print(f"fiw: train on {len(rows)} pictures of {labels.max() + 1} people", flush=True)
+    print(f"fiw: train on {len(rows)} images of {labels.max() + 1} people", flush=True)
     for name, cuts in sets.items():
         if not (out / f"fiw_{name}" / "train.rec").is_file():
             write_training_set(out / f"fiw_{name}", faces, rows, labels, cuts)
@@ -217,12 +194,12 @@ def draw_pairs(rows: np.ndarray, person: np.ndarray, family: np.ndarray, count: 
 
 def make_lfw(folder: Path, out: Path, detector: Path, processes: int) -> None:
     """The official pairs of Labeled Faces in the Wild, cut in four ways."""
-    cuts = {"raw": as_it_is, "box": boxed, "loose": loose, "aligned": aligned}
+    cuts = {"raw": CUTS["whole"], "box": CUTS["box"], "loose": loose, "aligned": CUTS["aligned"]}
     if all((out / f"lfw_{name}.bin").is_file() for name in cuts):
         return
-    images, is_same = read_lfw_pairs(folder / "pairs.txt")
+    images, is_same, _ = read_pair_list(folder / "pairs.txt")
     paths = sorted(set(images))
-    files = [folder / "images" / path for path in paths]
+    files = find_pictures(folder, paths)
     faces = find_faces(files, PADDING["lfw"], detector, out / "detected" / "lfw", processes)
     rows = [paths.index(path) for path in images]
     names = sorted({path.split("/")[0] for path in images})
@@ -230,17 +207,6 @@ def make_lfw(folder: Path, out: Path, detector: Path, processes: int) -> None:
     for name, cut in cuts.items():
         crops = [cut_face(faces, row, cut) for row in range(len(paths))]
         write_pairs(out / f"lfw_{name}.bin", [crops[row] for row in rows], is_same, people)
-
-
-def read_lfw_pairs(path: Path) -> tuple[list[str], list[bool]]:
-    """Images of the official pairs, two a pair, as ``NAME/NAME_0001.jpg``, and the answers."""
-    images, is_same = [], []
-    for line in path.read_text().splitlines()[1:]:
-        first, *rest = line.split("\t")
-        other = rest[1] if len(rest) == 3 else first
-        images += [f"{name}/{name}_{int(number):04d}.jpg" for name, number in ((first, rest[0]), (other, rest[-1]))]
-        is_same.append(len(rest) == 2)
-    return images, is_same
 
 
 def make_drawn(out: Path) -> None:

@@ -78,7 +78,7 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Verification accuracy in percent by test, and the cosine of every pair.
 
-    Beside the cosines, ``SET/is_same`` and ``SET/people`` are the pairs of each set.
+    Next to the cosines, ``SET/is_same`` and ``SET/people`` are the pairs of each set.
 
     The first set is also tested with wrong keypoints, where the network uses them; for other networks, with its crops
     turned onto the template by right and noisy ones. The second is shrunk, the aligned one moved.
@@ -139,7 +139,7 @@ def shrink(images: np.ndarray, side: int) -> np.ndarray:
 
 
 def move(tested: SetOfPairs, kind: str, amount: float, seed: int = 1) -> SetOfPairs:
-    """Move every crop about its centre, its keypoints along with it, by one amount each in a random direction."""
+    """Move every crop about its center, its keypoints along with it, by one amount each in a random direction."""
     matrix = move_matrix(len(tested.images), kind, amount, seed)
     images = to_network_input(torch.from_numpy(tested.images).permute(0, 3, 1, 2))
     parts = zip(images.split(64), matrix.split(64), strict=True)

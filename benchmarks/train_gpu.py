@@ -5,7 +5,7 @@
 Each network takes the trainer's own steps (forward, PartialFC with AdaFace, backward, clipping, AdamW), first on one
 batch that stays on the device, then on batches of the trainer's loader (RecordIO read and decoded by workers, the
 paper's augmentation on the device). The loader's share is the time that the second takes longer. Medians after
-warm-up, per step, of wall time around a synchronised device. Without ``--rec``, 2,000 drawn faces are packed first.
+warm-up, per step, of wall time around a synchronized device. Without ``--rec``, 2,000 drawn faces are packed first.
 Without a GPU it runs on the CPU, which is for trying it out.
 """
 

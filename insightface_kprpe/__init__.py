@@ -1,7 +1,7 @@
 """KPRPE vision transformers, the AdaFace loss and the Differentiable Face Aligner for InsightFace.
 
-Importing this package loads nothing else: each name is imported when it is first used. The networks are known to
-``timm.create_model`` once ``insightface_kprpe.backbones`` is imported.
+Importing this package loads nothing else: each name is imported when it is first used. ``timm.create_model`` knows the
+networks once ``insightface_kprpe.backbones`` is imported.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""timm, importable even where torchvision's compiled operators do not fit the installed torch.
+"""Makes timm importable even if torchvision's compiled operators do not match the installed torch.
 
-timm needs only the Python half of torchvision. A torchvision wheel built for CUDA beside a CPU-only torch (or the other
-way round) cannot load its compiled half, and then fails on import because it describes operators that were never
+timm needs only the Python half of torchvision. A torchvision wheel built for CUDA next to a CPU-only torch (or the
+other way round) cannot load its compiled half, and then fails on import because it describes operators that were never
 defined. Defining their schemas is enough for the Python half to work; calling such an operator still fails, as it
 should.
 """

@@ -1,4 +1,4 @@
-"""Contact sheets: many faces in one picture for people to look at, with points and captions."""
+"""Contact sheets: many faces in one image for people to look at, with points and captions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from .files import write_atomically
 
 CELL = 144  # pixels of one face
-_COLORS = ((80, 80, 255), (80, 255, 80), (255, 255, 80), (255, 80, 255), (80, 255, 255))  # BGR, one a point
+_COLORS = ((80, 80, 255), (80, 255, 80), (255, 255, 80), (255, 80, 255), (80, 255, 255))  # BGR, one per point
 
 
 def face_cell(image: np.ndarray, keypoints: np.ndarray | None = None, caption: str = "") -> np.ndarray:
@@ -20,7 +20,7 @@ def face_cell(image: np.ndarray, keypoints: np.ndarray | None = None, caption: s
     Args:
         image: (H, W, 3) uint8 RGB.
         keypoints: (5, 2) xy in [0, 1] of the crop.
-        caption: stands in the lower left corner.
+        caption: drawn in the lower left corner.
 
     Returns:
         (CELL, CELL, 3) uint8 BGR.
@@ -49,7 +49,7 @@ def title_bar(text: str, width: int) -> np.ndarray:
 
 
 def arrange(cells: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Put cells of one size (h, w, 3) side by side and below each other; free places are black.
+    """Put cells of one size (h, w, 3) side by side and below each other; empty cells are black.
 
     Args:
         cells: one or more.
@@ -69,7 +69,7 @@ def write_sheet(path: str | Path, sheet: np.ndarray) -> None:
 
 
 def _write(picture: np.ndarray, text: str, baseline: int) -> None:
-    """White text with a black rim. (A thicker stroke below would not do: it may make the letters wider.)"""
+    """White text with a black outline. (A thicker stroke below would not work: it may make the letters wider.)"""
     rim = [(x, y, (0, 0, 0)) for x in (3, 4, 5) for y in (-1, 0, 1)]
     for x, y, color in [*rim, (4, 0, (255, 255, 255))]:
         cv2.putText(picture, text, (x, baseline + y), cv2.FONT_HERSHEY_SIMPLEX, 0.4, color, 1, cv2.LINE_AA)

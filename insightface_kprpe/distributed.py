@@ -1,4 +1,4 @@
-"""Ranks: how many there are, which one this process is, waiting for all, and the group they talk through."""
+"""Ranks: how many there are, which one this process is, barriers, and the process group."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def barrier() -> None:
 
 
 def wait_for_rank_0() -> None:
-    """Wait until rank 0 has got here, if there are several ranks; over gloo, which waits longer than nccl."""
+    """Wait until rank 0 gets here, if there are several ranks; over gloo, which waits longer than nccl."""
     if rank_and_world_size()[1] > 1:
         dist.broadcast(torch.zeros(1), 0)
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process' rank and the number of ranks; (0, 1) where no process group was initialised."""
+    """This process' rank and the number of ranks; (0, 1) if no process group was initialized."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -42,7 +42,7 @@ def process_group() -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield device
         return
-    # torchrun keeps its store when it restarts a group, and in it the addresses of ranks that are no more.
+    # torchrun keeps its store when it restarts a group, with the addresses of ranks that no longer exist.
     store, rank, world_size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"attempt {os.environ.get(RESTARTS, 0)} of {world_size}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size)

@@ -1,4 +1,4 @@
-"""JSON and YAML files from elsewhere: read as data, within bounds, with errors that name the file."""
+"""Reads untrusted JSON and YAML files as data, within limits, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from .files import read_text, user_file
 
 MAX_BYTES = {"JSON": 4 << 20, "YAML": 64 << 10}  # the YAML parser takes a second for 100 kB
-MAX_DEPTH = 30  # of lists and mappings in one another
-# An alias costs nothing to read, but aliases of aliases multiply for whoever walks through what was read.
+MAX_DEPTH = 30  # of nested lists and mappings
+# An alias costs nothing to read, but aliases of aliases multiply for code that traverses the result.
 MAX_ALIASES = 10
 HEADER = "insightface_kprpe"  # key of the description in a .safetensors file's metadata
 
@@ -32,12 +32,12 @@ def parse_json_object(text: str, where: str | Path) -> dict[str, Any]:
 
     Args:
         text: JSON.
-        where: it comes from, for messages.
+        where: its origin, for messages.
     """
     try:
         content = json.loads(text)
     except RecursionError as error:
-        raise ValueError(f"{where} could not be read as JSON (it is nested too deeply)") from error
+        raise ValueError(f"{where} could not be read as JSON (nested too deeply)") from error
     except ValueError as error:
         raise ValueError(f"{where} could not be read as JSON ({error})") from error
     if not isinstance(content, dict):
@@ -75,11 +75,11 @@ def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
         aliases, depth = _measure_yaml(text)
         small = depth <= MAX_DEPTH and aliases <= MAX_ALIASES
         content = yaml.safe_load(text) if small else None
-    except Exception as error:  # PyYAML's constructors also raise what int() and datetime raise
+    except Exception as error:  # PyYAML's constructors also raise the errors of int() and datetime
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} could not be read as plain YAML ({reason})") from error
     if not small:
-        raise ValueError(f"{path} must have at most {MAX_DEPTH} levels and {MAX_ALIASES} aliases; write it out")
+        raise ValueError(f"{path} must have at most {MAX_DEPTH} levels and {MAX_ALIASES} aliases; simplify it")
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}")
     _check_depth(content, path)
@@ -87,7 +87,7 @@ def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def _measure_yaml(text: str) -> tuple[int, int]:
-    """How many aliases there are, and how deep it gets; stops where that is too much."""
+    """The number of aliases and the depth of nesting; stops when either is too large."""
     import yaml
 
     aliases = depth = deepest = 0
@@ -100,16 +100,16 @@ def _measure_yaml(text: str) -> tuple[int, int]:
 
 
 def description_beside(weights: str | Path) -> tuple[dict[str, Any], Path | None]:
-    """What the weights file itself or a file beside it says of the network.
+    """The description of the network in the weights file itself or in a file next to it.
 
-    Looked at in this order: the header of a ``.safetensors`` file that this package converted; ``config.json`` of a
+    Searched in this order: the header of a ``.safetensors`` file that this package converted; ``config.json`` of a
     training run; CVLface's ``model.yaml``, also in ``pretrained_model``; ``conf`` in a ``config.json`` of the Hub.
 
     Args:
         weights: the file.
 
     Returns:
-        The content, and the file that it is from; empty and None where nothing says anything.
+        The content and its file; empty and None if there is no description.
 
     Raises:
         ValueError: such a file is damaged.

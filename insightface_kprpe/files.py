@@ -19,16 +19,16 @@ _TEMPORARY, _OLD = ".tmp", ".old"
 
 
 def user_file(path: str | Path, kind: str = "file", remedy: str = "") -> Path:
-    """A file that a user named, which is there and can be read.
+    """A file given by a user, checked to exist and be readable.
 
     Args:
         path: what was named.
         kind: what to call it in an error, such as "gallery".
-        remedy: what to do where it is not there.
+        remedy: what to do if it does not exist.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is a folder or no regular file, or may not be read.
+        ValueError: it is a folder, not a regular file, or not readable.
     """
     path, remedy = Path(path), f"; {remedy}" if remedy else ""
     try:
@@ -40,7 +40,7 @@ def user_file(path: str | Path, kind: str = "file", remedy: str = "") -> Path:
         raise FileNotFoundError(f"{kind} not found: {path}{remedy}") from error
     except NotADirectoryError as error:
         raise FileNotFoundError(f"{kind} not found: {path}; a part of the path is a file, not a folder") from error
-    except (OSError, RuntimeError) as error:  # pathlib calls a circle of links a RuntimeError in some versions
+    except (OSError, RuntimeError) as error:  # in some versions pathlib raises RuntimeError for a loop of links
         why = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} ({kind}) cannot be read: {why}") from error
 
@@ -105,9 +105,9 @@ def check_writable(path: str | Path, size: int = 0) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; renamed to it when the block ends well, removed when it raises.
+    """A temporary path next to ``path`` to write to; renamed to it when the block ends well, removed when it raises.
 
-    What earlier writers of ``path``, killed meanwhile, left behind is removed.
+    Left-overs of killed writers of ``path`` are removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,16 +128,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a whole file at once."""
+    """Write a file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside ``path``; takes its place when the block ends well, removed when it raises.
+    """A temporary folder next to ``path``; takes its place when the block ends well, removed when it raises.
 
-    What earlier writers of ``path``, killed meanwhile, left behind is removed, or put back where it was the old folder.
+    Left-overs of killed writers of ``path`` are removed, or restored if they are the old folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,7 @@ def _temporary_file(**where: object) -> str:
 
 
 def _claim(path: Path, make: Callable[..., str], suffix: str = _TEMPORARY) -> tuple[Path, int]:
-    """Make a temporary file or folder beside ``path``, and a descriptor whose lock says that its writer lives."""
+    """Make a temporary file or folder next to ``path``, and a descriptor whose lock shows that its writer is alive."""
     while True:
         temporary = Path(make(dir=path.parent, prefix=f".{path.name}.", suffix=suffix))
         if fcntl is None:
@@ -198,7 +198,7 @@ def _claim(path: Path, make: Callable[..., str], suffix: str = _TEMPORARY) -> tu
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed writers of ``path`` left beside it; a folder that was moved aside for a new one comes back."""
+    """Remove what killed writers of ``path`` left next to it; restore a folder that was moved aside for a new one."""
     for left in list(path.parent.iterdir()) if fcntl is not None else ():
         if not left.name.startswith(f".{path.name}.") or left.suffix not in (_TEMPORARY, _OLD):
             continue

@@ -1,4 +1,4 @@
-"""What tells contents apart: a short fingerprint of values, and the SHA-256 of a file."""
+"""Identifies contents: a short fingerprint of values, and the SHA-256 of a file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 
 def fingerprint(*parts: str | bytes | np.ndarray | torch.Tensor) -> str:
-    """Twelve hexadecimal digits that tell inputs apart."""
+    """Twelve hexadecimal digits that identify the inputs."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor):
-            part = part.detach().cpu().reshape(-1).view(torch.uint8).numpy()  # also where NumPy has no such type
+            part = part.detach().cpu().reshape(-1).view(torch.uint8).numpy()  # works even for dtypes that NumPy lacks
         elif isinstance(part, str):
             part = part.encode()
         digest.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)

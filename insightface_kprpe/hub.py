@@ -13,7 +13,8 @@ logger = logging.getLogger(__name__)
 PREFIX = "hf:"
 FORM = "hf:OWNER/NAME[/PATH][@REVISION]"
 _SOURCE = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(?P<path>(/[\w.-]+)*)/?(@(?P<revision>[\w./-]+))?")
-# What says which network it is, and the weights; a repository holds code, caches and a second copy of the weights too.
+# The files that describe the network, and the weights; a repository also holds code, caches and a second copy of the
+# weights.
 _DESCRIPTION = ("README.md", "config.json", "model.yaml", "pretrained_model/model.yaml")
 _SAFETENSORS = ("model.safetensors", "pretrained_model/model.safetensors")
 _PICKLED = ("model.pt", "pretrained_model/model.pt")
@@ -23,7 +24,7 @@ WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 class Snapshot(NamedTuple):
     """What was downloaded."""
 
-    path: Path  # folder or file that the source means
+    path: Path  # folder or file that the source refers to
     source: str  # with the commit
     root: Path  # of the repository
 
@@ -43,14 +44,14 @@ def local_source(source: str | Path, cache: str | Path | None = None, offline: b
 
 
 def fetch_snapshot(source: str | Path, cache: str | Path | None = None, offline: bool = False) -> Snapshot:
-    """Download what is needed of a repository, or find it in the cache.
+    """Download the needed files of a repository, or find them in the cache.
 
     Args:
         source: "hf:owner/name", "hf:owner/name/folder" or "hf:owner/name/folder/file.pt" (weights or ONNX), each also
             with "@revision": a branch, a tag or a commit. A folder's weights are its model.safetensors or model.pt, or
             the only file there that can be weights.
         cache: folder; None: ``huggingface_hub``'s own (``HF_HOME``).
-        offline: use the cache alone.
+        offline: use only the cache.
 
     Raises:
         ValueError: not of that form, or the folder holds several weights files.
@@ -96,7 +97,7 @@ def fetch_snapshot(source: str | Path, cache: str | Path | None = None, offline:
     except Exception as error:  # of huggingface_hub, requests or httpx, by its version
         if offline:
             raise RuntimeError(
-                f"{source} is not in the cache, and nothing is downloaded, as --offline or HF_HUB_OFFLINE asks; "
+                f"{source} is not in the cache, and --offline or HF_HUB_OFFLINE forbids the download; "
                 "run once without them"
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -106,13 +107,13 @@ def fetch_snapshot(source: str | Path, cache: str | Path | None = None, offline:
         ) from error
     logger.info("%s: %s", source, root / inside)
     if inside.suffix in (*WEIGHTS_SUFFIXES, ".onnx") and not (root / inside).is_file():
-        raise RuntimeError(f"{source}: the repository holds no {inside}; check the path and the revision")
+        raise RuntimeError(f"{source}: the repository has no {inside}; check the path and the revision")
     path = f"/{inside}" if inside.parts else ""
     return Snapshot(root / inside, f"{PREFIX}{match['name']}{path}@{root.name}", root)
 
 
 class AmbiguousWeightsError(ValueError):
-    """A folder holds several weights files, or ONNX files alone; the message says what to name."""
+    """A folder holds several weights files, or only ONNX files; the message lists the choices."""
 
 
 class NoWeightsError(FileNotFoundError):
@@ -134,7 +135,7 @@ def only_weights(files: Iterable[str], folder: PurePosixPath, source: str) -> Pu
         source: for the message.
 
     Raises:
-        AmbiguousWeightsError: there are several, or ONNX files alone.
+        AmbiguousWeightsError: there are several, or only ONNX files.
         NoWeightsError: there is nothing of the kind.
     """
     here = sorted(PurePosixPath(file) for file in files)
@@ -149,6 +150,6 @@ def only_weights(files: Iterable[str], folder: PurePosixPath, source: str) -> Pu
     others = best or [file for file in here if file.suffix == ".onnx"]
     if not others:
         raise NoWeightsError(f"{source} holds no weights ({', '.join(WEIGHTS_SUFFIXES)}) and no ONNX files")
-    kind = f"{len(best)} weights files" if best else "ONNX files alone, which evaluate, embed and pack take"
+    kind = f"{len(best)} weights files" if best else "only ONNX files, which evaluate, embed and pack accept"
     names = ", ".join(map(str, others[:5])) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-    raise AmbiguousWeightsError(f"{source} holds {kind}: {names}; name the one to take")
+    raise AmbiguousWeightsError(f"{source} holds {kind}: {names}; specify which one to use")

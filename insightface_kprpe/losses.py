@@ -4,7 +4,7 @@ All share one call, ``loss(logits, labels, norms) -> scaled logits``, to be foll
 
 - logits: (B, C) float cosines of unit embeddings and the C class centers of this rank, in [-1, 1];
 - labels: (B,) or (B, 1) int64 column of the sample's own class, -1 where that class is on another rank;
-- norms: (B,) or (B, 1) float, length of the embeddings before they were normalised (used by AdaFace only).
+- norms: (B,) or (B, 1) float, norms of the embeddings before normalization (used only by AdaFace).
 
 The margin changes the value of the target logit but not its gradient (d out / d logits = scale), as in arcface_torch.
 """
@@ -34,17 +34,17 @@ def _angle(cosine: torch.Tensor) -> torch.Tensor:
 
 
 class MarginLoss(nn.Module):
-    """What every margin loss declares: ``(logits, labels, norms) -> scaled logits``, see the module's head.
+    """What every margin loss declares: ``(logits, labels, norms) -> scaled logits``, see the module's docstring.
 
     Attributes:
-        needs_norms: the margin depends on the lengths of the embeddings; then :meth:`update_statistics` lets running
-            statistics follow those of a batch.
+        needs_norms: the margin depends on the norms of the embeddings; :meth:`update_statistics` then updates the
+            running statistics with those of a batch.
     """
 
     needs_norms: bool = False
 
     def update_statistics(self, norms: torch.Tensor) -> None:
-        """Let running statistics follow the (B,) lengths of a whole batch; nothing to do where there are none."""
+        """Update the running statistics with the (B,) norms of a whole batch; does nothing if there are none."""
 
 
 class CombinedMarginLoss(MarginLoss):
@@ -52,14 +52,14 @@ class CombinedMarginLoss(MarginLoss):
 
     Args:
         s: scale of the logits.
-        m1: must be 1 (SphereFace's multiplicative margin is not offered).
+        m1: must be 1 (SphereFace's multiplicative margin is not supported).
         m2: angle in radians added to the target's angle (ArcFace); exclusive with m3.
         m3: subtracted from the target's cosine (CosFace); exclusive with m2.
         interclass_filtering_threshold: other classes' cosines above it are set to 0, since they are probably label
-            noise; 0 switches the filter off.
+            noise; 0 disables the filter.
 
     Raises:
-        ValueError: m1 is not 1, or both or none of m2 and m3 are positive.
+        ValueError: m1 is not 1, or not exactly one of m2 and m3 is positive.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class CombinedMarginLoss(MarginLoss):
         self.interclass_filtering_threshold = interclass_filtering_threshold
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor, norms: torch.Tensor | None = None) -> torch.Tensor:
-        """See the module's head for shapes; ``norms`` is not used. Returns (B, C) scaled logits."""
+        """See the module's docstring for shapes; ``norms`` is not used. Returns (B, C) scaled logits."""
         if self.interclass_filtering_threshold > 0:
             columns = torch.arange(logits.shape[1], device=logits.device)
             others = columns != labels.reshape(-1, 1)
@@ -121,7 +121,7 @@ class AdaFace(MarginLoss):
 
     @torch.no_grad()
     def update_statistics(self, norms: torch.Tensor) -> None:
-        """Let the running mean and deviation follow those of a batch; in training mode every call does so by itself.
+        """Update the running mean and deviation with those of a batch; in training mode, every call does so.
 
         Args:
             norms: (B,) or (B, 1) float, lengths of the embeddings of the whole batch.
@@ -133,7 +133,7 @@ class AdaFace(MarginLoss):
 
     @torch.no_grad()
     def quality(self, norms: torch.Tensor) -> torch.Tensor:
-        """What the running statistics make of norms: 0 is the usual quality.
+        """Norms standardized by the running statistics: 0 is average quality.
 
         Args:
             norms: (B,) or (B, 1) float, lengths of the embeddings.
@@ -148,14 +148,14 @@ class AdaFace(MarginLoss):
         return norms.detach().float().reshape(-1).clamp(0.001, 100)
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-        """See the module's head for shapes. Returns (B, C) scaled logits.
+        """See the module's docstring for shapes. Returns (B, C) scaled logits.
 
         Raises:
             ValueError: norms do not match the batch.
         """
         if norms is None or norms.numel() != len(logits):
             got = None if norms is None else tuple(norms.shape)
-            raise ValueError(f"norms must be ({len(logits)},) lengths of the unnormalised embeddings, got {got}")
+            raise ValueError(f"norms must be ({len(logits)},) lengths of the unnormalized embeddings, got {got}")
         if self.training:
             self.update_statistics(norms)
         quality = self.quality(norms)

@@ -1,4 +1,4 @@
-"""Reading ``.npz`` files that may come from anywhere: what is in them is judged before it is taken into memory."""
+"""Reads untrusted ``.npz`` files: their content is checked before it is loaded into memory."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ _HEADER_LIMIT = 4096  # characters, enough for any array of numbers or texts
 def read_npz(path: Path, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, np.ndarray]:
     """Read some arrays of a file that NumPy's ``savez`` wrote.
 
-    An array takes no more memory than it takes of the file, as compressed ones are refused; nothing is unpickled.
+    An array takes no more memory than it takes in the file, as compressed ones are refused; nothing is unpickled.
 
     Args:
         path: of the file.
         required: names of arrays that must be there.
-        optional: names of arrays that are read where all of them are there.
+        optional: names of arrays that are read if all of them are there.
 
     Raises:
-        ValueError: it is no such file, an array is missing, compressed, of Python objects, or does not fit its header.
+        ValueError: it is not such a file, an array is missing, compressed, of Python objects, or does not fit its
+            header.
     """
     required, optional = tuple(required), tuple(optional)
     try:
@@ -39,7 +40,7 @@ def read_npz(path: Path, required: Iterable[str], optional: Iterable[str] = ()) 
     except ValueError:
         raise
     except Exception as error:  # damaged archives and headers raise anything from OSError to TokenError
-        raise ValueError(f"it is no whole .npz file ({error or type(error).__name__})") from error
+        raise ValueError(f"it is not a complete .npz file ({error or type(error).__name__})") from error
 
 
 def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
@@ -49,13 +50,13 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
         version = npy.read_magic(file)
         readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
         if version not in readers:
-            raise ValueError(f"{member.filename} is of an unknown version {version}")
+            raise ValueError(f"{member.filename} has the unknown version {version}")
         shape, fortran, dtype = readers[version](file, _HEADER_LIMIT)
         size = math.prod(shape) * dtype.itemsize
         if dtype.hasobject or fortran or file.tell() + size != member.file_size:
             raise ValueError(f"{member.filename} does not hold {shape} of {dtype}, as its header says")
         buffer = np.empty(size, np.uint8)
-        for start in range(0, size, _AT_ONCE):  # in parts, as the file hands over copies
+        for start in range(0, size, _AT_ONCE):  # in parts, as the file returns copies
             part = file.read(min(_AT_ONCE, size - start))
             buffer[start : start + len(part)] = np.frombuffer(part, np.uint8)
         return buffer.view(dtype).reshape(shape)

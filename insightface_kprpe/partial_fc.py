@@ -19,9 +19,9 @@ from .losses import MarginLoss
 
 
 def shard_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First class and number of classes that a rank owns; the first ranks take one more where it does not divide."""
-    share, left = divmod(num_classes, world_size)
-    return share * rank + min(rank, left), share + (rank < left)
+    """First class and number of classes that a rank owns; the first ranks take the remainder, one each."""
+    size, remainder = divmod(num_classes, world_size)
+    return size * rank + min(rank, remainder), size + (rank < remainder)
 
 
 class _GatherEmbeddings(torch.autograd.Function):
@@ -86,11 +86,11 @@ class PartialFC(nn.Module):
         margin_loss: e.g. :class:`~insightface_kprpe.losses.AdaFace`.
         embedding_size: D.
         num_classes: number of people, over all ranks.
-        sample_rate: share of this rank's class centers that take part in a step, in (0, 1]. The centers of the people
+        sample_rate: fraction of this rank's class centers used in a step, in (0, 1]. The centers of the people
             in the batch always do.
 
     Raises:
-        ValueError: margin_loss is none, sample_rate is out of range, or there are fewer classes than ranks.
+        ValueError: margin_loss is not a MarginLoss, sample_rate is out of range, or there are fewer classes than ranks.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class PartialFC(nn.Module):
         self.first_class, self.num_local = shard_range(num_classes, self.rank, self.world_size)
         self.num_sampled = max(1, int(sample_rate * self.num_local))
         self.class_centers = nn.Parameter(torch.empty(self.num_local, embedding_size).normal_(0, 0.01))
-        self._index: torch.Tensor | None = None  # centers of the step, where several calls make one
+        self._index: torch.Tensor | None = None  # centers of the step, if it consists of several calls
 
     def sharded(self) -> dict[str, tuple[int, int]]:
         """Parameters whose rows are spread over the ranks: the first row of this rank, and the rows of all."""
@@ -123,12 +123,12 @@ class PartialFC(nn.Module):
         """Loss of the whole batch of all ranks.
 
         Args:
-            embeddings: (b, D) float of this rank, not normalised; every rank passes the same b.
+            embeddings: (b, D) float of this rank, not normalized; every rank passes the same b.
             labels: (b,) int64 in [0, num_classes); left as they are.
 
         Raises:
-            ValueError: a label is outside. On CUDA, where a look at the values would stall the device, the kernel that
-                finds one ends the process' work with an assertion instead.
+            ValueError: a label is outside. On CUDA, where checking the values would stall the device, an assertion in
+                the kernel fails instead.
 
         Returns:
             The mean loss over all B = b * world size samples, the same number on every rank. Its gradient reaches this
@@ -152,12 +152,12 @@ class PartialFC(nn.Module):
 
     @contextlib.contextmanager
     def one_batch(self, labels: torch.Tensor, norms: Callable[[], torch.Tensor] | None = None) -> Iterator[None]:
-        """Let the calls in a ``with`` block be parts of one batch: of the same centers and the same norm statistics.
+        """Make the calls in a ``with`` block parts of one batch, with the same centers and norm statistics.
 
         Args:
             labels: (n,) int64, those of all calls of this rank together; every rank passes the same n.
             norms: returns (n,) float, the lengths of all their embeddings; needed where :attr:`needs_norms`. It is
-                called after the class centers are drawn: random numbers stand where they do in the block.
+                called after the class centers are drawn, with the random state of the block.
         """
         self._check_labels(labels)
         if self.num_sampled < self.num_local:
@@ -178,10 +178,10 @@ class PartialFC(nn.Module):
         return self.margin_loss.needs_norms
 
     def _check_labels(self, labels: torch.Tensor) -> None:
-        """Refuse a label that would be taken for a class of another rank."""
+        """Refuse a label that would be mistaken for a class of another rank."""
         outside = (labels < 0) | (labels >= self.num_classes)
         if labels.is_cuda:
-            torch._assert_async(~outside.any())  # no wait for the device
+            torch._assert_async(~outside.any())  # does not synchronize
         elif outside.any():
             wrong = labels[outside][0].item()
             raise ValueError(f"labels must be in [0, num_classes), got {wrong} with num_classes={self.num_classes}")

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, and elsewhere, as in a log, a line every ten seconds."""
+"""Progress of long work: a bar on a terminal, or else, e.g. in a log, a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-SECONDS = 10.0  # between lines where there is no terminal
+SECONDS = 10.0  # between lines without a terminal
 
 
 class Progress(tqdm):
-    """tqdm with lines instead of a bar where there is no terminal; arguments are tqdm's."""
+    """tqdm with lines instead of a bar if there is no terminal; arguments are tqdm's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not sys.stderr.isatty():
@@ -21,7 +21,7 @@ class Progress(tqdm):
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
-        """What tqdm hands each state of the bar to."""
+        """Receives each state of the bar from tqdm."""
         if file.isatty():
             return tqdm.status_printer(file)
 

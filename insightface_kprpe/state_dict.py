@@ -1,4 +1,4 @@
-"""Weights as named tensors: read without running anything, found under any prefix, loaded strictly."""
+"""Weights as named tensors: read without executing anything, found under any prefix, loaded strictly."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ logger = logging.getLogger(__name__)
 
 # Where a self-aligned network keeps its aligner's weights.
 ALIGNER_PREFIX = "dfa."
-# Tensors that tell where in a file a network of this package lies: of a ViT, of the bodies of landmark networks, and of
+# Tensors that show where in a file a network of this package is: of a ViT, of the bodies of landmark networks, and of
 # IResNets (arcface_torch's; AdaFace's and CVLface's) and MobileFaceNet.
 _LANDMARKS_OF_NETWORKS = (
     ("patch_embed.proj.weight",),
     ("body.stage1.0.0.weight", "body.conv1.weight"),
     ("layer1.0.prelu.weight", "input_layer.0.weight", "conv_sep.layers.0.weight"),
 )
-# Prefixes that wrappers add, for networks of which nothing is known but that all their tensors have them.
+# Prefixes that wrappers add, for unknown networks, if all their tensors have them.
 _WRAPPERS = ("net.", "backbone.", "module.", "model.")
 # What torch's wrappers of single layers put into names.
 _INSERTED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 # Where training scripts put the state dict among other things.
 _CONTAINERS = ("state_dict", "model_state_dict", "state_dict_backbone", "model", "backbone", "net", "network")
-# Training-only, so files have it or not whatever the network was built with.
+# Only used in training, so files may have it or not.
 _OPTIONAL = {"mask_token"}
 _DEEPEST = 32  # modules in one another
-_COUNTER = "num_batches_tracked"  # of batch normalisation; inference makes no use of it
+_COUNTER = "num_batches_tracked"  # of batch normalization; not used in inference
 # Of a ViT, and of IResNets.
 _FIRST_LAYER = re.compile(r"(?:^|\.)(?:patch_embed\.proj|input_layer\.0|(?<!body\.)conv1)\.weight$")
 
@@ -45,15 +45,15 @@ class FoundWeights(NamedTuple):
     """The tensors of one network among those of a file."""
 
     tensors: dict[str, torch.Tensor]  # by the network's own names
-    prefix: str  # that they had in the file
-    others: list[str]  # names in the file of what is not the network's
+    prefix: str  # in the file
+    others: list[str]  # names in the file that are not the network's
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors of a ``.safetensors`` file, or of a torch file read with ``weights_only=True``.
 
-    Objects of other classes than torch's, which Lightning stores beside the weights, are left out unseen. Weights that
-    ``model.yaml`` beside them says are of a BGR network get their first layer turned to RGB, which is exact.
+    Objects of other classes than torch's, which Lightning stores next to the weights, are left out unseen. Weights that
+    ``model.yaml`` next to them says are of a BGR network get their first layer converted to RGB, which is exact.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -61,7 +61,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; expected a weights file, as {path / 'model.pt'}")
+        raise ValueError(f"{path} is a folder; expected a weights file, such as {path / 'model.pt'}")
     if not path.is_file():
         raise FileNotFoundError(f"weights file not found: {path}")
     try:
@@ -77,7 +77,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         ) from error
     state = _tensors_in(content)
     if not state:
-        raise ValueError(f"{path} holds no state dict (a mapping of names to tensors)")
+        raise ValueError(f"{path} holds no state dict (a mapping from names to tensors)")
     check_plain(state, path)
     return _to_rgb(state, path)
 
@@ -124,7 +124,7 @@ def _load(path: Path) -> Any:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else ()
         if not names:
             raise
-        # Lightning stores hyperparameters and callbacks: empty classes of their names take their place.
+        # Lightning stores hyperparameters and callbacks: they are replaced by empty classes of the same names.
         stand_ins = []
         for name in names:
             module, _, attribute = name.rpartition(".")
@@ -134,17 +134,17 @@ def _load(path: Path) -> Any:
 
 
 class _Ignored:
-    """What is left of an object whose class is not torch's: a mapping, which torch's reader fills but never calls."""
+    """Placeholder for an object whose class is not torch's: a mapping, which torch's reader fills but never calls."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> OrderedDict:
         return OrderedDict()
 
 
 def _reason(error: Exception) -> str:
-    """Why a file could not be read; torch's own words where they do not advise to read it unsafely."""
+    """Why a file could not be read; torch's own message, unless it advises unsafe loading."""
     lines = str(error).strip().splitlines()
     if not lines or isinstance(error, pickle.UnpicklingError | LookupError) or "weights_only" in str(error):
-        return "it is another kind of file, or holds other objects than tensors"
+        return "it is another kind of file, or holds objects other than tensors"
     return lines[0]
 
 
@@ -168,7 +168,7 @@ def _flat(content: Any, prefix: str = "", depth: int = 5) -> Iterator[tuple[str,
 
 
 def _to_rgb(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    """The weights of a network that takes RGB, where a file beside them says that theirs takes BGR."""
+    """The weights converted to RGB, if a file next to them says that their network takes BGR."""
     description, beside = description_beside(path)
     order = str(description.get("color_space", "RGB")).upper()
     if order not in ("RGB", "BGR"):
@@ -178,11 +178,11 @@ def _to_rgb(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tenso
     first = [key for key, value in state.items() if _FIRST_LAYER.search(key) and value.shape[1:2] == (3,)]
     if not first:
         raise ValueError(
-            f"{path} is of a BGR network, as {beside} says, and of these only the first layer of a ViT or an IResNet "
-            "(patch_embed.proj, input_layer.0, conv1) can be turned to RGB; turn this one's, save it, and remove "
+            f"{path} is from a BGR network, according to {beside}, and only the first layer of a ViT or an IResNet "
+            "(patch_embed.proj, input_layer.0, conv1) can be converted to RGB; convert this one's, save it, and remove "
             "color_space there"
         )
-    logger.info("%s: turned from BGR to RGB, as %s says", path, beside)
+    logger.info("%s: converted from BGR to RGB, according to %s", path, beside)
     return state | {key: state[key].flip(1) for key in first}
 
 
@@ -207,7 +207,7 @@ def find_weights(state: Mapping[str, torch.Tensor], names: Collection[str] = ())
 
 
 def _prefix_of(state: Mapping[str, torch.Tensor], names: Collection[str]) -> str | None:
-    """What stands before most of these names in the file; None where it has none of them."""
+    """The prefix of most of these names in the file; None if it has none of them."""
     found: Counter[str] = Counter()
     for key in state:
         parts = key.split(".")
@@ -215,7 +215,7 @@ def _prefix_of(state: Mapping[str, torch.Tensor], names: Collection[str]) -> str
             if ".".join(parts[start:]) in names:
                 found["".join(f"{part}." for part in parts[:start])] += 1
     best = [prefix for prefix, count in found.items() if count == max(found.values())]
-    # What lies inside a larger network, as the aligner does in a ViT, is found under two prefixes.
+    # A network inside a larger one, like the aligner in a ViT, is found under two prefixes.
     best = [prefix for prefix in best if not any(prefix != other and prefix.startswith(other) for other in best)]
     if len(best) > 1:
         raise ValueError(
@@ -238,13 +238,13 @@ def strip_prefixes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def load_weights(net: nn.Module, source: str | Path | Mapping[str, torch.Tensor]) -> nn.Module:
-    """Load weights into a network; every tensor of it must be there and fit.
+    """Load weights into a network; all of its tensors must be present and fit.
 
     Args:
         net: e.g. what ``get_model`` returned.
-        source: what :func:`read_state_dict` reads, or a state dict; under any prefix, perhaps with other tensors beside
-            the network's, which are named and left out. One without an aligner (``dfa.``) leaves that of a self-aligned
-            network as it is. Counters of batch normalisation may be missing.
+        source: what :func:`read_state_dict` reads, or a state dict; under any prefix, perhaps with other tensors next
+            to the network's, which are named and left out. One without an aligner (``dfa.``) leaves that of a
+            self-aligned network as it is. Counters of batch normalization may be missing.
 
     Returns:
         ``net``, for chaining.
@@ -292,7 +292,7 @@ def check_fit(
     state, under = dict(found.tensors), f", under {found.prefix!r}" if found.prefix else ""
     for key in _OPTIONAL:
         if key in state and key not in wanted:
-            logger.info("%s: %s left out, the network is built without token masking", name, key)
+            logger.info("%s: %s left out, as the network is built without token masking", name, key)
             state.pop(key)
     if not any(key.startswith(ALIGNER_PREFIX) for key in state):
         state |= {key: value for key, value in wanted.items() if key.startswith(ALIGNER_PREFIX)}
@@ -305,7 +305,7 @@ def check_fit(
 
 
 def check_turned_once(net: nn.Module, description: Mapping[str, Any], name: str) -> None:
-    """Refuse weights that :func:`read_state_dict` turns to RGB for a network that takes them as BGR.
+    """Refuse weights that :func:`read_state_dict` converts to RGB for a network that takes them as BGR.
 
     Args:
         net: the network.
@@ -313,12 +313,13 @@ def check_turned_once(net: nn.Module, description: Mapping[str, Any], name: str)
         name: of the weights, for the message.
 
     Raises:
-        ValueError: colours would be turned twice.
+        ValueError: channels would be swapped twice.
     """
     if getattr(net, "bgr", False) and str(description.get("color_space", "RGB")).upper() == "BGR":
         raise ValueError(
-            f"{name} is turned from BGR to RGB, as color_space beside it says, but this network is for weights that "
-            "stay BGR; take the one that is not (cvlface_ir50 for ir_50)"
+            f"{name} is converted from BGR to RGB because of the color_space next to it, but this network is for "
+            "weights that "
+            "stay BGR; use the one that is not (cvlface_ir50 for ir_50)"
         )
 
 
@@ -342,11 +343,11 @@ def check_finite(state: Mapping[str, torch.Tensor], name: str) -> None:
     if bad:
         raise ValueError(
             f"{name} holds values that are not finite (NaN or infinite), in {list_names(bad)}; the training run "
-            "diverged, or the file is damaged: take an earlier checkpoint"
+            "diverged, or the file is damaged; use an earlier checkpoint"
         )
 
 
 def list_names(names: Collection[str], most: int = 3) -> str:
-    """Some names of tensors, and how many there are more."""
+    """Some names of tensors, and how many more there are."""
     shown = list(names)[:most]
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -6,7 +6,7 @@ optimizer, learning rate or augmentation, and those here are ours.
 Command: insightface-kprpe train-dfa dfa_mobilenet_wider data=/path/to/widerface/train
          torchrun --nproc_per_node=4 -m insightface_kprpe.training.landmark_trainer dfa_mobilenet_wider data=... \\
              batch_size=80
-GPUs:    1 (the network has 0.5M parameters; decoding WIDER FACE's pictures takes the time, so raise num_workers).
+GPUs:    1 (the network has 0.5M parameters; decoding WIDER FACE's images takes the time, so raise num_workers).
 Result:  not yet run.
 """
 

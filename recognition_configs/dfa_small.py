@@ -1,4 +1,4 @@
-"""DFA on about two thousand labelled faces, from RetinaFace's public weights, on a CPU.
+"""DFA on about two thousand labeled faces, from RetinaFace's public weights, on a CPU.
 
 Command: insightface-kprpe train-dfa dfa_small data=faces/landmarks/train val=faces/landmarks/val
          init_from=retinaface_mobilenet0.25.pth

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: reference vectors and real faces where they are at hand, else a skip that says so."""
+"""Fixtures for all tests: reference vectors and real faces where they are available, else a skip that says so."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import insightface_kprpe
-import insightface_kprpe._timm  # noqa: F401 - makes timm importable beside a torchvision built for another torch
+import insightface_kprpe._timm  # noqa: F401 - makes timm importable next to a torchvision built for another torch
 
 SHARED = Path(os.environ.get("KPRPE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 COMMITTED = Path(__file__).parent / "data" / "golden"
@@ -32,7 +32,7 @@ def log_reaches_caplog():
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder of development data beside the checkout (not part of the project)."""
+    """The folder of development data next to the checkout (not part of the project)."""
     if not SHARED.is_dir():
         pytest.skip(f"development data not found at {SHARED} (set KPRPE_SHARED to its folder)")
     return SHARED

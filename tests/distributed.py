@@ -1,4 +1,4 @@
-"""Runs a function in several processes, or in one that may be killed, without importing torch in each of them anew."""
+"""Runs a function in several processes, or in one that may be killed, without importing torch in each of them again."""
 
 from __future__ import annotations
 

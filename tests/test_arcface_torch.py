@@ -147,7 +147,10 @@ def test_explain_lists_and_runs_nothing(capfd):
     ("arguments", "message"),
     [
         (["--root", "nowhere", "train_v2.py"], "root must be InsightFace's recognition/arcface_torch"),
-        (["--root", str(CHECKOUT), "train_v3.py"], "script must be one in .*got train_v3.py; there are .*train_v2.py"),
+        (
+            ["--root", str(CHECKOUT), "train_v3.py"],
+            "script must be one of those in .*got train_v3.py; it has .*train_v2.py",
+        ),
         (["--root", str(CHECKOUT)], "2"),
     ],
 )
@@ -380,7 +383,7 @@ def test_stand_in_moves_pixels_as_mxnet_does(mx):
 
 
 def test_stand_in_says_what_it_lacks(mx, work):
-    with pytest.raises(AttributeError, match=r"mxnet\.mod is not among the few calls"):
+    with pytest.raises(AttributeError, match=r"mxnet\.mod is not one of the few calls"):
         mx.mod.Module()
     with pytest.raises(ValueError, match='flag must be "r"'):
         mx.recordio.MXIndexedRecordIO("train.idx", "train.rec", "w")

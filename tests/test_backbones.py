@@ -80,7 +80,7 @@ def test_bucket_index_equals_the_reference(golden, grid):
     assert (index.numpy() == golden(f"buckets_{grid}x{grid}.npz")["bucket"]).all()
 
 
-def test_bucket_index_is_centred_and_antisymmetric():
+def test_bucket_index_is_centered_and_antisymmetric():
     index = bucket_index(8)
     assert (index.diagonal() == 24).all()
     assert (index + index.T == 48).all()
@@ -119,7 +119,7 @@ def test_keypoints_matter_and_reach_the_gradient(faces, sharing):
     assert not torch.allclose(embeddings, net(images, keypoints.flip(0)))
 
 
-def test_zero_initialised_kprpe_is_the_plain_network(faces):
+def test_zero_initialized_kprpe_is_the_plain_network(faces):
     torch.manual_seed(0)
     plain = ik.VisionTransformer(**TINY).eval()
     kprpe = ik.VisionTransformer(position="kprpe", **TINY).eval()
@@ -287,7 +287,7 @@ def test_unknown_name_suggests_a_near_one():
         ik.get_model("vit_s_kpre")
     with pytest.raises(ValueError, match="drop_path_rate"):
         ik.get_model("vit_n", dropout=0.4)
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         ik.register_backbone("vit_n", ik.VisionTransformer)
 
 

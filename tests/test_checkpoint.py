@@ -140,7 +140,7 @@ def test_a_score_belongs_to_a_checkpoint(tmp_path):
     checkpoints.add_score(3, state, SCHEDULE, 60.0)
     assert checkpoints.scores == {} and not (tmp_path / "best_model.pt").exists()
     checkpoints.add_score(2, state, SCHEDULE, 60.0)
-    longer = Schedule(10, 2)  # as a run with half as many images a step counts
+    longer = Schedule(10, 2)  # as a run with half as many images per step counts
     again = Checkpointer(tmp_path)
     again.resume(make_state(schedule=longer), longer)
     assert again.scores == {4: 60.0}
@@ -243,8 +243,11 @@ def test_other_epochs_continue_where_as_much_was_seen(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": 6}, r"of another network or loss: .*\(5, 5\)|another network or loss: model.2.weight is \(4, 5\)"),
-        ({"classes": 9}, r"loss.class_centers is \(7, 4\), this run has \(9, 4\).* with init_from="),
+        (
+            {"size": 6},
+            r"belongs to another network or loss: .*\(5, 5\)|another network or loss: model.2.weight is \(4, 5\)",
+        ),
+        ({"classes": 9}, r"loss.class_centers is \(7, 4\), this run has \(9, 4\).* with init_from set"),
         ({"optimizer": "sgd"}, "was written with optimizer AdamW, this run has SGD"),
     ],
 )

@@ -100,7 +100,7 @@ def fail(error):
     ("error", "sentence"),
     [
         (ValueError("size must be 1,\n  got 2"), "size must be 1, got 2"),
-        (OSError(errno.ENOSPC, "No space left on device", "out.npz"), "no space is left to write out.npz; free some"),
+        (OSError(errno.ENOSPC, "No space left on device", "out.npz"), "no space left to write out.npz; free some"),
         (OSError(errno.EIO, "Input/output error"), "Input/output error (given: {folder})"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "some/folder"), "some/folder: Is a directory"),
         (OSError(errno.EXDEV, "Invalid link", "a/b", None, "c"), "a/b -> c: Invalid link"),
@@ -108,7 +108,7 @@ def fail(error):
         (EOFError("Ran out of input"), "a file ends too early (Ran out of input) (given: {folder})"),
         (RuntimeError("no wheels"), "no wheels (given: {folder})"),
         (RuntimeError(), "RuntimeError (given: {folder})"),
-        (MemoryError(), "there is not enough memory (given: {folder})"),
+        (MemoryError(), "not enough memory (given: {folder})"),
         (
             KeyError("files"),
             "KeyError: 'files' (unexpected; INSIGHTFACE_KPRPE_DEBUG=1 or --debug before the verb shows",

@@ -98,10 +98,10 @@ def test_overrides_win_and_take_the_type_of_the_default(config_file):
         ("", ["gradient_acc=0"], "gradient_acc must be positive"),
         ("", ["scheduler=step"], "decay_epochs"),
         ("1 / 0", [], "ZeroDivisionError"),
-        ("del config", [], "must define `config = edict\\(\\)`, with names of keys; got None"),
+        ("del config", [], "must define `config = edict\\(\\)`, with strings as keys; got None"),
         ("config = 3", [], "must define `config = edict.*got 3"),
         ("config = ['lr']", [], r"must define `config = edict.*got \['lr'\]"),
-        ("config = {3: 4}", [], "with names of keys; got {3: 4}"),
+        ("config = {3: 4}", [], "with strings as keys; got {3: 4}"),
     ],
 )
 def test_mistakes_are_named(config_file, text, overrides, message):
@@ -155,7 +155,7 @@ def test_every_number_of_the_bases_is_checked():
         ("val_targets=(1,)", "val_targets must be names or paths"),
         ("network_kwargs=[1]", r"network_kwargs must be dict, got list \[1\]"),
         ("network_kwargs={'drop_path_rate': 1e999}", "network_kwargs must hold finite numbers"),
-        ("network_kwargs={1: 2}", "network_kwargs must have names for keys"),
+        ("network_kwargs={1: 2}", "network_kwargs must have strings as keys"),
         ("augment={'rotation': 'a'}", "augment must hold numbers"),
         ("rec=''", "rec must not be empty"),
         ("output=''", "output must not be empty"),
@@ -177,7 +177,7 @@ def test_a_config_json_that_is_none(tmp_path, text, message):
 
 
 def test_paths_that_are_no_file(tmp_path):
-    with pytest.raises(ConfigError, match=f"got the folder {tmp_path}; of a run it is {tmp_path}/config.json"):
+    with pytest.raises(ConfigError, match=f"got the folder {tmp_path}; a run's is {tmp_path}/config.json"):
         load_config(tmp_path)
     with pytest.raises(ConfigError, match="File name too long"):
         load_config("a" * 5000)

@@ -16,7 +16,7 @@ def test_anchors_are_the_reference_ones(golden):
 
 
 def test_anchors_cover_inputs_that_no_stride_divides():
-    # strided convolutions give 13, 7 and 4 cells a side
+    # strided convolutions give 13, 7 and 4 cells per side
     assert make_anchors(100).shape == (2 * (13**2 + 7**2 + 4**2), 4)
 
 

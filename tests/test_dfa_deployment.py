@@ -105,7 +105,7 @@ def test_the_stock_detector_finds_what_torch_finds(stock, dfa, size):
         cv2.resize(crop(112, 112), (4, 4), interpolation=cv2.INTER_AREA),
         cv2.resize(crop(112, 112), (4, 3), interpolation=cv2.INTER_AREA),
     ],
-    ids=["black", "white", "one pixel", "framed grey", "sliver", "4x4", "4x3"],
+    ids=["black", "white", "one pixel", "framed gray", "sliver", "4x4", "4x3"],
 )
 def test_the_stock_detector_finds_nothing_where_nothing_is(stock, image):
     boxes, landmarks = stock.detect(image)
@@ -223,7 +223,7 @@ def test_align_has_a_row_for_every_crop(aligner):
 @pytest.mark.parametrize(
     "bad",
     [np.zeros((112, 112), np.uint8), np.zeros((112, 112, 3), np.float32), "face.jpg"],
-    ids=["grey", "float", "path"],
+    ids=["gray", "float", "path"],
 )
 def test_bad_crops_are_refused(aligner, bad):
     with pytest.raises(ValueError, match=r"crops must be a list of \(H, W, 3\) uint8 BGR arrays"):
@@ -258,8 +258,8 @@ def test_refine_looks_at_the_padded_box(aligner, dfa):
 def test_boxes_without_a_face_get_score_zero(aligner, bbox):
     face = Face(bbox=np.array(bbox, np.float32))
     aligner.refine(a_picture()[0], [face])
-    centre = (face.bbox[:2] + face.bbox[2:]) / 2
-    assert face.dfa_score == 0 and np.abs(face.dfa_kps.mean(0) - centre).max() < 30
+    center = (face.bbox[:2] + face.bbox[2:]) / 2
+    assert face.dfa_score == 0 and np.abs(face.dfa_kps.mean(0) - center).max() < 30
 
 
 @pytest.fixture(scope="module")
@@ -313,15 +313,15 @@ def refining(recognition, file, tmp_path, registered):
 
 def test_a_pack_can_refine_the_detectors_keypoints(recognition, refining, monkeypatch):
     net, _ = recognition
-    recogniser = refining.models["recognition"]
-    assert isinstance(recogniser.aligner, FaceAligner)
+    recognizer = refining.models["recognition"]
+    assert isinstance(recognizer.aligner, FaceAligner)
     picture, (face, other) = a_picture()
     for threshold, kind in ((0.0, "dfa_kps"), (1.0, "kps")):
         monkeypatch.setattr("insightface_kprpe.app.recognizer.SCORE_THRESHOLD", threshold)
-        embedding = recogniser.get(picture, face)
+        embedding = recognizer.get(picture, face)
         np.testing.assert_allclose(embedding, embed(net, *align_face(picture, face[kind])), atol=1e-3)
     boxed = Face(bbox=other.bbox)  # of a detector that gives no landmarks
-    embedding = recogniser.get(picture, boxed)
+    embedding = recognizer.get(picture, boxed)
     np.testing.assert_allclose(embedding, embed(net, *align_face(picture, boxed.dfa_kps)), atol=1e-3)
 
 

@@ -54,7 +54,7 @@ def test_gradients():
     )
 
 
-def test_unlabelled_faces_teach_box_and_score_only():
+def test_unlabeled_faces_teach_box_and_score_only():
     output, keypoints, bbox = draw(2)
     keypoints[:] = -1
     output = NetworkOutput(*(value.requires_grad_() for value in output))

@@ -115,7 +115,7 @@ def test_public_retinaface_weights_load_strictly_and_find_faces(shared):
 
     file = shared / "data" / "models" / "retinaface_mobilenet0.25.pth"
     net = load_weights(RetinaFaceNet(**RETINAFACE), file).eval()
-    dataset = LandmarkDataset(shared / "data" / "faces" / "landmarks" / "val", labelled_only=True)
+    dataset = LandmarkDataset(shared / "data" / "faces" / "landmarks" / "val", labeled_only=True)
     dataset.labels = dataset.labels[::10]
 
     def predict(images):

@@ -40,7 +40,7 @@ TINY_RUN = [
 
 
 def write_faces(folder, count, start=0):
-    """Pictures of one drawn person each, labelled in RetinaFace's format; the last face has no landmarks."""
+    """Images of one drawn person each, labeled in RetinaFace's format; the last face has no landmarks."""
     (folder / "images").mkdir(parents=True)
     lines = []
     for i in range(count):
@@ -108,7 +108,7 @@ def test_what_a_run_leaves(faces, tmp_path, caplog):
 
     dfa = load_dfa(tmp_path)
     assert dfa.aggregator is not None and dfa.image_size == SIZE and not dfa.training
-    dataset = LandmarkDataset(faces / "val", SIZE, labelled_only=True)
+    dataset = LandmarkDataset(faces / "val", SIZE, labeled_only=True)
     measured = evaluate_landmarks(lambda images: dfa(images)[:2], dataset)
     assert measured.nme == pytest.approx(results["nme"], rel=1e-3)
 
@@ -124,7 +124,7 @@ def test_a_diverging_loss_stops_with_what_one_needs_to_know(faces, tmp_path):
     [
         (["data=no/such/folder"], "label file not found"),
         (["val=no/such/folder"], "label file not found"),
-        (["batch_size=1000"], "batch_size must let 35 images"),
+        (["batch_size=1000"], "images per rank: 35 images"),
         (["body=vgg"], "body must be"),
         (["init_from=no/such.pth"], "weights file not found"),
         (["loss_kwargs={'weight': 1}"], "loss_kwargs: .*'weight'"),
@@ -174,7 +174,7 @@ class DrawnCrops(Dataset):
         return FaceSample(torch.from_numpy(image), torch.from_numpy(keypoints), torch.from_numpy(box))
 
 
-def test_faces_are_learnt_in_one_call_without_files(tmp_path, monkeypatch):
+def test_faces_are_learned_in_one_call_without_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dataset = DrawnCrops()
     batch = torch.utils.data.default_collate([dataset[i] for i in range(8)])
@@ -207,7 +207,7 @@ def test_bad_arguments_of_the_call():
     net = RetinaFaceNet(image_size=SIZE)
     with pytest.raises(ValueError, match="lr must be positive"):
         train_landmarks(net, DrawnCrops(), lr=-1.0)
-    with pytest.raises(ValueError, match="batch_size must let 10 images"):
+    with pytest.raises(ValueError, match="images per rank: 10 images"):
         train_landmarks(net, DrawnCrops(), batch_size=11)
     with pytest.raises(TrainingError, match="loss is nan"):
         train_landmarks(net, DrawnCrops(), loss=DFALoss(box_weight=float("nan")), batch_size=5)
@@ -246,10 +246,10 @@ def test_a_file_without_aggregator_is_retinaface(shared, tmp_path):
 
 
 def test_folders_that_are_no_run(tmp_path):
-    with pytest.raises(ValueError, match="is no run of train-dfa: a run has"):
+    with pytest.raises(ValueError, match="is not a run of train-dfa: a run has"):
         load_dfa(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(load_config("quickstart")))
-    with pytest.raises(ValueError, match="says nothing of an aggregator"):
+    with pytest.raises(ValueError, match="has no aggregator"):
         load_dfa(tmp_path)
 
 

@@ -43,7 +43,7 @@ def test_requirements_that_are_missing_or_old(versions, monkeypatch):
     ]
     versions |= {"torch": "2.7.0+cu126", "typer": "0.15", "insightface-kprpe": "9"}
     assert list(doctor.check_requirements()) == [
-        Finding("insightface-kprpe", OK, "9, all packages that it needs are new enough")
+        Finding("insightface-kprpe", OK, "9, all required packages are new enough")
     ]
 
 
@@ -60,7 +60,7 @@ def test_two_onnxruntimes_clash(versions, monkeypatch):
     ("providers", "starts", "gpu", "status", "found"),
     [
         (["CPUExecutionProvider"], False, False, OK, "onnxruntime 1.22, CPUExecutionProvider"),
-        (["CPUExecutionProvider"], False, True, WARNING, "no CUDA beside an NVIDIA GPU"),
+        (["CPUExecutionProvider"], False, True, WARNING, "no CUDA, but there is an NVIDIA GPU"),
         (["CUDAExecutionProvider", "CPUExecutionProvider"], False, True, WARNING, "CUDA does not start"),
         (["CUDAExecutionProvider", "CPUExecutionProvider"], False, False, OK, "the machine has no NVIDIA driver"),
         (["CUDAExecutionProvider", "CPUExecutionProvider"], True, True, OK, "CUDAExecutionProvider"),
@@ -140,7 +140,7 @@ def test_packs_wait_for_insightface(monkeypatch, tmp_path):
     for check in ("torch", "numpy", "torchvision", "onnxruntime", "opencv"):
         monkeypatch.setattr(doctor, f"check_{check}", lambda check=check: Finding(check, OK, "1"))
     monkeypatch.setattr(doctor, "check_insightface", lambda: Finding("insightface", BROKEN, "does not load", "pip"))
-    assert doctor.examine(tmp_path)[-1].found == "not looked at: insightface does not load"
+    assert doctor.examine(tmp_path)[-1].found == "not checked: insightface does not load"
 
 
 def test_numpy_and_insightface_of_this_machine():
@@ -168,7 +168,7 @@ def test_how_files_are_routed(tmp_path):
     assert small.status == WARNING and "it takes batchx3x108x108 and has 1 output;" in small.found
     torn = found["torn.onnxpack tiny"]
     assert torn.status == BROKEN and torn.fix.startswith(f"rm {folder}/torn.onnx")
-    assert "there is no keypoints/recognition.onnx" in found["recognition.onnxpack plain"].found
+    assert "no keypoints/recognition.onnx" in found["recognition.onnxpack plain"].found
 
 
 def run_packs(root):
@@ -195,7 +195,7 @@ def test_a_pack_of_ours_is_verified(tmp_path):
         recognition=source / "recognition.onnx", detector=source / "detection.onnx", name="ours", root=tmp_path / "r"
     )
     *_, listed = run_packs(tmp_path / "r")
-    assert listed.status == OK and "the files are those that pack.json lists" in listed.found
+    assert listed.status == OK and "the files match pack.json" in listed.found
     with open(folder / "recognition.onnx", "ab") as file:
         file.write(b"\0")
     (broken,) = [finding for finding in run_packs(tmp_path / "r") if finding.status == BROKEN]
@@ -262,7 +262,7 @@ def test_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "examine", lambda root: findings)
     result = CliRunner().invoke(cli.app, ["doctor", "--root", str(tmp_path)])
     assert result.exit_code == 1 and "fix: pip uninstall -y one" in result.output
-    assert result.output.splitlines()[-1] == "1 broken, 0 to look at"
+    assert result.output.splitlines()[-1] == "1 broken, 0 warnings"
     result = CliRunner().invoke(cli.app, ["doctor", "--json"])
     assert result.exit_code == 1 and json.loads(result.output)[1]["fix"] == "pip uninstall -y one"
     findings.pop()

@@ -196,7 +196,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path, net, many, change, key):
     keypoints = np.zeros((20, 5, 2), np.float32) if change == "keypoints" else None
     options = replace(options, flip=change == "flip")
     images, source = many[: 19 if change == "count" else 20], "b" if change == "source" else "a"
-    with pytest.raises(ValueError, match=f"tiny-images holds results with another {key}: .*remove it"):
+    with pytest.raises(ValueError, match=f"tiny-images holds results for another {key}: .*remove it"):
         embed_faces(TorchEmbedder(net, "tiny"), images, keypoints, options, source=source)
 
 
@@ -240,7 +240,7 @@ def test_images_that_have_changed_are_embedded_anew(cached, net, many, caplog):
     found, seen = again()
     assert seen == 6  # one block
     np.testing.assert_allclose(found.embeddings[7], found.embeddings[0], atol=1e-5)
-    assert "1 files have changed, computed anew: " in caplog.text and "7.png" in caplog.text
+    assert "1 files have changed, recomputing them: " in caplog.text and "7.png" in caplog.text
     paths[19].unlink()  # vanished, then back
     assert not again()[0].readable[19]
     cv2.imwrite(str(paths[19]), many[19])
@@ -310,16 +310,16 @@ def test_a_full_disk_says_what_is_needed(tmp_path, net, many, monkeypatch):
     options = EmbedOptions(flip=False, cache=tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match=r"no space left for 0\.00 GB of results; make room.*tiny-images"):
+        with pytest.raises(OSError, match=r"no space left for 0\.00 GB of results; free some space.*tiny-images"):
             embed_faces(TorchEmbedder(net, "tiny"), many, None, options, source="a")
     assert embed_faces(TorchEmbedder(net, "tiny"), many, None, options, source="a").readable.all()
 
 
 def test_skipping_is_not_offered_where_all_images_are_missing(net, many):
     options = EmbedOptions(batch_size=3, flip=False)
-    with pytest.raises(ValueError, match="image 0: there is no such image; no image could be read so far"):
+    with pytest.raises(ValueError, match="image 0: file not found; no image could be read so far"):
         embed_faces(TorchEmbedder(net), [None] * 20, None, options)
-    with pytest.raises(ValueError, match="image 7: there is no such image; or choose to skip such images"):
+    with pytest.raises(ValueError, match="image 7: file not found; or choose to skip such images"):
         embed_faces(TorchEmbedder(net), [*many[:7], None, *many[8:]], None, options)
 
 
@@ -333,9 +333,9 @@ def test_missing_images_are_skipped_or_named(tmp_path, net, many):
         assert list(np.flatnonzero(~found.readable)) == [4]
         assert not found.embeddings[4].any() and found.norms[4] == 0
         np.testing.assert_allclose(np.delete(found.embeddings, 4, 0), np.delete(whole.embeddings, 4, 0), atol=1e-5)
-        with pytest.raises(ValueError, match=r"image 4: there is no|first: number 4"):
+        with pytest.raises(ValueError, match=r"image 4: file not found|first: number 4"):
             embed_faces(TorchEmbedder(net, "tiny"), images, None, replace(options, missing="fail"), source="a")
-    with pytest.raises(ValueError, match="20 of 20 images cannot be read"):
+    with pytest.raises(ValueError, match="20 of 20 images could not be read"):
         embed_faces(TorchEmbedder(net, "tiny"), [None] * 20, None, skip)
 
 

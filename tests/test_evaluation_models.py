@@ -95,7 +95,7 @@ def test_image_only_file_and_a_name(files, net, faces):
 
 
 def arcface(path, batch, preprocessing):
-    """An ArcFace-style file: red's mean of each of four quarters; perhaps with MXNet's normalisation inside."""
+    """An ArcFace-style file: red's mean of each of four quarters; perhaps with MXNet's normalization inside."""
     weight = np.zeros((4, 3, 112, 112), np.float32)
     for quarter in range(4):
         row, column = 56 * (quarter // 2), 56 * (quarter % 2)
@@ -107,8 +107,8 @@ def arcface(path, batch, preprocessing):
             numpy_helper.from_array(np.float32(0.0078125), "scale"),
         ]
         nodes += [
-            helper.make_node("Sub", ["data", "mean"], ["centred"], name="_minusscalar0"),
-            helper.make_node("Mul", ["centred", "scale"], ["scaled"], name="_mulscalar0"),
+            helper.make_node("Sub", ["data", "mean"], ["centered"], name="_minusscalar0"),
+            helper.make_node("Mul", ["centered", "scale"], ["scaled"], name="_mulscalar0"),
         ]
         data = "scaled"
     nodes += [
@@ -126,7 +126,7 @@ def arcface(path, batch, preprocessing):
 @pytest.mark.parametrize("batch", [1, 2, "None"])
 @pytest.mark.parametrize("preprocessing", [False, True])
 def test_arcface_files_as_insightface_feeds_them(tmp_path, faces, batch, preprocessing):
-    """InsightFace's own class on the BGR pictures is the truth; batches of any fixed size are filled up."""
+    """InsightFace's own class on the BGR images is the truth; batches of any fixed size are filled up."""
     from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 
     path = arcface(tmp_path / "w600k.onnx", batch, preprocessing)
@@ -159,7 +159,7 @@ def test_a_file_that_does_not_say_how_to_feed_it_is_named(tmp_path, files):
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     onnx.save(model, str(tmp_path / "net.onnx"))
-    with pytest.raises(ValueError, match=r"net\.onnx does not say how to feed it"):
+    with pytest.raises(ValueError, match=r"net\.onnx does not say how to normalize its input"):
         open_model(tmp_path / "net.onnx")
 
 
@@ -181,7 +181,7 @@ def test_packs_by_folder_and_by_name(tmp_path, files, net, faces, monkeypatch):
 
 
 def test_weights_alone(tmp_path, files, net, faces):
-    """Named sizes are recognised by their shapes; others need the name of their network."""
+    """Named sizes are recognized by their shapes; others need the name of their network."""
     torch.manual_seed(0)
     named = ik.get_model("vit_n", num_features=24).eval()
     torch.save(named.state_dict(), tmp_path / "weights.pt")
@@ -190,7 +190,7 @@ def test_weights_alone(tmp_path, files, net, faces):
         with torch.no_grad():
             np.testing.assert_allclose(embed(*faces), named(faces[0]), atol=1e-5)
         assert not embed.needs_keypoints
-    with pytest.raises(ValueError, match=r"weights\.pt.* is said to be vit_n_kprpe"):
+    with pytest.raises(ValueError, match=r"weights\.pt.* claims to be vit_n_kprpe"):
         open_model(tmp_path / "weights.pt", network="vit_n_kprpe")
     torch.save(net.state_dict(), tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt .*holds a ViT with KPRPE"):
@@ -206,7 +206,7 @@ def test_bf16_is_close_to_fp32(files, faces):
     ("arguments", "message"),
     [
         (("absent.onnx",), "model not found: absent.onnx"),
-        (("no_such_pack",), "no pack in"),
+        (("no_such_pack",), "nor a pack in"),
         (("{files}/run", None, "fp8"), "precision must be fp32 or bf16"),
         (("{files}/two.onnx", None, "bf16"), "leave both options out"),
         (("{files}/two.onnx", "vit_n"), "leave both options out"),

@@ -114,7 +114,7 @@ def test_embed_aligned_by_a_stock_model(tmp_path):
     app = open_app(tmp_path, twin=False)
     crops = [rng.integers(0, 255, (112, 112, 3), dtype=np.uint8) for _ in range(3)]
     np.testing.assert_allclose(app.embed_aligned(crops), app.models["recognition"].get_feat(crops), atol=1e-5)
-    with pytest.raises(ValueError, match="without keypoint input"):
+    with pytest.raises(ValueError, match="has no keypoint input"):
         app.embed_aligned(crops, np.repeat(CANONICAL_KEYPOINTS[None], 3, 0))
     del app.models["recognition"]
     with pytest.raises(ValueError, match="needs a recognition model, this pack has only detection"):
@@ -137,13 +137,13 @@ def test_models_of_other_kinds_are_asked_face_by_face(tmp_path):
 
 def test_pictures_of_all_kinds(tmp_path):
     app = open_app(tmp_path)
-    grey = PICTURES[0][..., 0]
-    expected = [face.embedding for face in app.get(np.repeat(grey[..., None], 3, 2))]
+    gray = PICTURES[0][..., 0]
+    expected = [face.embedding for face in app.get(np.repeat(gray[..., None], 3, 2))]
     kinds = {
-        "grey": grey,
-        "grey, one channel": grey[..., None],
-        "with alpha": np.dstack([grey] * 4),
-        "16 bit": grey.astype(np.uint16) * 257,
+        "gray": gray,
+        "gray, one channel": gray[..., None],
+        "with alpha": np.dstack([gray] * 4),
+        "16 bit": gray.astype(np.uint16) * 257,
     }
     for kind, picture in kinds.items():
         np.testing.assert_array_equal([face.embedding for face in app.get(picture)], expected, err_msg=kind)

@@ -94,7 +94,7 @@ def test_kprpe_figures_from_the_command_line(tmp_path):
     picture = cv2.imread(str(tmp_path / "maps" / "depths.png")).astype(int)
     assert (picture[..., 2] - picture[..., 0] > 150).sum() > 50  # a red star
     assert (picture[..., 0] - picture[..., 2] > 100).sum() > 50  # strong blue
-    with pytest.raises(ValueError, match="query must be 2 numbers with commas between them, got '1;2'"):
+    with pytest.raises(ValueError, match="query must be 2 comma-separated numbers, got '1;2'"):
         call("kprpe", run, "--query", "1;2")
 
 
@@ -144,7 +144,7 @@ def test_alignment_figure_from_landmark_files(tmp_path):
         call("alignment", folder, "--predicted", tmp_path / "predicted.csv", "--face", 3)
 
 
-def test_faces_of_a_labelled_folder_and_a_model_that_finds_their_points(tmp_path):
+def test_faces_of_a_labeled_folder_and_a_model_that_finds_their_points(tmp_path):
     picture, points = ik.data.synthetic.draw_face(0, 0, aligned=False, size=192)
     cv2.imwrite(str(tmp_path / "a.png"), picture[..., ::-1])
     numbers = [20, 20, 150, 150, *np.column_stack([points * 192, np.zeros(5)]).ravel(), 0]

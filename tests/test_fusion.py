@@ -109,7 +109,7 @@ def test_single_image_and_weightless_templates(caplog):
     pooled, numbers = pool_templates(embeddings, [7, 9, 9, 11], [1, 1, 1, 1], np.array([0.5, 0, 0, 1]))
     np.testing.assert_array_equal(numbers, [7, 9, 11])
     np.testing.assert_allclose(pooled, [[1, 0], np.full(2, np.sqrt(0.5)), [0, 0]])  # 9: no weight, averaged
-    assert "no image with a weight above 0" in caplog.text
+    assert "no image with a positive weight" in caplog.text
 
 
 def test_memory_map(tmp_path):
@@ -123,7 +123,7 @@ def test_memory_map(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"templates": [1, 2]}, "one for each embedding"),
+        ({"templates": [1, 2]}, "one per embedding"),
         ({"weights": np.ones(2)}, "weights must be"),
         ({"weights": [1, -1, 1]}, "not negative"),
         ({"weights": [1, np.nan, 1]}, "finite"),

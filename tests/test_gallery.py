@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import insightface_kprpe as ik
 from insightface_kprpe import cli
-from insightface_kprpe.app import enrolment, recognition
+from insightface_kprpe.app import enrollment, recognition
 from insightface_kprpe.app.gallery import Gallery, Match, editing
 from insightface_kprpe.app.pictures import read_picture, write_picture
 from insightface_kprpe.data.picture_files import list_pictures
@@ -39,7 +39,7 @@ def gallery():
 
 
 def test_search_names_the_most_similar_person(gallery):
-    """Ann is the mean of her pictures, weighted by quality."""
+    """Ann is the mean of her images, weighted by quality."""
     names, templates = gallery.templates
     assert names.tolist() == ["Ann", "Bob"]
     np.testing.assert_allclose(templates, unit(np.array([[0.9, 0, 0.3], [0, 1, 0]])), atol=1e-6)
@@ -91,11 +91,11 @@ def test_save_and_load(gallery, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no gallery", b"PK\x03\x04 nor this", b"\x80\x04N."])
 def test_other_files_are_no_galleries(tmp_path, content):
     (tmp_path / "people.npz").write_bytes(content)
-    with pytest.raises(ValueError, match="is no gallery, or a damaged one") as error:
+    with pytest.raises(ValueError, match="is not a gallery, or is damaged") as error:
         Gallery.load(tmp_path / "people.npz")
     assert "pickle" not in str(error.value)
     np.savez(tmp_path / "pickled.npz", names=np.array([{}], dtype=object), model="")
-    with pytest.raises(ValueError, match="is no gallery"):
+    with pytest.raises(ValueError, match="is not a gallery"):
         Gallery.load(tmp_path / "pickled.npz")
     with pytest.raises(FileNotFoundError, match="gallery not found"):
         Gallery.load(tmp_path / "absent.npz")
@@ -139,7 +139,7 @@ def write_gallery(path, save=np.savez, **changed):
 )
 def test_damaged_galleries_say_what_is_wrong(tmp_path, changed, message):
     path = write_gallery(tmp_path / "people.npz", **changed)
-    with pytest.raises(ValueError, match=r"people\.npz is no gallery, or a damaged one: " + message):
+    with pytest.raises(ValueError, match=r"people\.npz is not a gallery, or is damaged: " + message):
         Gallery.load(path)
 
 
@@ -164,7 +164,7 @@ def test_galleries_at_impossible_places_are_named(tmp_path):
 
 
 def test_what_cannot_be_compared_is_not_added(gallery):
-    for row, message in ((np.nan, "must be finite"), (0, "must have a length")):
+    for row, message in ((np.nan, "must be finite"), (0, "must not be zero")):
         with pytest.raises(ValueError, match=message):
             gallery.add(["Eve"], np.float32([[row, 0, 0]]), [1.0], ["e"])
     with pytest.raises(ValueError, match=r"qualities must be in \[0, 1\]"):
@@ -229,7 +229,7 @@ PEOPLE = {"Ann": (5, 5), "Bob": (14, 20), "Cid": (25, 9)}
 
 @pytest.fixture
 def people(tmp_path):
-    """Whom the tiny recogniser tells apart by colour: folders, a single picture, and one without a face."""
+    """Whom the tiny recognizer tells apart by color: folders, a single image, and one without a face."""
     for number, (name, cell) in enumerate(PEOPLE.items()):
         for picture in range(1 if name == "Cid" else 3):
             image = tiny.draw_picture([cell], seed=picture)
@@ -242,45 +242,45 @@ def people(tmp_path):
     cv2.imwrite(str(tmp_path / "people" / "Ann" / "dark.png"), tiny.draw_picture([], seed=9))
     (tmp_path / "people" / ".hidden").mkdir()
     (tmp_path / "people" / ".hidden" / "x.png").write_bytes(b"")
-    (tmp_path / "people" / "notes.txt").write_text("no picture")
+    (tmp_path / "people" / "notes.txt").write_text("no image")
     tiny.write_pack(tmp_path)
     return tmp_path / "people"
 
 
 def test_people_of_a_folder(people, tmp_path):
-    found = enrolment.people_of_folder(people)
+    found = enrollment.people_of_folder(people)
     assert [(name, path.name) for name, path in found] == [
         ("Ann", "0.png"), ("Ann", "1.png"), ("Ann", "2.png"), ("Ann", "dark.png"),
         ("Bob", "0.png"), ("Bob", "1.png"), ("Bob", "2.png"), ("Cid", "Cid.png"),
     ]  # fmt: skip
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no pictures"):
-        enrolment.people_of_folder(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no images in"):
+        enrollment.people_of_folder(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="folder of people not found"):
-        enrolment.people_of_folder(tmp_path / "absent")
+        enrollment.people_of_folder(tmp_path / "absent")
 
 
 def test_enrolled_people_are_named(people, tmp_path, monkeypatch):
     app = recognition.open_pack("tiny", tmp_path, **tiny.CPU)
     gallery = Gallery()
     saved = []
-    monkeypatch.setattr(enrolment, "_PICTURES_AT_A_TIME", 3)
-    monkeypatch.setattr(enrolment, "_PICTURES_A_SAVE", 4)
+    monkeypatch.setattr(enrollment, "_PICTURES_AT_A_TIME", 3)
+    monkeypatch.setattr(enrollment, "_PICTURES_A_SAVE", 4)
     monkeypatch.setattr(Gallery, "save", lambda self, path: saved.append(len(self.names)))
-    pictures = enrolment.people_of_folder(people)
+    pictures = enrollment.people_of_folder(people)
     (people / "Bob" / "torn.png").write_bytes((people / "Bob" / "0.png").read_bytes()[:30])
     unreadable = (
-        "could not be read as a picture: 30 bytes of PNG are not a readable image: damaged, or of a kind that the "
+        "could not be read as an image: 30 bytes of PNG are not a readable image: damaged, or in a format that the "
     )
     unreadable += f"installed OpenCV {cv2.__version__} does not read; remove or replace it"
     left_out = {people / "Ann" / "dark.png": "no face found", people / "Bob" / "torn.png": unreadable}
     pictures.append(("Bob", people / "Bob" / "torn.png"))
-    first = enrolment.enrol(app, gallery, pictures, tmp_path / "index")
-    assert first == enrolment.Enrolled(added=7, left_out=left_out)
+    first = enrollment.enroll(app, gallery, pictures, tmp_path / "index")
+    assert first == enrollment.Enrolled(added=7, left_out=left_out)
     assert saved == [5, 7] and gallery.people() == {"Ann": 3, "Bob": 3, "Cid": 1}
     passed_over = {path: name for name, path in pictures if path not in left_out}
-    again = enrolment.enrol(app, gallery, pictures, tmp_path / "index")
-    assert again == enrolment.Enrolled(passed_over=passed_over, left_out=left_out)
+    again = enrollment.enroll(app, gallery, pictures, tmp_path / "index")
+    assert again == enrollment.Enrolled(passed_over=passed_over, left_out=left_out)
     assert len(gallery.names) == 7 and saved == [5, 7]  # none twice
 
     photo = read_picture(people / "Bob" / "1.png")
@@ -295,7 +295,7 @@ def test_enrolled_people_are_named(people, tmp_path, monkeypatch):
 
 def test_a_gallery_belongs_to_a_model(people, tmp_path):
     gallery = Gallery()
-    enrolment.enrol(recognition.open_pack("tiny", tmp_path, **tiny.CPU), gallery, [("Cid", people / "Cid.png")])
+    enrollment.enroll(recognition.open_pack("tiny", tmp_path, **tiny.CPU), gallery, [("Cid", people / "Cid.png")])
     unaligned = recognition.open_pack("tiny", tmp_path, aligned=False, **tiny.CPU)
     tiny.write_pack(tmp_path, "plain", twin=False)
     plain = recognition.open_pack("plain", tmp_path, **tiny.CPU)
@@ -352,11 +352,11 @@ def test_pictures_from_and_to_files(tmp_path):
     for name in ("out.txt", "out", "out.gif"):
         with pytest.raises(ValueError, match=name + r" must end in one of \.jpg, .*\.tiff"):
             write_picture(tmp_path / name, image)
-    for content in (b"", b"no picture"):
+    for content in (b"", b"no image"):
         (tmp_path / "bad.jpg").write_bytes(content)
-        with pytest.raises(ValueError, match="could not be read as a picture"):
+        with pytest.raises(ValueError, match="could not be read as an image"):
             read_picture(tmp_path / "bad.jpg")
-    with pytest.raises(FileNotFoundError, match="picture not found"):
+    with pytest.raises(FileNotFoundError, match="image not found"):
         read_picture(tmp_path / "absent.jpg")
 
 
@@ -367,12 +367,12 @@ def call(*arguments):
 def test_command_line(people, tmp_path):
     index, pack = tmp_path / "people.npz", ("--pack", "tiny", "--root", tmp_path)
     result = call("gallery", "add", index, people, *pack)
-    assert "7 pictures added, 3 people\n" in result.output and "dark.png: left out, no face found" in result.output
+    assert "7 images added, 3 people\n" in result.output and "dark.png: left out, no face found" in result.output
     result = call("gallery", "add", index, people / "Cid.png", "--name", "Dee", *pack)
-    assert "0 pictures added, 3 people, 1 passed over: already in the gallery (as Cid)\n" in result.output
+    assert "0 images added, 3 people, 1 skipped: already in the gallery (as Cid)\n" in result.output
     result = call("gallery", "add", tmp_path / "one.npz", people / "Cid.png", "--name", "Dee", *pack)
-    assert "1 picture added, 1 person\n" in result.output
-    with pytest.raises(ValueError, match="none of its pictures could be added"):
+    assert "1 image added, 1 person\n" in result.output
+    with pytest.raises(ValueError, match="none of its images could be added"):
         call("gallery", "add", tmp_path / "none.npz", people / "Ann" / "dark.png", "--name", "Dee", *pack)
     assert not (tmp_path / "none.npz").exists()
     assert [line.split() for line in call("gallery", "list", index).output.splitlines()[:3]] == [
@@ -383,7 +383,7 @@ def test_command_line(people, tmp_path):
         assert "1 face, gallery of 3 people, threshold 0.300" in result.output
         assert "  1  Bob " in result.output and "quality" in result.output
         assert (read_picture(tmp_path / "named.png") != read_picture(people / "Bob" / "1.png")).any()
-    assert "Bob removed (3 pictures), 2 people left" in call("gallery", "remove", index, "Bob").output
+    assert "Bob removed (3 images), 2 people left" in call("gallery", "remove", index, "Bob").output
     result = call("recognize", index, people / "Bob" / "1.png", "--threshold", "1.01", *pack)
     assert "unknown" in result.output and "(nearest: " in result.output
     with pytest.raises(FileNotFoundError, match="pack not found.* which holds tiny; --root"):
@@ -392,5 +392,5 @@ def test_command_line(people, tmp_path):
         call(
             "recognize", index, people / "Cid.png", "--out", tmp_path / "named", "--pack", "absent", "--root", tmp_path
         )
-    with pytest.raises(FileNotFoundError, match="pictures not found"):
+    with pytest.raises(FileNotFoundError, match="images not found"):
         call("gallery", "add", index, tmp_path / "absent", "--name", "Eve", *pack)

@@ -130,7 +130,7 @@ def test_unknown_template(small, span, monkeypatch):
 def test_verification_bad_input(small):
     with pytest.raises(ValueError, match="labels must be"):
         ijb.verification(**(small | {"label": small["label"][:-1]}))
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="the same length"):
         ijb.verification(**(small | {"p1": small["p1"][:-1]}))
     with pytest.raises(ValueError, match="template numbers"):
         ijb.verification(**(small | {"p1": small["p1"].astype(float)}))
@@ -180,7 +180,7 @@ def test_scores_that_are_equal_mathematically(kind, fusion):
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_identification_equals_insightfaces_rule(ties):
-    """Two galleries joined, several probes a person, and some whom no gallery holds."""
+    """Two galleries joined, several probes per person, and some whom no gallery holds."""
     rng = np.random.default_rng(0)
     people = rng.permutation(40)
     galleries = {"G1": ijb.Subjects(np.arange(20), people[:20]), "G2": ijb.Subjects(np.arange(20, 38), people[20:38])}

@@ -234,7 +234,7 @@ def test_fine_tuning_starts_with_the_class_centers_of_a_run(tmp_path, caplog):
         same, others = start_from_run(0, tmp_path, CLASSES), start_from_run(0, tmp_path, CLASSES + 1)
     assert torch.equal(same["centers"], saved.class_centers) and same["margin_loss.batch_mean"] == 12.5
     assert torch.equal(others["centers"], others["before"]) and others["margin_loss.batch_mean"] != 12.5
-    assert "its 7 class centers are taken over" in caplog.text and "are of other people" in caplog.text
+    assert "its 7 class centers are used too" in caplog.text and "are of other people" in caplog.text
 
 
 @pytest.mark.slow

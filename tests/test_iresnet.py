@@ -77,7 +77,7 @@ def test_lvfaces_files_are_of_arcface_torchs_vits(name, size):
     assert 50_000 < size - weights < 250_000
 
 
-def test_arcface_torchs_last_normalisation_has_no_scale_to_learn():
+def test_arcface_torchs_last_normalization_has_no_scale_to_learn():
     frozen = [name for name, value in random_net("r18", widths=WIDTHS).named_parameters() if not value.requires_grad]
     assert frozen == ["features.weight"]
 
@@ -97,10 +97,10 @@ def test_arcface_torchs_weights_are_known_by_their_tensors(small, monkeypatch, t
     monkeypatch.setitem(registry._BACKBONES, "mbf", registry._build_with({"scale": 1}, registry.MobileFaceNet))
     source = random_net(name, **settings)
     torch.save({prefix + key: value for key, value in source.state_dict().items()}, tmp_path / "model.pt")
-    net, about = load_published(tmp_path / "model.pt")
+    net, description = load_published(tmp_path / "model.pt")
     same(net, source)
-    assert about.config == {"network": name, "network_kwargs": {}, "embedding_size": 8}
-    assert about.color_order == "RGB in [-1, 1]"
+    assert description.config == {"network": name, "network_kwargs": {}, "embedding_size": 8}
+    assert description.color_order == "RGB in [-1, 1]"
 
 
 @pytest.mark.parametrize(
@@ -133,35 +133,41 @@ def write_adaface(path, source):
 def test_adafaces_checkpoints_take_bgr(small, tmp_path):
     trained = random_net("cvlface_ir18")  # the same network, without the turn
     write_adaface(tmp_path / "adaface.ckpt", trained)
-    net, about = load_published(tmp_path / "adaface.ckpt")
+    net, description = load_published(tmp_path / "adaface.ckpt")
     same(net, lambda images: trained(images.flip(1)))
-    assert about.config["network"] == "ir_18" and "BGR" in about.color_order and about.format == "AdaFace"
-    again, _ = load_published(convert(net, about, tmp_path / "again.safetensors"))
+    assert (
+        description.config["network"] == "ir_18"
+        and "BGR" in description.color_order
+        and description.format == "AdaFace"
+    )
+    again, _ = load_published(convert(net, description, tmp_path / "again.safetensors"))
     same(again, net)
 
 
-def test_weights_that_do_not_tell_their_colours_are_refused_until_told(small, tmp_path):
+def test_weights_that_do_not_tell_their_colors_are_refused_until_told(small, tmp_path):
     source = random_net("cvlface_ir18")
     torch.save(source.state_dict(), tmp_path / "ir.pt")
-    with pytest.raises(ValueError, match="holds the weights of cvlface_ir18 or ir_18, .*nothing says which"):
+    with pytest.raises(ValueError, match="holds the weights of cvlface_ir18 or ir_18, .*differ only in their input"):
         load_published(tmp_path / "ir.pt")
     same(load_published(tmp_path / "ir.pt", network="cvlface_ir18")[0], source)
     same(load_published(tmp_path / "ir.pt", network="ir_18")[0], lambda images: source(images.flip(1)))
 
 
-@pytest.mark.parametrize("colours", ["RGB", "BGR"])
+@pytest.mark.parametrize("colors", ["RGB", "BGR"])
 @pytest.mark.parametrize(("family", "name"), [("iresnet", "cvlface_ir18"), ("iresnet_insightface", "r18")])
-def test_cvlfaces_folders_say_which_network_and_colours(small, tmp_path, family, name, colours):
+def test_cvlfaces_folders_say_which_network_and_colors(small, tmp_path, family, name, colors):
     source = random_net(name)
     torch.save({f"net.{key}": value for key, value in source.state_dict().items()}, tmp_path / "model.pt")
-    content = {"name": "ir18", "output_dim": 8, "color_space": colours, "yaml_path": f"models/{family}/configs/a.yaml"}
+    content = {"name": "ir18", "output_dim": 8, "color_space": colors, "yaml_path": f"models/{family}/configs/a.yaml"}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(content))
-    net, about = load_published(tmp_path)
-    assert about.config["network"] == name and ("turned from BGR" in about.color_order) == (colours == "BGR")
-    same(net, source if colours == "RGB" else lambda images: source(images.flip(1)))
+    net, description = load_published(tmp_path)
+    assert description.config["network"] == name and ("converted from BGR" in description.color_order) == (
+        colors == "BGR"
+    )
+    same(net, source if colors == "RGB" else lambda images: source(images.flip(1)))
 
 
-def test_colours_are_not_turned_twice(small, tmp_path):
+def test_colors_are_not_turned_twice(small, tmp_path):
     torch.save(random_net("ir_18").state_dict(), tmp_path / "model.pt")
     (tmp_path / "model.yaml").write_text("name: ir18\ncolor_space: BGR\n")
     for load in (

@@ -24,9 +24,9 @@ def dotted(count, seed=0):
     """Crops of which point k is drawn as a soft dot in crop k of five: one dot an image finds one point for sure."""
     generator = torch.Generator().manual_seed(seed)
     keypoints = 0.3 + 0.4 * torch.rand(count, 5, 2, generator=generator)
-    centre = (keypoints * SIZE - 0.5).unsqueeze(-1)  # the middle of the first pixel is half a pixel from the edge
+    center = (keypoints * SIZE - 0.5).unsqueeze(-1)  # the middle of the first pixel is half a pixel from the edge
     axis = torch.arange(SIZE, dtype=torch.float32)
-    dots = torch.exp(-0.5 * ((axis - centre) / 2).square())  # (count, 5, 2, SIZE)
+    dots = torch.exp(-0.5 * ((axis - center) / 2).square())  # (count, 5, 2, SIZE)
     images = dots[:, :, 1, :, None] * dots[:, :, 0, None, :]  # (count, 5, SIZE, SIZE)
     images = images.flatten(0, 1)[:, None].expand(-1, 3, -1, -1) * 2 - 1
     bbox = torch.tensor([0.2, 0.15, 0.8, 0.85]).expand(5 * count, 4)
@@ -34,11 +34,11 @@ def dotted(count, seed=0):
 
 
 def find(images):
-    """Centre of mass of the dot in each image, in [0, 1]."""
+    """Center of mass of the dot in each image, in [0, 1]."""
     mass = images.mean(1) + 1
     total = mass.sum((1, 2))
-    centre = (torch.arange(SIZE) + 0.5) / SIZE
-    return torch.stack([(mass.sum(1) * centre).sum(1) / total, (mass.sum(2) * centre).sum(1) / total], -1)
+    center = (torch.arange(SIZE) + 0.5) / SIZE
+    return torch.stack([(mass.sum(1) * center).sum(1) / total, (mass.sum(2) * center).sum(1) / total], -1)
 
 
 @pytest.mark.parametrize(

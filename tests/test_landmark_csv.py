@@ -64,8 +64,8 @@ def test_one_row_windows_line_ends_and_byte_order_mark(tmp_path):
         (f"{HEADER},confidence\n0,{ROW},1\n", "line 1: columns must be .* got .*"),
         (f"{HEADER}\n", "must have rows for 2 images, got 0; idx 0 is missing"),
         (f"{HEADER}\n0,{ROW}\n", "must have rows for 2 images, got 1; idx 1 is missing"),
-        (f"{HEADER}\n0,{ROW}\n0,{ROW}\n", "line 3: idx 0 stands in line 2 already"),
-        (f"{HEADER}\n1,{ROW}\n2,{ROW}\n", r"line 3: idx must be in 0\.\.1, the image's place in its set, got 2"),
+        (f"{HEADER}\n0,{ROW}\n0,{ROW}\n", "line 3: idx 0 is already in line 2"),
+        (f"{HEADER}\n1,{ROW}\n2,{ROW}\n", r"line 3: idx must be in 0\.\.1, the image's index in its set, got 2"),
         (f"{HEADER}\n0,{ROW}\n-1,{ROW}\n", r"line 3: idx must be in 0\.\.1"),
         (f"{HEADER}\n0,{ROW}\n1,{ROW},0.5\n", "line 3: expected idx and 10 numbers, got '1,0.3"),
         (f"{HEADER}\n0,{ROW}\n1,0.3,0.4,0", "line 3: expected idx and 10 numbers, got '1,0.3,0.4,0'"),
@@ -110,15 +110,15 @@ def test_numbers_that_say_unknown_are_named_and_replaced(tmp_path, caplog):
     np.testing.assert_allclose(keypoints[absent], np.tile(CANONICAL_KEYPOINTS, (4, 1, 1)))
     np.testing.assert_allclose(keypoints[~absent], [face, face], atol=1e-6)
     assert caplog.messages == [
-        f"{tmp_path / 'a.csv'}: 3 of 6 rows are no landmarks of a face (first: idx 1); the canonical template stands "
-        "in for them"
+        f"{tmp_path / 'a.csv'}: 3 of 6 rows are not landmarks of a face (first: idx 1); the canonical template is used "
+        "instead"
     ]
 
 
 def test_left_and_right_exchanged_is_suspected(tmp_path, caplog):
     write_landmark_csv(tmp_path / "a.csv", np.tile(CANONICAL_KEYPOINTS[list(MIRROR_ORDER)], (3, 1, 1)))
     assert read_keypoints(tmp_path / "a.csv", 3)[1].all()
-    assert "are left and right, as seen in the image, exchanged in 3 of them?" in caplog.text
+    assert "are left and right, as seen in the image, swapped in 3 of them?" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ BOX_LINE = "10 20 30 40 " + "-1 " * 15 + "0.3"
 
 
 def picture(path, scale=1):
-    """A gray picture with a white dot at each of ``POINTS``."""
+    """A gray image with a white dot at each of ``POINTS``."""
     image = np.full((200, 240, 3), 40, np.uint8)
     for x, y in POINTS:
         cv2.circle(image, (x, y), 2, (255, 255, 255), -1)
@@ -32,10 +32,10 @@ def folder(tmp_path):
 
 
 def dots(image, size):
-    """Centres of the white dots in a (3, S, S) crop, in the order of POINTS, in [0, 1]."""
+    """Centers of the white dots in a (3, S, S) crop, in the order of POINTS, in [0, 1]."""
     bright = (image.float().mean(0) > 128).numpy().astype(np.uint8)
-    centres = cv2.connectedComponentsWithStats(bright)[3]
-    return centres[1:] / size
+    centers = cv2.connectedComponentsWithStats(bright)[3]
+    return centers[1:] / size
 
 
 def distance(found, points):
@@ -50,7 +50,7 @@ def test_labels(folder):
     np.testing.assert_array_equal(labels[0].box, BOX)
     np.testing.assert_array_equal(labels[0].landmarks, POINTS)
     assert (labels[1].landmarks == -1).all() and (labels[3].landmarks == -1).all()
-    assert len(LandmarkDataset(folder, labelled_only=True)) == 2
+    assert len(LandmarkDataset(folder, labeled_only=True)) == 2
 
 
 @pytest.mark.parametrize("options", [{}, {"size": 96, "padding": 0.3}, {"rotation": 25.0, "shift": (0.1, -0.05)}])
@@ -61,8 +61,8 @@ def test_labels_lie_on_the_pixels_they_were_on(folder, options):
     assert sample.image.shape == (3, size, size) and sample.image.dtype == torch.uint8
     assert distance(dots(sample.image, size), sample.keypoints).max() * size < 0.5
     assert sample.keypoints.dtype == sample.bbox.dtype == torch.float32
-    unlabelled = dataset[1]
-    assert (unlabelled.keypoints == -1).all() and (unlabelled.bbox != -1).all()
+    unlabeled = dataset[1]
+    assert (unlabeled.keypoints == -1).all() and (unlabeled.bbox != -1).all()
 
 
 def test_large_faces_are_averaged_down(tmp_path):
@@ -70,7 +70,7 @@ def test_large_faces_are_averaged_down(tmp_path):
     line = " ".join(str(8 * float(value)) for value in LINE.split()[:19])
     (tmp_path / "label.txt").write_text(f"# big.png\n{line}\n")
     sample = LandmarkDataset(tmp_path)[0]
-    # a dot's centre lies half a pixel, now four, right of and below its coordinate
+    # a dot's center lies half a pixel, now four, right of and below its coordinate
     assert distance(dots(sample.image, 160), sample.keypoints.numpy() + 3.5 / 960).max() * 160 < 0.5
     assert len(torch.unique(sample.image)) > 10  # edges are blended, not sampled
 
@@ -99,11 +99,11 @@ def test_a_picture_named_twice_has_its_last_labels(folder, caplog):
     (folder / "label.txt").write_text(f"# b.png\n1 2 3 4\n5 6 7 8\n# b.png\n{LINE}\n")
     labels = read_labels(folder)
     assert len(labels) == 1 and labels[0].box[0] == BOX[0]
-    assert "1 pictures are named more than once" in caplog.text
+    assert "1 images are listed more than once" in caplog.text
 
 
 def test_real_labels(shared):
-    dataset = LandmarkDataset(shared / "data" / "faces" / "landmarks" / "val", labelled_only=True)
+    dataset = LandmarkDataset(shared / "data" / "faces" / "landmarks" / "val", labeled_only=True)
     keypoints = torch.stack([dataset[index].keypoints for index in range(0, len(dataset), 40)])
     assert len(dataset) > 400 and ((keypoints > 0) & (keypoints < 1)).all()
     assert (keypoints[:, 1, 0] > keypoints[:, 0, 0]).all() and (keypoints[:, 3, 1] > keypoints[:, 0, 1]).all()
@@ -119,8 +119,8 @@ def test_real_labels(shared):
         (f"# b.png\n{' '.join(LINE.split()[:6] + LINE.split()[7:])}\n", "line 2: the flag after each point must be"),
         (f"# b.png\n{' '.join([*BOX_LINE.split()[:-2], '0.3'])}\n", "line 2: the flag after each point must be"),
         ("0--Parade/a.png\n1\n1 2 3 4 0 0 0 0 0 0\n", "line 1: .* is it WIDER FACE's own wider_face_"),
-        ("# b.png\n", "holds no face"),
-        ("# b.png\n1 2 0 4\n", "holds no face"),
+        ("# b.png\n", "no faces in"),
+        ("# b.png\n1 2 0 4\n", "no faces in"),
     ],
 )
 def test_malformed_labels(folder, text, message):
@@ -133,7 +133,7 @@ def test_missing_files(folder):
     with pytest.raises(FileNotFoundError, match="label file not found"):
         LandmarkDataset(folder / "images")
     (folder / "label.txt").write_text("\n# c.png\n1 2 3 4\n")
-    with pytest.raises(FileNotFoundError, match=r"line 2: picture 'c.png' found neither"):
+    with pytest.raises(FileNotFoundError, match=r"line 2: image 'c.png' found neither"):
         LandmarkDataset(folder)
 
 
@@ -143,7 +143,7 @@ def test_unreadable_picture_and_no_landmarks(folder):
         LandmarkDataset(folder)
     (folder / "label.txt").write_text("# 0--Parade/a.png\n1 2 3 4\n")
     with pytest.raises(ValueError, match="no face has landmarks"):
-        LandmarkDataset(folder, labelled_only=True)
+        LandmarkDataset(folder, labeled_only=True)
 
 
 def line(box, points):
@@ -158,13 +158,13 @@ def test_landmarks_that_cannot_be_the_faces_are_none(folder, points, caplog):
     (folder / "label.txt").write_text(f"# b.png\n{LINE}\n{line(BOX, points)}\n")
     known, unknown = read_labels(folder)
     assert (known.landmarks == POINTS).all() and (unknown.landmarks == -1).all()
-    assert "1 faces have landmarks that cannot be theirs (first: line 3); taken as faces without" in caplog.text
+    assert "1 faces have impossible landmarks (first: line 3); treated as faces without" in caplog.text
 
 
 def test_boxes_outside_their_picture_are_left_out(folder, caplog):
     (folder / "label.txt").write_text("# b.png\n1 2 3 4\n500 20 30 30\n-60 20 30 30\n-20 20 30 30\n")
     assert [label.box[0] for label in read_labels(folder)] == [1, -20]
-    assert "2 boxes outside their picture left out (first: line 3)" in caplog.text
+    assert "left out 2 boxes outside their image (first: line 3)" in caplog.text
 
 
 def test_names_in_either_form_of_unicode(folder):

@@ -20,7 +20,7 @@ from insightface_kprpe.evaluation.landmarks import (
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Three faces of one size in one noise picture; a face's points are fixed fractions of its box."""
+    """Three faces of one size in one noise image; a face's points are fixed fractions of its box."""
     rng = np.random.default_rng(0)
     cv2.imwrite(str(tmp_path / "p.png"), rng.integers(0, 256, (300, 300, 3), dtype=np.uint8))
     lines = ["# p.png"]
@@ -30,7 +30,7 @@ def dataset(tmp_path):
         ]
         lines.append(" ".join(map(str, (x, y, 80, 100, *(v for point in points for v in (*point, 0.0)), 0.5))))
     (tmp_path / "label.txt").write_text("\n".join([*lines, "5 5 40 40"]) + "\n")
-    return LandmarkDataset(tmp_path, labelled_only=True)
+    return LandmarkDataset(tmp_path, labeled_only=True)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_nme_of_known_errors():
     result = summarize(errors, np.array([0.5, 1.0]))
     assert result.nme == pytest.approx(0.06) and result.score == 0.75 and result.images == 2
     np.testing.assert_allclose(result.point_errors, [0.05, 0.05, 0.1, 0.05, 0.05])
-    assert result.failure_rate == 0  # 0.1 itself is no failure
+    assert result.failure_rate == 0  # 0.1 itself is not a failure
     assert result.curve[0] == 0 and result.curve[30] == 0.5 and result.curve[-1] == 1
     assert result.auc == pytest.approx(0.405, abs=0.005)
 

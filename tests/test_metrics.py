@@ -66,7 +66,7 @@ def test_perfect_and_blind_models():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a, b, s: (a, b[:-1], s), "one shape"),
+        (lambda a, b, s: (a, b[:-1], s), "the same shape"),
         (lambda a, b, s: (a[:5], b[:5], s[:5]), "folds must be"),
         (lambda a, b, s: (a, b, s[:-1]), "is_same must be"),
         (lambda a, b, s: (a, b, np.ones(20)), "positive ones only"),

@@ -95,22 +95,22 @@ def test_stock_faceanalysis_loads_the_pack_and_embeds(files, root, picture):
     np.testing.assert_allclose(embedding, embed(net, crop, CANONICAL_KEYPOINTS), atol=1e-3)
 
 
-def test_registered_recogniser_gets_the_faces_keypoints(files, root, picture, registered):
+def test_registered_recognizer_gets_the_faces_keypoints(files, root, picture, registered):
     net, _ = files
     app = FaceAnalysis(name="kprpe", root=str(root), **CPU)
     app.prepare(ctx_id=-1)
-    recogniser = app.models["recognition"]
-    assert isinstance(recogniser, recognizer.KeypointRecognizer)
+    model = app.models["recognition"]
+    assert isinstance(model, recognizer.KeypointRecognizer)
     face = a_face()
-    embedding = recogniser.get(picture, face)
+    embedding = model.get(picture, face)
     crop, keypoints = align_face(picture, face.kps)
     assert face.embedding is embedding
     np.testing.assert_allclose(embedding, embed(net, crop, keypoints), atol=1e-5)
     assert np.abs(embedding - embed(net, crop, CANONICAL_KEYPOINTS)).max() > 2e-4
-    batch = recogniser.get_feat([crop, crop[:, ::-1].copy()])
+    batch = model.get_feat([crop, crop[:, ::-1].copy()])
     np.testing.assert_allclose(batch[0], embed(net, crop, CANONICAL_KEYPOINTS), atol=1e-3)
     with pytest.raises(ValueError, match=r"face\.kps"):
-        recogniser.get(picture, insightface.app.common.Face(bbox=face.bbox))
+        model.get(picture, insightface.app.common.Face(bbox=face.bbox))
 
 
 def test_unregister_restores_the_stock_zoo(root):
@@ -146,7 +146,7 @@ def renamed(source, target, operator):
     ("recognition", "detector", "message"),
     [
         ("detector.onnx", "detector.onnx", "input images, or images and keypoints, got image and 9 outputs"),
-        ("one.onnx", "one.onnx", "no SCRFD-style detector"),
+        ("one.onnx", "one.onnx", "not an SCRFD-style detector"),
         ("one.onnx", "absent.onnx", r"absent\.onnx does not exist; give an ONNX file"),
         ("one.onnx", "garbage.onnx", r"garbage\.onnx could not be read as ONNX"),
         ("one.onnx", "cut.onnx", r"cut\.onnx could not be read as ONNX"),

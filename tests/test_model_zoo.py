@@ -102,7 +102,7 @@ def test_aligner_is_used_where_it_is_sure(tmp_path, score, used):
 
 
 def test_files_mean_and_std_come_from_its_metadata(tmp_path, recognizer):
-    """Also where the names of its first nodes look like normalisation to InsightFace."""
+    """Also where the names of its first nodes look like normalization to InsightFace."""
     import onnx
 
     file = tmp_path / "models" / "tiny" / "keypoints" / "recognition.onnx"
@@ -114,7 +114,7 @@ def test_files_mean_and_std_come_from_its_metadata(tmp_path, recognizer):
     np.testing.assert_allclose(renamed.get(PICTURE, a_face()), recognizer.get(PICTURE, a_face()), atol=1e-5)
     for std in ("0", "x", "nan"):
         add_metadata(file, {"std": std})
-        with pytest.raises(ValueError, match=r"recognition\.onnx does not say how to feed it \(mean and std\)"):
+        with pytest.raises(ValueError, match=r"recognition\.onnx does not say how to normalize its input \(mean and std\)"):
             open_app(tmp_path)
 
 
@@ -123,7 +123,7 @@ def test_files_mean_and_std_come_from_its_metadata(tmp_path, recognizer):
     [
         (PICTURE, None, "face must be insightface's Face, got None"),
         (None, a_face(), "image must be an array, got None; cv2.imread"),
-        (PICTURE[:0], a_face(), "image must have pixels"),
+        (PICTURE[:0], a_face(), "image must not be empty"),
         (PICTURE, Face(bbox=a_face().bbox), r"face\.kps must be \(5, 2\) landmarks, got None"),
         (PICTURE, Face(kps=np.full((5, 2), np.nan)), "finite pixels"),
         (PICTURE / 255, a_face(), "must be uint8"),
@@ -207,8 +207,10 @@ def test_a_missing_provider_is_one_warning(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         app = open_app(tmp_path, providers=asked, provider_options=[{"device_id": "0"}, {}])
-    told = [str(warning.message) for warning in caught if issubclass(warning.category, (RuntimeWarning, UserWarning))]
-    assert len(told) == 1 and told[0].startswith("TensorrtExecutionProvider asked for, but this onnxruntime")
+    messages = [
+        str(warning.message) for warning in caught if issubclass(warning.category, (RuntimeWarning, UserWarning))
+    ]
+    assert len(messages) == 1 and messages[0].startswith("TensorrtExecutionProvider requested, but this onnxruntime")
     assert app.models["recognition"].session.get_providers() == ["CPUExecutionProvider"]
     with pytest.raises(RuntimeError, match="TensorrtExecutionProvider asked for"):
         open_app(tmp_path, providers=asked, strict_providers=True)
@@ -217,7 +219,7 @@ def test_a_missing_provider_is_one_warning(tmp_path):
 
 def test_a_provider_that_does_not_start_is_said_too(recognizer):
     providers._warn_once.cache_clear()
-    with pytest.warns(RuntimeWarning, match="could not be started and CPUExecutionProvider runs instead"):
+    with pytest.warns(RuntimeWarning, match="could not be started; CPUExecutionProvider is used instead"):
         providers.check_session(recognizer.session, [("CUDAExecutionProvider", {}), "CPUExecutionProvider"])
     with pytest.raises(RuntimeError, match="could not be started"):
         providers.check_session(recognizer.session, ["CUDAExecutionProvider"], strict=True)

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from distributed import run_on_ranks
+from torch.nn.parallel import DistributedDataParallel
 
 import insightface_kprpe as ik
 from insightface_kprpe.backbones import offset_attention
@@ -121,3 +123,22 @@ def test_lines_hold_every_bucket(side):
     for query, row in enumerate(bucket):
         y, x = divmod(query, side)
         assert torch.equal(index[x, (side - 1 - y) * side :][: side * side], row)
+
+
+def _gradients_of_one_rank(rank, images, keypoints):
+    net = build().eval()  # in training the head's BatchNorm sees a rank's own images only
+    net.keypoint_linear.attention_bias = None  # no other way than over lines
+    part = slice(2 * rank, 2 * rank + 2)
+    parallel = DistributedDataParallel(net)
+    parallel(images[part], keypoints[part]).square().sum().backward()
+    return {name: parameter.grad for name, parameter in net.named_parameters()}
+
+
+def test_two_processes_have_the_gradients_of_one(faces):
+    images, keypoints = faces[0][:4], faces[1][:4]
+    net = build().eval()
+    net(images, keypoints).square().sum().backward()
+    for gradients in run_on_ranks(_gradients_of_one_rank, 2, images, keypoints):
+        for name, parameter in net.named_parameters():
+            expected = parameter.grad / 2  # ranks are averaged
+            assert (gradients[name] - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-7, name

@@ -63,7 +63,7 @@ def test_the_file_says_how_to_feed_it(exported):
     assert metadata["inputs"] == "images+keypoints" and read_metadata(one.path)["inputs"] == "images"
     model = onnx.load(str(one.path))
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == onnx_export.OPSET
-    # The stock loader guesses the normalisation from these names.
+    # The stock loader guesses the normalization from these names.
     assert not any(node.name.startswith(("Sub", "Mul", "_minus", "_mul")) for node in model.graph.node[:8])
 
 

@@ -32,7 +32,7 @@ def call(*arguments):
 
 
 def write_detector(path):
-    """A file in SCRFD's layout for pictures of 64 x 64 that never finds a face."""
+    """A file in SCRFD's layout for images of 64 x 64 that never finds a face."""
     helper, floats = onnx.helper, onnx.TensorProto.FLOAT
     nodes, outputs = [], []
     for columns in (1, 4, 10):
@@ -133,7 +133,7 @@ def test_inspect_and_load_note(made, caplog):
 
 
 def test_verify_finds_what_is_wrong(made, pack):
-    assert "files unchanged, taken as intended, and working" in call("pack", "verify", pack).output
+    assert "files unchanged, loaded as intended, and working" in call("pack", "verify", pack).output
     add_metadata(pack / "recognition.onnx", {"licence": "changed"})
     for added in ("added.onnx", "keypoints/extra.onnx"):
         shutil.copy(pack / "detection.onnx", pack / added)
@@ -205,7 +205,7 @@ def test_lower_precisions_are_smaller_and_close(pack, tmp_path, form, name):
     try:
         change, measured = precision.lower_precision(pack / name, out, form)
     except precision.PrecisionError as error:
-        if "make no valid file" in str(error) and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+        if "do not produce a valid file" in str(error) and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
             pytest.skip("this exporter's files are beyond onnxruntime's converters")
         raise
     assert precision.MINIMAL_COSINE[form] <= change.minimal_cosine <= change.mean_cosine <= 1 + 1e-6
@@ -227,9 +227,9 @@ def test_values_that_overflow_half_precision_are_refused_with_advice(tmp_path, m
     def overflow(source, target):
         model = onnx.load(str(source))
         for stored in model.graph.initializer:
-            if stored.name == "colour":
+            if stored.name == "color":
                 values = onnx.numpy_helper.to_array(stored) * np.float32(np.inf)
-                stored.CopyFrom(onnx.numpy_helper.from_array(values, "colour"))
+                stored.CopyFrom(onnx.numpy_helper.from_array(values, "color"))
         onnx.save(model, str(target))
 
     monkeypatch.setitem(precision.WRITERS, "fp16", overflow)
@@ -251,7 +251,7 @@ def test_a_precision_that_changes_too_much_is_refused(pack, tmp_path, monkeypatc
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """What would be installed, with hand-made files in the place of exported ones, which take time."""
+    """What would be installed, with hand-made files in place of exported ones, which take time."""
     calls = []
 
     def export_onnx(net, path, image_only=False, licence="unknown", metadata=None):
@@ -284,7 +284,7 @@ def test_the_first_argument_may_name_the_weights(made, asked, tmp_path, caplog):
     assert any(message.startswith("exporting the network with its keypoints") for message in caplog.messages)
     assert any(message.endswith(" s") for message in caplog.messages)
     for arguments in ([], [run, "--recognition", run]):
-        with pytest.raises(ValueError, match="recognition weights once"):
+        with pytest.raises(ValueError, match="recognition weights exactly once"):
             call("pack", "build", *arguments, "--detector", detector)
 
 
@@ -294,7 +294,7 @@ def test_the_aligner_may_be_the_detector(made, asked, tmp_path):
     call("pack", "--recognition", run, "--aligner", tmp_path / "dfa.pt", "--detector", "dfa", "--root", tmp_path)
     files = asked[-1][2]
     assert files["detection.onnx"] == ("dfa.onnx", "the aligner", "unknown") and "keypoints/dfa.onnx" not in files
-    with pytest.raises(PackError, match="detector dfa needs the DFA: give it with --aligner"):
+    with pytest.raises(PackError, match="detector dfa needs a DFA: give one with --aligner"):
         call("pack", "--recognition", run, "--detector", "dfa")
     with pytest.raises(PackError, match="recognition must be a recognition network, .* is a DFA"):
         call("pack", "--recognition", tmp_path / "dfa.pt", "--detector", "dfa")
@@ -338,7 +338,7 @@ def test_what_cannot_be_built_is_refused_before_the_export(made, asked, tmp_path
 
 
 def write_attributes(path):
-    """What InsightFace takes for a model of gender and age: the mean colours of the face."""
+    """What InsightFace takes for a model of gender and age: the mean colors of the face."""
     helper = onnx.helper
     nodes = [
         helper.make_node("GlobalAveragePool", ["data"], ["mean"]),
@@ -393,7 +393,7 @@ def test_a_lower_precision_is_written_once_and_measured_on_the_form_with_keypoin
     try:
         folder = build(recognition=run, detector=det, root=tmp_path, precision="fp16")
     except precision.PrecisionError as error:
-        if "make no valid file" in str(error) and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+        if "do not produce a valid file" in str(error) and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
             pytest.skip("this exporter's files are beyond onnxruntime's converters")
         raise
     files = json.loads((folder / "pack.json").read_text())["files"]
@@ -416,7 +416,7 @@ def test_detectors_of_installed_packs_are_found_by_name(made, tmp_path, monkeypa
     other = tmp_path / "models" / "other"
     tiny.write_aligner(other / "dfa.onnx")  # in a detector's layout, and smaller than one
     tiny.write_recognition(other / "keypoints" / "dfa.onnx", with_keypoints=False)
-    with pytest.raises(PackError, match="holds no face detector with landmarks"):
+    with pytest.raises(PackError, match="has no face detector with landmarks"):
         pack_sources.find_detector("other", tmp_path)
     tiny.write_detector(other / "zoo" / "det.onnx")
     assert pack_sources.find_detector("other", tmp_path).source == "other/zoo/det.onnx"
@@ -442,7 +442,7 @@ def test_the_detector_of_a_pack_with_an_aligner(tmp_path):
 @pytest.mark.parametrize("name", ["absent.bin", "README.md", "synthetic"])
 def test_a_verification_set_that_is_none(tmp_path, name):
     (tmp_path / "README.md").write_text("a page")
-    with pytest.raises(PackError, match=rf"evaluate must be a verification set \(a \.bin file\), .*{name}"):
+    with pytest.raises(PackError, match=rf"evaluate must be an existing verification set \(a \.bin file\), .*{name}"):
         call("pack", "absent", "--detector", "absent", "--root", tmp_path, "--evaluate", tmp_path / name)
 
 

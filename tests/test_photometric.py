@@ -21,7 +21,7 @@ def generator(seed=0):
 
 @pytest.fixture
 def pictures():
-    """(4, 3, 48, 48) smooth uint8 pictures with much of the range."""
+    """(4, 3, 48, 48) smooth uint8 images with much of the range."""
     rng = np.random.default_rng(0)
     small = rng.integers(0, 256, (4, 6, 6, 3), dtype=np.uint8)
     return torch.from_numpy(np.stack([cv2.resize(image, (48, 48)) for image in small])).permute(0, 3, 1, 2)
@@ -77,7 +77,7 @@ def test_each_operation_is_drawn_equally_often_and_magnitudes_are_in_range(monke
     assert list(drawn) == list(OPERATIONS)
 
 
-def test_colour_stays_in_range_and_repeats():
+def test_color_stays_in_range_and_repeats():
     images = torch.rand(64, 3, 20, 20, generator=generator(1))
     first, again = images.clone(), images.clone()
     random_color(first, generator(2), 3, (30, 30))

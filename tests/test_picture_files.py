@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from insightface_kprpe.app.enrolment import people_of_folder
+from insightface_kprpe.app.enrollment import people_of_folder
 from insightface_kprpe.data import picture_files
 from insightface_kprpe.data.crops import open_crops
 from insightface_kprpe.data.face_dataset import open_faces
@@ -103,13 +103,13 @@ def test_the_size_is_judged_before_anything_is_decoded(form, monkeypatch):
         at = huge.index(b"\xff\xc0")
         huge[at + 5 : at + 9] = (30_000).to_bytes(2, "big") * 2
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("was decoded"))
-    with pytest.raises(ValueError, match="30000 x 30000 pixels are more than the limit of 200 megapixels; INSIGHT"):
+    with pytest.raises(ValueError, match="30000 x 30000 pixels exceed the limit of 200 megapixels; set INSIGHT"):
         decode_image(bytes(huge))
 
 
 def test_the_limit_can_be_changed(monkeypatch):
     monkeypatch.setenv("INSIGHTFACE_KPRPE_MAX_MEGAPIXELS", "0.0009")
-    with pytest.raises(ValueError, match=r"40 x 24 pixels are more than the limit of 0\.0009 megapixels"):
+    with pytest.raises(ValueError, match=r"40 x 24 pixels exceed the limit of 0\.0009 megapixels"):
         decode_image(encoded("PNG"))
     monkeypatch.setenv("INSIGHTFACE_KPRPE_MAX_MEGAPIXELS", "0.001")
     decode_image(encoded("PNG"))
@@ -164,16 +164,16 @@ def test_what_is_not_read_is_counted_and_named(people, caplog):
         list_people(people)
     kinds, nobody = caplog.messages
     assert kinds.endswith(
-        "left out, not pictures that can be read: 1 without suffix (Ann/README), 1 .cr2 (Dora/a.CR2), "
+        "left out, not readable images: 1 without suffix (Ann/README), 1 .cr2 (Dora/a.CR2), "
         "2 .mov (Ann/film.mov, Cleo/0.mov)"
     )
-    assert nobody.endswith("no pictures of 3 people: Cleo, Dora, Eve")
+    assert nobody.endswith("no images of 3 people: Cleo, Dora, Eve")
 
 
 def test_pictures_beside_the_people_are_theirs_or_named(people, caplog):
     write(people, "Zoe.png", "Ann.png")
     assert list(list_people(people)) == ["Ann", "Bob"]
-    assert "left out: 2 pictures beside the people's folders (Ann.png, Zoe.png)" in caplog.text
+    assert "left out: 2 images next to the people's folders (Ann.png, Zoe.png)" in caplog.text
     caplog.clear()
     found = list_people(people, single=True)
     assert list(found) == ["Ann", "Bob", "Zoe"] and len(found["Ann"]) == 3
@@ -185,7 +185,7 @@ def test_heic_without_its_extra_is_named_with_the_remedy(tmp_path, caplog, monke
     monkeypatch.setattr(picture_files, "readable_suffixes", lambda: picture_files._ALWAYS)
     assert list(list_people(tmp_path)) == ["Ann"]
     assert "1 .heic (Bob/IMG_1.HEIC); HEIC needs: pip install 'insightface-kprpe[heif]'" in caplog.text
-    assert "no pictures of 1 people: Bob" in caplog.text
+    assert "no images of 1 people: Bob" in caplog.text
 
 
 def test_kinds_that_an_old_opencv_does_not_read_are_named(tmp_path, caplog, monkeypatch):
@@ -216,10 +216,10 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 
 
 def test_unreadable_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"picture not found: .*absent\.png"):
+    with pytest.raises(FileNotFoundError, match=r"image not found: .*absent\.png"):
         read_image_file(tmp_path / "absent.png")
-    with pytest.raises(ValueError, match=rf"{tmp_path} must be a file \(picture\), got a folder"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} must be a file \(image\), got a folder"):
         read_image_file(tmp_path)
     (tmp_path / "a.png").write_bytes(encoded("PNG")[:60])
-    with pytest.raises(ValueError, match=r"a\.png could not be read as a picture: 60 bytes of PNG"):
+    with pytest.raises(ValueError, match=r"a\.png could not be read as an image: 60 bytes of PNG"):
         read_image_file(tmp_path / "a.png")

@@ -83,8 +83,8 @@ def test_more_gpus_share_class_centers_and_not_the_network():
     assert one.memory["class centers (10,001)"] == 10_001 * 64 * 4
     assert four.memory["class centers (2,501)"] == 2_501 * 64 * 4
     assert four.memory["network: weights"] == one.memory["network: weights"] == one.parameters * 4
-    assert four.memory["network: buckets that ranks exchange gradients in"] == one.parameters * 4
-    assert not one.memory["network: buckets that ranks exchange gradients in"]
+    assert four.memory["network: DDP's gradient buckets"] == one.parameters * 4
+    assert not one.memory["network: DDP's gradient buckets"]
     assert (one.steps_per_epoch, four.steps_per_epoch) == (1000 // 16, 1000 // 64)
 
 
@@ -133,7 +133,7 @@ def test_a_large_run_is_planned_in_no_memory():
     [
         ({"num_classes": 10}, 0, None, "must be positive"),
         ({"num_classes": 10}, 1, -1.0, "must be positive"),
-        ({"num_classes": 10}, 100, None, "must fill a step of 1600 images"),
+        ({"num_classes": 10}, 100, None, "must be at least one step of 1600 images"),
         ({"num_classes": 3}, 8, None, "at least the world size"),
         ({"num_classes": 0, "rec": "nowhere"}, 1, None, "pass num_classes=N and num_image=N"),
     ],

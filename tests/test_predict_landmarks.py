@@ -120,7 +120,7 @@ def test_landmarks_far_outside_a_narrow_crop_are_no_face():
 def test_an_existing_file_is_not_written_over(tmp_path, dfa, images):
     source, file = make("rec", tmp_path, images)
     file.write_text("by hand")
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         predict_landmarks(open_crops(source), dfa)
     predict_landmarks(open_crops(source), dfa, tmp_path / "mine.csv")
     left = file.with_name(f".{file.name}.0123.parts")  # as by a kill after the file was written
@@ -203,7 +203,7 @@ def test_reader_processes(tmp_path, dfa, images):
     np.testing.assert_allclose(keypoints[5], directly(dfa, images[5])[0], atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "message"), [("absent", r"must be a \.rec or \.bin file"), ("", "without any")])
+@pytest.mark.parametrize(("name", "message"), [("absent", r"must be a \.rec or \.bin file"), ("", "which has neither")])
 def test_bad_sources_are_refused(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
         open_crops(tmp_path / name)

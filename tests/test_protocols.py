@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from insightface_kprpe import cli
 from insightface_kprpe.backbones import VisionTransformer, get_model
 from insightface_kprpe.backbones.interface import Backbone
+from insightface_kprpe.data.image_codec import fit_crop
 from insightface_kprpe.data.landmark_csv import write_landmark_csv
 from insightface_kprpe.data.synthetic import draw_face, verification_pairs
 from insightface_kprpe.data.verification_bin import write_verification_bin
@@ -29,14 +30,14 @@ from insightface_kprpe.evaluation.verification import verify
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, align_face
 from insightface_kprpe.inference import embedding_file
 from insightface_kprpe.inference.embedding import EmbedOptions, embed_faces, embed_images
-from insightface_kprpe.inference.images import AlignedFiles, WholeFiles, fit_crop
+from insightface_kprpe.inference.images import AlignedFiles, WholeFiles
 from insightface_kprpe.inference.models import TorchEmbedder
 
 PEOPLE, FRAMES = 6, 4  # two templates of two frames each a person
 
 
 class Thumbnail(Backbone):
-    """Its embedding is a small picture of the crop: good enough to tell drawn people apart somewhat."""
+    """Its embedding is a small image of the crop: good enough to tell drawn people apart somewhat."""
 
     img_size, num_features, needs_keypoints = 112, 202, True
 
@@ -157,7 +158,7 @@ def test_missing_and_damaged_images(ijb_folder, embed):
 def test_identification_does_not_vanish_without_a_word(ijb_folder, embed, caplog):
     (ijb_folder / "meta" / "ijbc_1N_probe_mixed.csv").unlink()
     (result,) = run_ijb(embed, ijb_folder, "IJBC", ["norm"], EmbedOptions())
-    assert "1:N is not measured: no ijbc_1N_probe_mixed.csv in " in caplog.text
+    assert "skipping 1:N: no ijbc_1N_probe_mixed.csv in " in caplog.text
     assert result.settings["1:N"].startswith("not measured: no ijbc_1N_probe_mixed.csv")
     for gallery in ("G1", "G2"):
         (ijb_folder / "meta" / f"ijbc_1N_gallery_{gallery}.csv").unlink()
@@ -182,7 +183,7 @@ def rewrite(path, change):
         ("1N_probe_mixed.csv", lambda text: text + "998,1,x.jpg\n", "probe names templates .*: 998"),
         ("1N_gallery_G2.csv", lambda text: text + "997,77,x.jpg\n", "gallery G2 names templates .*: 997"),
         ("1N_gallery_G1.csv", lambda text: text.replace(",1,", ",91,").replace(",0,", ",90,").replace(",2,", ",92,"),
-         "gallery G1 holds no subject of the probes"),
+         "gallery G1 holds none of the probes' subjects"),
     ],
 )  # fmt: skip
 def test_lists_that_do_not_fit_are_refused_before_anything_is_embedded(ijb_folder, name, change, message):
@@ -408,7 +409,7 @@ def test_command_line_of_ijb_with_the_flags_of_arcface_torch(ijb_folder, weights
     assert f"mine, {FUSION_METHODS[0]}-IJBC" in theirs[2] and theirs[2].split("|")[6].strip() == f"{value:.2f}"
     with pytest.raises(ValueError, match="once"):
         call("evaluate", "ijb", ijb_folder, *flags)
-    with pytest.raises(ValueError, match="is said to be vit_s"):
+    with pytest.raises(ValueError, match="claims to be vit_s"):
         call("evaluate", "ijb", *flags, "--network", "vit_s")
 
 
@@ -478,7 +479,7 @@ def test_faces_without_landmarks_are_missing_ones(tmp_path, caplog):
     assert f"3 of 4 faces have no landmarks (first: {tmp_path / 'a.png'})" in caplog.text
     assert aligned[0].shape == (112, 112, 3) and np.isfinite(aligned.keypoints).all()
     for index in (1, 2, 3):
-        with pytest.raises(ValueError, match=r"a\.png: its landmarks coincide, there is nothing to align by"):
+        with pytest.raises(ValueError, match=r"a\.png: its landmarks coincide, so it cannot be aligned"):
             aligned[index]
 
 

@@ -23,7 +23,7 @@ from insightface_kprpe.weights import architecture, cvlface
 from insightface_kprpe.weights.network import load_run
 from insightface_kprpe.weights.sources import convert, load_published
 
-# The golden files' sizes, in the place of CVLface's "base".
+# The golden files' sizes, in place of CVLface's "base".
 TINY = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 3.0, "num_features": 32}
 COMMIT = "6530d73fb0af4d1d8287f31d559780c648ebd22a"
 
@@ -38,7 +38,7 @@ def tiny(monkeypatch):
 
 
 def model_yaml(family="vit_kprpe", **changes):
-    """What CVLface writes beside its weights."""
+    """What CVLface writes besides its weights."""
     content = {"input_size": [3, 112, 112], "color_space": "RGB", "name": "base", "output_dim": 32}
     content |= {"start_from": "", "freeze": False, "mask_ratio": 0.0}
     if family == "vit_kprpe":
@@ -138,7 +138,7 @@ def test_landmark_networks_without_aggregator(tmp_path):
     net, description = load_published(tmp_path)
     assert torch.equal(net.anchors, ik.DFA().anchors) and description.config == config
     (tmp_path / "config.json").write_text(json.dumps(config | {"aggregator": True}))
-    with pytest.raises(ValueError, match="aggregator True, but it is a landmark network with .* no aggregator"):
+    with pytest.raises(ValueError, match="aggregator True, but is a landmark network with .* no aggregator"):
         load_published(tmp_path)
 
 
@@ -154,7 +154,7 @@ def test_published_sizes_are_those_of_the_named_networks():
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_irpe", "tiny_kprpe"])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_weights_alone_are_recognised_by_their_shapes(tmp_path, name, suffix):
+def test_weights_alone_are_recognized_by_their_shapes(tmp_path, name, suffix):
     source = random_net(name)
     path = tmp_path / f"model{suffix}"
     save_file(source.state_dict(), path) if suffix == ".safetensors" else torch.save(source.state_dict(), path)
@@ -180,9 +180,9 @@ def test_sharing_of_tables_is_read_from_shapes_and_from_yaml(tmp_path, sharing):
 def test_a_network_without_named_size_needs_a_name(tmp_path, monkeypatch):
     net = ik.get_model("tiny", depth=3)
     torch.save(net.state_dict(), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match='no named size.*put a config.json beside it: .*"depth": 3'):
+    with pytest.raises(ValueError, match='not a named size.*put a config.json next to it: .*"depth": 3'):
         load_published(tmp_path)
-    with pytest.raises(ValueError, match="2 layers.*but it is a ViT: 3 layers"):
+    with pytest.raises(ValueError, match="2 layers.*but is a ViT: 3 layers"):
         load_published(tmp_path, network="tiny")
 
 
@@ -198,14 +198,14 @@ def test_load_weights_turns_bgr_weights_to_rgb(tmp_path, layout):
     expected = source(images.flip(1))
     torch.testing.assert_close(ik.load_weights(random_net("tiny").eval(), file)(images), expected)
     torch.testing.assert_close(load_published(file, network="tiny")[0](images), expected)
-    converted = convert(*load_published(file), folder / "converted.safetensors")  # RGB now, beside the same file
+    converted = convert(*load_published(file), folder / "converted.safetensors")  # RGB now, next to the same file
     torch.testing.assert_close(load_published(converted)[0](images), expected)
 
 
 def test_bgr_weights_of_a_network_that_cannot_be_turned_are_refused(tmp_path):
     torch.save(ik.DFA().state_dict(), tmp_path / "model.pt")
     (tmp_path / "model.yaml").write_text("color_space: BGR")
-    with pytest.raises(ValueError, match="of a BGR network, as .*model.yaml says.*turn this one's"):
+    with pytest.raises(ValueError, match="from a BGR network, according to .*model.yaml.*convert this one's"):
         ik.load_weights(ik.DFA(), tmp_path / "model.pt")
 
 
@@ -215,7 +215,7 @@ def test_bgr_weights_are_turned_to_rgb(tmp_path):
     folder = write_folder(tmp_path / "bgr", source.state_dict(), model_yaml("vit", color_space="BGR"))
     net, description = load_published(folder)
     torch.testing.assert_close(net(images), source(images.flip(1)))
-    assert "turned from BGR" in description.color_order
+    assert "converted from BGR" in description.color_order
 
 
 @pytest.mark.parametrize(
@@ -223,17 +223,17 @@ def test_bgr_weights_are_turned_to_rgb(tmp_path):
     [
         (
             {"yaml_path": "models/vit/configs/v1_base.yaml", "rpe_config": None},
-            "tiny, a ViT: 2.*it is a ViT with KPRPE",
+            "tiny, a ViT: 2.*is a ViT with KPRPE",
         ),
-        ({"output_dim": 512}, "embedding 512, but it is a .*embedding 32; that is tiny_kprpe"),
-        ({"name": "small"}, "cvlface_vit_s_kprpe, a .*12 layers.*but it is a .*2 layers, width 64.*that is tiny_kprpe"),
+        ({"output_dim": 512}, "embedding 512, but is a .*embedding 32; that is tiny_kprpe"),
+        ({"name": "small"}, "cvlface_vit_s_kprpe, a .*12 layers.*but is a .*2 layers, width 64.*that is tiny_kprpe"),
         ({"name": "small", "yaml_path": "models/part_fvit/configs/v1_small.yaml"}, "a part_fvit network; of CVLface"),
         ({"yaml_path": "models/swin_kprpe/configs/v1_base.yaml"}, "a swin_kprpe network; of CVLface's"),
         ({"rpe_config": model_yaml()["rpe_config"] | {"ratio": 3.8}}, "ratio must be 1.9"),
         ({"rpe_config": model_yaml()["rpe_config"] | {"ctx_type": "keypoint"}}, "ctx_type must be one of"),
         (
             {"name": "differentiable_face_aligner", "arch": "mobile0.25", "input_size": 160},
-            "said to be an aligner.*ViT with KPRPE",
+            "claims to be an aligner.*ViT with KPRPE",
         ),
     ],
 )
@@ -249,7 +249,7 @@ def test_a_config_that_makes_no_sense_is_refused(tmp_path):
         ("{", "could not be read as JSON"),
         ("[]", "must hold an object, got list"),
         ('{"network": "tiny_kprp"}', "did you mean tiny_kprpe"),
-        ('{"network": "tiny_kprpe", "network_kwargs": {"colour": 1}}', "does not take these settings"),
+        ('{"network": "tiny_kprpe", "network_kwargs": {"color": 1}}', "does not take these settings"),
     ):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -258,7 +258,7 @@ def test_a_config_that_makes_no_sense_is_refused(tmp_path):
 
 def test_files_of_other_kinds_are_named(tmp_path):
     for state, message in (
-        ({"layer1.0.prelu.weight": torch.zeros(1)}, "an IResNet of arcface_torch.*pack take any ArcFace ONNX file"),
+        ({"layer1.0.prelu.weight": torch.zeros(1)}, "an arcface_torch IResNet.*pack accept any ArcFace ONNX file"),
         ({"state_dict": {"model.input_layer.0.weight": torch.zeros(1), "head.kernel": torch.zeros(2, 9)}}, "AdaFace"),
         ({"module.conv_sep.layers.0.weight": torch.zeros(1)}, "a MobileFaceNet, but not"),
         ({"weight": torch.zeros(10, 32)}, "class centers"),
@@ -278,11 +278,11 @@ def test_files_of_other_kinds_are_named(tmp_path):
 def test_settings_are_compared_with_the_weights_before_anything_is_built(tmp_path):
     torch.save(random_net().state_dict(), tmp_path / "model.pt")
     for changes, message in (
-        ({"depth": 1_000_000}, "config.json|model.pt.*depth is said to be 1000000, but of the weights it is 2"),
-        ({"embed_dim": 65_536}, "embed_dim is said to be 65536"),
-        ({"img_size": 100_000}, "img_size is said to be 100000"),
+        ({"depth": 1_000_000}, "config.json|model.pt.*depth is 1000000, but the weights have 2"),
+        ({"embed_dim": 65_536}, "embed_dim is 65536"),
+        ({"img_size": 100_000}, "img_size is 100000"),
         ({"num_heads": 10**9}, "num_heads must be 1 to 64"),
-        ({"mlp_ratio": 1e9}, "mlp_ratio is said to be"),
+        ({"mlp_ratio": 1e9}, "mlp_ratio is "),
         ({"drop_path_rate": "abc"}, "model.pt"),
     ):
         config = {"network": "tiny_kprpe", "network_kwargs": changes, "embedding_size": 32}
@@ -364,9 +364,9 @@ def test_converted_weights_describe_themselves(tmp_path, out):
     content["rpe_config"]["ctx_type"] = "rel_keypoint_splithead"
     net, description = load_published(write_snapshot(tmp_path / "hub", source.state_dict(), content))
     path = convert(net, description, tmp_path / "out" / out)
-    again, said = load_published(path)
+    again, found = load_published(path)
     assert torch.equal(again(*inputs()), source(*inputs()))
-    assert said.config == description.config and said.licence == "mit"
+    assert found.config == description.config and found.licence == "mit"
     if out == "run":
         assert torch.equal(load_run(path)(*inputs()), source(*inputs()))
         with pytest.raises(ValueError, match="must not exist"):
@@ -422,7 +422,9 @@ def test_the_hub_gives_the_files_that_are_needed_and_no_code(online):
 def test_the_hub_falls_back_to_model_pt_and_works_offline(online):
     source = random_net()
     write_folder(online.repository / "pretrained_model", source.state_dict(), model_yaml())
-    with pytest.raises(RuntimeError, match="not in the cache, and nothing is downloaded.*run once without"):
+    with pytest.raises(
+        RuntimeError, match="not in the cache, and --offline or HF_HUB_OFFLINE forbids the download.*run once without"
+    ):
         load_published("hf:minchul/a_model", offline=True)
     load_published("hf:minchul/a_model")
     net, _ = load_published("hf:minchul/a_model", offline=True)
@@ -450,10 +452,10 @@ def test_the_hub_gives_files_of_other_names_in_sub_folders(online, path):
 @pytest.mark.parametrize(
     ("files", "source", "message"),
     [
-        (["a/one.pt", "a/two.pth"], "hf:x/y/a", "holds 2 weights files: a/one.pt, a/two.pth; name the one to take"),
-        (["a/one.onnx"], "hf:x/y", "ONNX files alone, which evaluate, embed and pack take: a/one.onnx; name"),
+        (["a/one.pt", "a/two.pth"], "hf:x/y/a", "holds 2 weights files: a/one.pt, a/two.pth; specify which one to use"),
+        (["a/one.onnx"], "hf:x/y", "only ONNX files, which evaluate, embed and pack accept: a/one.onnx; name"),
         (["readme.txt"], "hf:x/y", "holds no weights"),
-        (["a/one.pt"], "hf:x/y/a/two.pt", "the repository holds no a/two.pt"),
+        (["a/one.pt"], "hf:x/y/a/two.pt", "the repository has no a/two.pt"),
         (["a/one.pt"], "hf:x/y/../z", r"must be hf:OWNER/NAME\[/PATH\]\[@REVISION\]"),
     ],
 )
@@ -472,9 +474,9 @@ def test_the_only_weights_file_of_a_folder(tmp_path):
     save_file(source.state_dict(), tmp_path / "backbone.safetensors")  # the same in the other format
     load_published(tmp_path)
     torch.save(source.state_dict(), tmp_path / "ema.pth")
-    with pytest.raises(ValueError, match=r"2 weights files: backbone\.safetensors, ema\.pth; name the one to take"):
+    with pytest.raises(ValueError, match=r"2 weights files: backbone\.safetensors, ema\.pth; specify which one to use"):
         load_published(tmp_path)
-    with pytest.raises(ValueError, match="is an ONNX file, not weights; evaluate, embed, recognize and pack take it"):
+    with pytest.raises(ValueError, match="is an ONNX file, not weights; evaluate, embed, recognize and pack accept it"):
         load_published(tmp_path / "net.onnx")
 
 
@@ -525,7 +527,7 @@ def test_mistakes_with_the_hub_are_one_sentence(monkeypatch):
     with pytest.raises(RuntimeError, match=r"hf:a/b could not be downloaded.*\(401 Client Error\); check the name"):
         load_published("hf:a/b")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(RuntimeError, match="hf:a/b is not in the cache.*HF_HUB_OFFLINE asks"):
+    with pytest.raises(RuntimeError, match="hf:a/b is not in the cache.*HF_HUB_OFFLINE forbids"):
         load_published("hf:a/b")
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"insightface-kprpe\[hf\]"):

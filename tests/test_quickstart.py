@@ -18,7 +18,7 @@ from insightface_kprpe.quickstart.run import last_accuracies, with_aligner
 from insightface_kprpe.training.config import dump_config, load_config
 
 
-def test_drawn_scenes_are_labelled_and_drawn_once():
+def test_drawn_scenes_are_labeled_and_drawn_once():
     scenes = DrawnScenes(8, 96, face_size=(40, 60), faceless=4)
     assert len(scenes) == 8
     face, nobody = scenes[0], scenes[3]

@@ -143,7 +143,7 @@ def test_identity_records_with_gaps_and_another_property(folder):
     )
     (folder / "property").write_text("11,112,112")
     assert contradictions(folder) == [
-        "identity record 42 starts at image 6, the one before ended at 5",
+        "identity record 42 starts at image 6, the previous one ended at 5",
         "the property file says 11 people, record 0 10",
     ]
     (folder / "property").write_bytes(b"\xff\xfe1")
@@ -152,8 +152,8 @@ def test_identity_records_with_gaps_and_another_property(folder):
 
 def test_many_contradictions_are_counted(folder):
     rewrite(folder, lambda key, header, data: (header if header.flag else header._replace(label=99), data))
-    told = contradictions(folder)
-    assert len(told) == 6 and told[-1] == "... and 35 more of this kind"
+    messages = contradictions(folder)
+    assert len(messages) == 6 and messages[-1] == "... and 35 more of this kind"
 
 
 def test_repack_begins_with_the_first_image_that_can_be_read(folder, tmp_path, caplog):
@@ -161,7 +161,7 @@ def test_repack_begins_with_the_first_image_that_can_be_read(folder, tmp_path, c
     assert repack(folder, tmp_path / "out").images == COUNT - 2
     assert "record 1 at byte" in caplog.text and "record 2 at byte" in caplog.text
     rewrite(folder, lambda key, header, data: (header, data[:200]))
-    with pytest.raises(RecordError, match=r"train\.rec has no image that can be read; the last: .* record 40 at byte"):
+    with pytest.raises(RecordError, match=r"train\.rec has no readable image; the first error: .* record 40 at byte"):
         repack(folder, tmp_path / "none")
 
 
@@ -171,4 +171,4 @@ def test_inspect_tells_and_fails(folder):
     result = CliRunner().invoke(cli.app, ["rec", "inspect", str(folder), "--num-workers", "0"])
     assert result.exit_code == 1
     assert "contradiction        identity record 42 has images 5 to 8, whose labels differ\n" in result.output
-    assert "landmarks            40 rows, 40 of them no landmarks of a face\n" in result.output
+    assert "landmarks            40 rows, 40 of them not landmarks of a face\n" in result.output

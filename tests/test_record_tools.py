@@ -137,7 +137,7 @@ def test_inspection_says_what_is_there_and_finds_the_damaged(tmp_path):
     facts = inspect_records(tmp_path, check=None)
     assert (facts["images"], facts["identities"], facts["decoded"], facts["bad"]) == (12, 3, 12, [])
     assert facts["formats"] == {"112x112 JPEG of quality about 90": 11, "96x96 JPEG of quality about 90": 1}
-    assert facts["images an identity"] == "4 to 4, median 4" and facts["landmarks"].startswith("none")
+    assert facts["images per identity"] == "4 to 4, median 4" and facts["landmarks"].startswith("none")
     at = RecordReader(tmp_path)._offset(6) + 32
     with open(tmp_path / "train.rec", "r+b") as file:
         file.seek(at)
@@ -180,7 +180,7 @@ def test_the_same_command_after_a_kill_finds_its_work_done(folder, tmp_path, cap
     """A kill after the last rename leaves the whole set; whoever starts again gets what was made."""
     packed = pack_folder(folder, tmp_path / "out")
     content = (tmp_path / "out" / "train.rec").stat().st_mtime_ns
-    assert pack_folder(folder, tmp_path / "out") == packed and "is there already" in caplog.text
+    assert pack_folder(folder, tmp_path / "out") == packed and "already exists" in caplog.text
     again = repack(tmp_path / "out", tmp_path / "again", shuffle=1)
     assert repack(tmp_path / "out", tmp_path / "again", shuffle=1) == again
     assert (tmp_path / "out" / "train.rec").stat().st_mtime_ns == content

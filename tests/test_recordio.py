@@ -18,7 +18,7 @@ MAGIC = struct.pack("<I", 0xCED7230A)
 
 
 def picture(seed: int, suffix: str = ".png") -> tuple[np.ndarray, bytes]:
-    """A smooth 112x112 RGB picture and its file."""
+    """A smooth 112x112 RGB image and its file."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     image = cv2.resize(coarse, (112, 112))
     return image, cv2.imencode(suffix, image[..., ::-1])[1].tobytes()
@@ -205,7 +205,7 @@ def test_processes_share_a_reader(face_set, method):
 
 
 def test_missing_file_and_key(face_set):
-    with pytest.raises(FileNotFoundError, match=r"record file not found: .*nowhere\.rec; name a \.rec"):
+    with pytest.raises(FileNotFoundError, match=r"record file not found: .*nowhere\.rec; give a \.rec"):
         RecordReader(face_set / "nowhere")
     reader = RecordReader(face_set)
     for key in (17, -1):
@@ -216,8 +216,8 @@ def test_missing_file_and_key(face_set):
 @pytest.mark.parametrize(
     ("at", "content", "message"),
     [
-        (0, b"\0\0\0\0", "0x00000000 stands where a part starts"),
-        (4, struct.pack("<I", 40), "leads to byte .* where no record starts"),
+        (0, b"\0\0\0\0", "0x00000000 found where a part must start"),
+        (4, struct.pack("<I", 40), "points to byte .* where no record starts"),
         (4, struct.pack("<I", (1 << 29) - 1), "the file ends .* bytes before the record does"),
         (4, struct.pack("<I", 2 << 29 | 40), "part 0 of a record cannot be of kind 2"),
         (4, struct.pack("<I", 7 << 29 | 40), "part 0 of a record cannot be of kind 7"),
@@ -296,7 +296,7 @@ def test_a_head_that_claims_an_impossible_size_is_an_unreadable_image(tmp_path):
     payload = bytearray(picture(1, ".jpg")[1])
     size_at = payload.index(b"\xff\xc0") + 5
     payload[size_at : size_at + 4] = b"\xff\xf0\xff\xf0"
-    with pytest.raises(ValueError, match="65520 x 65520 pixels are more than the limit"):
+    with pytest.raises(ValueError, match="65520 x 65520 pixels exceed the limit"):
         decode_image(bytes(payload))
 
 

@@ -135,7 +135,7 @@ def test_report_files(results, tmp_path):
         picture = cv2.imread(str(folder / name))
         assert picture.shape == (777, 975, 3)
         blue, vermilion = (
-            (np.abs(picture.astype(int) - colour).max(-1) < 8).sum() for colour in ((178, 114, 0), (0, 94, 213))
+            (np.abs(picture.astype(int) - color).max(-1) < 8).sum() for color in ((178, 114, 0), (0, 94, 213))
         )
         assert blue > 300 and vermilion > 300  # two curves
     with pytest.raises(ValueError, match="at least one result"):
@@ -241,8 +241,8 @@ def test_sheet_of_hardest_pairs(tmp_path):
     order = [6, 7, 8, 9, 0, 1, 4, 5]  # false accepts, then false rejects
     for place, index in enumerate(order):
         row, column = divmod(place, 4)
-        centre = sheet[24 + CELL // 2 + row * (24 + CELL), column * CELL + CELL // 2]
-        assert centre.tolist() == images[index][0, 0, ::-1].tolist()
+        center = sheet[24 + CELL // 2 + row * (24 + CELL), column * CELL + CELL // 2]
+        assert center.tolist() == images[index][0, 0, ::-1].tolist()
     plain = sheet.copy()
     write_hardest_pairs(tmp_path / "sheet.png", images, pairs, scores, is_same, 2, keypoints, columns=2)
     drawn = cv2.imread(str(tmp_path / "sheet.png"))

@@ -68,7 +68,7 @@ def test_smoothed_is_the_mean_of_a_window():
 
 def test_bad_input(tmp_path):
     pytest.importorskip("matplotlib")
-    with pytest.raises(FileNotFoundError, match="RUN must be a training's output folder"):
+    with pytest.raises(FileNotFoundError, match="RUN must be the output folder of a training run"):
         report_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="holds no metrics yet"):

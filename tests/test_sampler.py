@@ -54,7 +54,7 @@ def test_repetitions_do_not_depend_on_the_number_of_ranks_nor_on_where_a_run_sta
         ranks = [list(EpochSampler(2000, 20 // world_size, rank, world_size, **options)) for rank in range(world_size)]
         shared = [[index for part in parts for index in part] for parts in zip(*ranks, strict=True)]
         assert shared == alone
-    halves = list(EpochSampler(2000, 10, **options))  # two batches a step
+    halves = list(EpochSampler(2000, 10, **options))  # two batches per step
     assert [a + b for a, b in zip(halves[::2], halves[1::2], strict=True)] == alone
     assert flat(EpochSampler(2000, 30, **options)) == flat(alone)[:1980]
     sampler = EpochSampler(2000, 20, **options)
@@ -82,7 +82,7 @@ def test_every_image_of_a_person_is_drawn_equally_often():
 
 
 def test_mistakes_are_named(labels):
-    with pytest.raises(ValueError, match="batch_size must let 3 images"):
+    with pytest.raises(ValueError, match="images per rank: 3 images"):
         EpochSampler(3, batch_size=4)
     with pytest.raises(ValueError, match=r"in \[0, 1\), got 1"):
         EpochSampler(2000, 10, repetition=1.0, labels=labels)

@@ -29,7 +29,7 @@ def test_plausible_results_are_passed_over(accuracy, rank_1):
 
 def test_low_rank_1_is_worth_a_warning():
     (warning,) = sanity_warnings(results(0.998, 0.05))
-    assert warning.startswith("m on TinyFace: rank-1 is 5.0 %, where its verification on bin lfw suggests about 89 %")
+    assert warning.startswith("m on TinyFace: rank-1 is 5.0 %, while its verification on bin lfw suggests about 89 %")
     assert "unaligned" in warning
     assert sanity_warnings(results(0.998, 0.05) + results(0.99, 0.7, model="other")) == [warning]
 

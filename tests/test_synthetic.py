@@ -1,4 +1,4 @@
-"""Drawn faces: reproducible, with exact landmarks, and with an identity that is not a colour."""
+"""Drawn faces: reproducible, with exact landmarks, and with an identity that is not a color."""
 
 from __future__ import annotations
 
@@ -155,13 +155,13 @@ def best_accuracy(distance: np.ndarray, is_same: np.ndarray) -> float:
     return max(((distance <= limit) == is_same).mean() for limit in distance)
 
 
-def test_identity_is_in_the_shapes_not_in_the_colours():
+def test_identity_is_in_the_shapes_not_in_the_colors():
     images, is_same, _ = verification_pairs(60, 200, first_identity=1000)
     pixels = images.astype(np.float32)
     face = pixels[:, 30:100, 30:82].mean((1, 2))
     hair = pixels[:, :15, 40:72].mean((1, 2))
-    for colour in (pixels.mean((1, 2)), face, face / face.sum(1, keepdims=True), hair):
-        assert best_accuracy(np.linalg.norm(colour[::2] - colour[1::2], axis=1), is_same) < 0.75
+    for color in (pixels.mean((1, 2)), face, face / face.sum(1, keepdims=True), hair):
+        assert best_accuracy(np.linalg.norm(color[::2] - color[1::2], axis=1), is_same) < 0.75
     raw = pixels.reshape(len(pixels), -1)
     assert best_accuracy(np.linalg.norm(raw[::2] - raw[1::2], axis=1), is_same) < 0.75
 
@@ -190,7 +190,7 @@ def test_pairs_are_balanced_and_truthful(monkeypatch):
     people = np.array([identity for identity, _ in drawn])
     assert set(people) == {100, 101, 102, 103, 104}
     assert ((people[::2] == people[1::2]) == is_same).all()
-    assert len(set(drawn)) == 80  # nobody is compared with the very same picture
+    assert len(set(drawn)) == 80  # nobody is compared with the very same image
 
 
 @pytest.mark.parametrize(("people", "size", "face_size"), [(5, (240, 320), (24, 90)), (1, (320, 300), (150, 220))])

@@ -64,7 +64,7 @@ def test_reads_folders(tmp_path):
 
 @pytest.fixture
 def lists(tmp_path):
-    """A set whose .mat lists call .jpg what lies there as .png; the function writes a list anew with other content."""
+    """A set whose .mat lists call .jpg what lies there as .png; the function writes a list again with other content."""
     savemat = pytest.importorskip("scipy.io").savemat
     make_set(tmp_path)
 
@@ -90,8 +90,8 @@ def test_reads_official_lists(lists, tmp_path):
     ("variables", "message"),
     [
         ({"gallery_set": [["12_2.jpg"]], "gallery_ids": [12]}, "probe_set and probe_ids not found"),
-        ({"probe_set": [["12_2.jpg"], ["3_1.jpg"]], "probe_ids": [12]}, "one identity for each image, got 1 for 2"),
-        ({"probe_set": [["12_2.jpg"], [7]], "probe_ids": [12, 3]}, "probe_set must be a cell of text"),
+        ({"probe_set": [["12_2.jpg"], ["3_1.jpg"]], "probe_ids": [12]}, "one identity per image, got 1 for 2"),
+        ({"probe_set": [["12_2.jpg"], [7]], "probe_ids": [12, 3]}, "probe_set must be a cell array"),
         ({"probe_set": [["12_2.jpg"], ["3_1.jpg"]], "probe_ids": [12, 3.5]}, "probe_ids must be whole numbers"),
         ({"probe_set": [["12_2.jpg"], ["3_1.jpg"]], "probe_ids": [12, float("nan")]}, "must be whole numbers"),
     ],

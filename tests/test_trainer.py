@@ -167,7 +167,7 @@ def test_a_failing_validation_is_said_and_training_goes_on(tmp_path, monkeypatch
     assert calls == ["step_00000002", "step_00000004"] and (tmp_path / "model.pt").is_file()
     failed = [record for record in caplog.records if "VALIDATION FAILED" in record.message]
     assert [record.levelname for record in failed] == ["ERROR", "ERROR"]
-    assert "after step 2, training goes on: ValueError: the disk is gone" in failed[0].message
+    assert "after step 2, training continues: ValueError: the disk is gone" in failed[0].message
     assert not failed[0].exc_info and failed[1].exc_info
     assert "2 validations failed, after steps 2, 4" in caplog.text
 
@@ -259,8 +259,8 @@ def test_fp16_leaves_out_steps_that_overflow_until_the_scale_is_1():
     ("overrides", "message"),
     [
         (["rec=/no/such/folder"], "does not exist"),
-        (["batch_size=1000"], "batch_size must let 64 images"),
-        (["gradient_acc=100"], "gradient_acc must fit"),
+        (["batch_size=1000"], "images per rank: 64 images"),
+        (["gradient_acc=100"], "gradient_acc must be at most"),
         (["val_targets=('lfw',)"], "val_targets must name"),
         (["network=r51"], "network must be a registered backbone"),
     ],
@@ -360,13 +360,13 @@ def test_the_norms_of_a_step_are_those_of_the_training_pass_that_follows():
 def test_the_statistics_of_a_step_are_of_its_own_dropped_paths_and_masked_patches(monkeypatch):
     network, state, config, batch = make_step(sample_rate=0.5, drop_path_rate=0.3, mask_ratio=0.3)
     network.train()
-    told, seen = [], []
-    monkeypatch.setattr(state.loss.margin_loss, "update_statistics", told.append)
+    given, seen = [], []
+    monkeypatch.setattr(state.loss.margin_loss, "update_statistics", given.append)
     parts = [tuple(tensor.chunk(4)[part] for tensor in batch) for part in range(4)]
     trainer.train_step(
         network, parts, state, config, lambda images, keypoints, out: seen.append(out.detach().norm(dim=1))
     )
-    torch.testing.assert_close(told[0], torch.cat(seen), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(given[0], torch.cat(seen), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -473,7 +473,7 @@ def test_sigterm_saves_and_exits(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_faces_are_learnt(shared, tmp_path):
+def test_real_faces_are_learned(shared, tmp_path):
     """A short version of the run in the README: RecordIO, landmarks, and .bin sets of people not trained on."""
     faces = shared / "data" / "faces"
     overrides = [f"rec={faces / 'rec'}", f"val_targets=('{faces / 'ytf_val.bin'}',)", "num_classes=0", "num_image=0"]

@@ -61,7 +61,7 @@ def other_size(path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (few, "it must hold at least 10 pairs, one for each fold, got 8"),
+        (few, "it must hold at least 10 pairs, one per fold, got 8"),
         (one_kind, "it must hold pairs of the same person and of different people, got 20 of the same person only"),
         (truncated, "image 39: the JPEG is truncated"),
         (other_size, "image 0 must be 112 x 112 pixels, got 96 x 96"),
@@ -72,7 +72,7 @@ def test_a_verification_set_of_no_use_is_refused_before_the_first_step(tmp_path,
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes(), latest_checkpoint(tmp_path / "run")
     spoil(tmp_path / "pairs.bin")
     where = re.escape(str(tmp_path / "pairs.bin"))
-    with pytest.raises(ValueError, match=f"val_targets: {where}: .*{message}.*; replace the file, or leave it out"):
+    with pytest.raises(ValueError, match=f"val_targets: {where}: .*{message}.*; replace the file, or remove it"):
         trainer.train(tiny_config(tmp_path / "run", *SHORT, f"val_targets={tmp_path / 'pairs.bin'}"))
     assert before == ((tmp_path / "run" / "metrics.jsonl").read_bytes(), latest_checkpoint(tmp_path / "run"))
 
@@ -88,7 +88,7 @@ def test_two_sets_of_one_name_are_refused(tmp_path):
 def test_a_landmark_picture_that_is_none_is_refused_before_the_first_step(tmp_path, key):
     for folder in ("data", "val"):
         write_faces(tmp_path / folder, 9)
-    (tmp_path / key / "images" / "3.png").write_bytes(b"no picture")
+    (tmp_path / key / "images" / "3.png").write_bytes(b"no image")
     overrides = [f"data={tmp_path / 'data'}", f"val={tmp_path / 'val'}", "batch_size=8", "image_size=32"]
     config = load_config("dfa_small", [*overrides, f"output={tmp_path / 'run'}"], base="dfa_base")
     with pytest.raises(ValueError, match=r"3\.png is not a readable image; restore the file"):
@@ -98,7 +98,7 @@ def test_a_landmark_picture_that_is_none_is_refused_before_the_first_step(tmp_pa
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["batch_size=1"], "batch_size must be at least 2 for vit_n_kprpe, whose head normalises"),
+        (["batch_size=1"], "batch_size must be at least 2 for vit_n_kprpe, whose head normalizes"),
         (["network_kwargs={'depht': 2}"], "has no argument 'depht'; did you mean depth"),
         (["network_kwargs={'depth': 'a'}"], "network_kwargs must fit vit_n_kprpe, got .*'a'"),
         (["network_kwargs={'num_heads': 5}"], "network_kwargs must fit vit_n_kprpe"),
@@ -173,7 +173,7 @@ def test_metrics_that_cannot_be_written_are_said_once(tmp_path, caplog):
         numbers.write(4, loss=0.5)
     assert [json.loads(line)["step"] for line in numbers.path.read_text().splitlines()] == [4]
     (record,) = caplog.records
-    assert "metrics.jsonl cannot be written, training goes on: Is a directory" in record.message
+    assert "metrics.jsonl cannot be written, training continues: Is a directory" in record.message
 
 
 def test_old_metrics_may_hold_anything(tmp_path):
@@ -219,12 +219,12 @@ def test_a_report_of_damaged_files(tmp_path):
 
 
 def train_with_little_room(output, *overrides):
-    """Train where no file may be larger than 20 kB; what the command line says is written beside the folder."""
+    """Train where no file may be larger than 20 kB; what the command line says is written next to the folder."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     try:
         trainer.main(["quickstart", *TINY_RUN, f"output={output}", "resume=True", *overrides])
     except SystemExit as error:
-        Path(f"{output}.said").write_text(str(error.code))
+        Path(f"{output}.message").write_text(str(error.code))
 
 
 @pytest.mark.slow
@@ -232,19 +232,22 @@ def train_with_little_room(output, *overrides):
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(tmp_path, asynchronous):
     output, overrides = tmp_path / "run", (*SHORT, f"async_save={asynchronous}")
     assert exit_code_of(train_with_little_room, str(output), *overrides) == 0
-    said = (tmp_path / "run.said").read_text()
+    message = (tmp_path / "run.message").read_text()
     assert re.fullmatch(
-        r"error: the checkpoint of step 4 could not be written to \S+/run/checkpoints: File too large \(it takes "
-        r"\d+\.\d MB, \d+\.\d GB are free\); there is no earlier one; make room, or choose another output",
-        said,
+        r"error: the checkpoint of step 4 could not be written to \S+/run/checkpoints: File too large \(it needs "
+        r"\d+\.\d MB, \d+\.\d GB are free\); there is no earlier one; free some space, or choose another output",
+        message,
     )
     assert not list_checkpoints(output) and not (output / "model.pt").exists()
 
     trainer.train(tiny_config(output, *overrides))
     before = weights(output)
     assert exit_code_of(train_with_little_room, str(output), *overrides, "num_epoch=2") == 0
-    said = (tmp_path / "run.said").read_text()
-    assert said.endswith("step_00000004 is whole: make room and go on with resume=True") and said.count("\n") == 0
+    message = (tmp_path / "run.message").read_text()
+    assert (
+        message.endswith("step_00000004 is complete: free some space and continue with resume=True")
+        and message.count("\n") == 0
+    )
     left = [path.name for path in output.rglob("*") if path.name.startswith(("pending", "."))]
     assert [path.name for path in list_checkpoints(output)] == ["step_00000004"] and left == [".metadata"]
     assert all(torch.equal(value, before[key]) for key, value in weights(output).items())
@@ -293,9 +296,9 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
     handler.setStream(FullDisk())
     for _ in range(3):
         logging.getLogger("insightface_kprpe").info("a line")
-    said = capsys.readouterr()
-    assert said.out.count("a line") == 3 and "Traceback" not in said.err
-    assert said.err.count("training.log cannot be written: [Errno 28] No space left on device") == 1
+    output = capsys.readouterr()
+    assert output.out.count("a line") == 3 and "Traceback" not in output.err
+    assert output.err.count("training.log cannot be written: [Errno 28] No space left on device") == 1
 
 
 # --- one run a folder ------------------------------------------------------------------------------------------------
@@ -325,7 +328,9 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path):
     first = start(hold, str(tmp_path), 600)
     try:
         wait_for(tmp_path / "held")
-        message = f"another run writes to {tmp_path}: process {first.pid} on {socket.gethostname()}; wait for it, stop"
+        message = (
+            f"another run is writing to {tmp_path}: process {first.pid} on {socket.gethostname()}; wait for it, stop"
+        )
         with pytest.raises(TrainingError, match=re.escape(message)):
             trainer.train(tiny_config(tmp_path))
         assert not (tmp_path / "metrics.jsonl").exists()

@@ -104,7 +104,7 @@ def test_forbidden_globals_are_named_and_not_called(tmp_path, monkeypatch, proto
     monkeypatch.chdir(tmp_path)
     arguments = tuple("os" if argument is os else argument for argument in arguments)
     (tmp_path / "evil.bin").write_bytes(pickle.dumps(([Attack(function, *arguments)], [True]), protocol))
-    with pytest.raises(ValueError, match=rf"evil\.bin is not a verification set: it wants {name}, which"):
+    with pytest.raises(ValueError, match=rf"evil\.bin is not a verification set: it asks for {name}, which"):
         read_verification_bin(tmp_path / "evil.bin")
     assert not (tmp_path / "attacked").exists()
 
@@ -140,13 +140,13 @@ def test_truncated_file_at_any_place(tmp_path):
     [
         ({"images": []}, "expected a pair .* got dict"),
         ((IMAGES, IS_SAME, 1), "expected a pair"),
-        ((IMAGES[:3], IS_SAME), "two images for each answer, got 3 and 2"),
-        (([], []), "two images for each answer, got 0 and 0"),
+        ((IMAGES[:3], IS_SAME), "two images per is_same, got 3 and 2"),
+        (([], []), "two images per is_same, got 0 and 0"),
         ((7, IS_SAME), "images must be a list, got int"),
         (([b"", *IMAGES[1:]], IS_SAME), "image 0 must be a compressed image"),
         (([*IMAGES[:3], "text"], IS_SAME), "image 3 must be a compressed image as bytes, got 'text'"),
         ((IMAGES, [True, 2]), "is_same must be a list of True and False"),
-        ((IMAGES, np.array([0.0, 1.0])), "array of 'f8' stands where True and False"),
+        ((IMAGES, np.array([0.0, 1.0])), "expected True and False, got an array of 'f8'"),
     ],
 )
 def test_wrong_structure(tmp_path, content, message):
@@ -165,7 +165,7 @@ def test_damaged_image_is_named_when_asked_for(tmp_path):
 
 def test_bad_sets_are_not_written(tmp_path):
     for images, is_same in ((IMAGES, [True]), (IMAGES[:1], IS_SAME), ([], [])):
-        with pytest.raises(ValueError, match="two images for each answer"):
+        with pytest.raises(ValueError, match="two images per is_same"):
             write_verification_bin(tmp_path / "a.bin", images, is_same)
     with pytest.raises(ValueError, match="image 1 must be a compressed image as bytes"):
         write_verification_bin(tmp_path / "a.bin", [IMAGES[0], np.zeros((112, 112, 3))], [True])

@@ -227,7 +227,7 @@ def test_image_only_export_holds_the_aligner_and_its_threshold(net, exported, im
 def test_the_file_says_where_keypoints_come_from(exported):
     metadata = read_metadata(exported.path)
     assert metadata["keypoint_source"] == "dfa" and float(metadata["dfa_threshold"]) == SCORE_THRESHOLD
-    assert "the aligner inside finds them" in metadata["keypoint_convention"]
+    assert "found by the built-in aligner" in metadata["keypoint_convention"]
 
 
 @pytest.mark.slow

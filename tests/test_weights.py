@@ -88,7 +88,7 @@ def test_what_is_missing_is_said_under_the_prefix_that_was_seen():
         ik.load_weights(net(), two)
 
 
-def test_counters_of_batch_normalisation_may_be_missing():
+def test_counters_of_batch_normalization_may_be_missing():
     state = {key: value for key, value in net().state_dict().items() if not key.endswith("num_batches_tracked")}
     assert len(state) < len(net().state_dict())
     ik.load_weights(net(), state)

@@ -39,17 +39,17 @@ def weights() -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_recognition(path: Path, with_keypoints: bool, ours: bool = True) -> Path:
-    """Mean colours of 7x7 cells and keypoints, each times a matrix; without the input, the template's keypoints."""
+    """Mean colors of 7x7 cells and keypoints, each times a matrix; without the input, the template's keypoints."""
     nodes = [
         helper.make_node("AveragePool", ["images"], ["cells"], kernel_shape=[16, 16], strides=[16, 16]),
         helper.make_node("Flatten", ["cells"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "colour"], ["seen"]),
+        helper.make_node("MatMul", ["flat", "color"], ["seen"]),
         helper.make_node("Reshape", ["keypoints", "ten"], ["points"]),
         helper.make_node("MatMul", ["points", "place"], ["placed"]),
         helper.make_node("Add", ["seen", "placed"], ["embedding"]),
     ]
-    colour, place = weights()
-    constants = {"colour": colour, "place": place, "ten": np.array([-1, 10])}
+    color, place = weights()
+    constants = {"color": color, "place": place, "ten": np.array([-1, 10])}
     inputs = {"images": ["batch", 3, 112, 112]}
     if with_keypoints:
         inputs["keypoints"] = ["batch", 5, 2]
@@ -61,10 +61,10 @@ def write_recognition(path: Path, with_keypoints: bool, ours: bool = True) -> Pa
 
 def embedding_of(crop: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
     """What the recognition file computes, in NumPy."""
-    colour, place = weights()
+    color, place = weights()
     pixels = (crop[..., ::-1].astype(np.float32) - 127.5) / 127.5
     cells = pixels.reshape(7, 16, 7, 16, 3).mean((1, 3)).transpose(2, 0, 1)
-    return cells.reshape(-1) @ colour + np.asarray(keypoints, np.float32).reshape(10) @ place
+    return cells.reshape(-1) @ color + np.asarray(keypoints, np.float32).reshape(10) @ place
 
 
 def write_detector(path: Path) -> Path:
@@ -86,8 +86,8 @@ def write_detector(path: Path) -> Path:
         constants[f"bbox_{stride}"] = np.zeros((counts[stride], 4), np.float32)
         constants[f"kps_{stride}"] = np.zeros((counts[stride], 10), np.float32)
     nodes = [
-        helper.make_node("ReduceMean", ["image", "axes"], ["grey"], keepdims=1),
-        helper.make_node("AveragePool", ["grey"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("ReduceMean", ["image", "axes"], ["gray"], keepdims=1),
+        helper.make_node("AveragePool", ["gray"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
         helper.make_node("Reshape", ["pooled", "rows"], ["column"]),
         helper.make_node("Mul", ["column", "half"], ["halved"]),
         helper.make_node("Add", ["halved", "half"], ["first"]),  # brightness in [0, 1]
@@ -157,7 +157,7 @@ def write_pack(
 
 
 def draw_picture(cells: list[tuple[int, int]], seed: int = 0, side: int = DETECTOR_SIDE) -> np.ndarray:
-    """A dark picture in which the tiny detector finds a face at each of these cells (column, row)."""
+    """A dark image in which the tiny detector finds a face at each of these cells (column, row)."""
     picture = np.random.default_rng(seed).integers(0, 100, (side, side, 3), dtype=np.uint8)
     scale = side // (DETECTOR_SIDE // 8)
     for column, row in cells:

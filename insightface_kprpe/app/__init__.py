@@ -1,1 +1,1 @@
-"""Recognising faces with InsightFace: what ``register()`` adds to it, galleries of people, and ``doctor``."""
+"""Recognizing faces with InsightFace: what ``register()`` adds to it, galleries of people, and ``doctor``."""

@@ -12,16 +12,17 @@ from insightface.model_zoo.scrfd import SCRFD
 from ..data.face_dataset import to_network_input
 from ..dfa.aligner import canonical_keypoints, fit_to_square, square_to_crop
 from ..dfa.anchors import STRIDES
-from ..geometry import CANONICAL_KEYPOINTS, align_face, warp_smoothly
+from ..geometry import CANONICAL_KEYPOINTS, align_face, estimate_alignment, transform_points, warp_smoothly
 
 MIN_SIDE = 8  # pixels; five points of a smaller face are less than two pixels apart
 BOX_PADDING = 0.1  # on every side, as a fraction of the box's longer side: how the network saw faces in training
 _ALIGNED_SIZE = 112
+_WARP_LIMIT = 32_000  # pixels; OpenCV cannot warp a picture with a side above 32,766
 _STRIDE = STRIDES[0]  # the file's only face is the first anchor of the finest level
 
 
 class AlignedCrops(NamedTuple):
-    """One face per crop; where there is none, the canonical keypoints, the whole crop as box, and score 0.
+    """One face per crop; without a face, the canonical keypoints, the whole crop as box, and score 0.
 
     Attributes:
         keypoints: (B, 5, 2) float32 xy in [0, 1] of each crop.
@@ -39,10 +40,10 @@ class AlignedCrops(NamedTuple):
 
 
 class FaceAligner(SCRFD):
-    """What ``insightface.model_zoo.get_model("dfa.onnx")`` gives after ``register()``.
+    """What ``insightface.model_zoo.get_model("dfa.onnx")`` returns after ``register()``.
 
-    As a pack's detector it is SCRFD's equal for crops of one face; it also aligns crops in batches, and finds better
-    keypoints for the faces of another detector.
+    As a pack's detector it behaves like SCRFD for crops of one face; it also aligns crops in batches, and refines the
+    keypoints of faces found by another detector.
 
     Args:
         model_file: written by ``export_detector`` from a DFA.
@@ -50,7 +51,7 @@ class FaceAligner(SCRFD):
     """
 
     def detect(self, img: np.ndarray, *args, **kwargs) -> tuple[np.ndarray, np.ndarray]:
-        """The face of a crop, as SCRFD says it; none in a crop that is empty, below ``MIN_SIDE`` or a mere stripe.
+        """The face of a crop, in SCRFD's format; none if the crop is empty, below ``MIN_SIDE`` or a thin strip.
 
         Args:
             img: (H, W, 3) uint8 BGR.
@@ -64,11 +65,11 @@ class FaceAligner(SCRFD):
         return super().detect(img, *args, **kwargs)
 
     def align(self, crops: Sequence[np.ndarray], batch_size: int = 64) -> AlignedCrops:
-        """Find and align the face of each crop; the numbers are those of ``DFA()(crop)``.
+        """Find and align the face of each crop; gives the same numbers as ``DFA()(crop)``.
 
         Args:
             crops: (H, W, 3) uint8 BGR each, of any sizes; one that is empty or below ``MIN_SIDE`` has no face.
-            batch_size: crops a run of the network.
+            batch_size: crops per forward pass.
 
         Raises:
             ValueError: a crop has another shape or type.
@@ -100,20 +101,20 @@ class FaceAligner(SCRFD):
     def refine(self, img: np.ndarray, faces: Sequence) -> None:
         """Find the keypoints of faces that another detector has found.
 
-        Each face gets ``dfa_kps``, (5, 2) float32 in pixels of the picture, and ``dfa_score``, float in [0, 1]; where
+        Each face gets ``dfa_kps``, (5, 2) float32 in pixels of the image, and ``dfa_score``, float in [0, 1]; where
         DFA sees no face, the score is 0 and ``dfa_kps`` the template in the middle of the box.
 
         Args:
-            img: (H, W, 3) uint8 BGR picture.
+            img: (H, W, 3) uint8 BGR image.
             faces: insightface's ``Face`` with ``bbox``, x1, y1, x2, y2 in pixels of ``img``.
         """
         self.refine_all([(img, face) for face in faces])
 
     def refine_all(self, faces: Sequence[tuple[np.ndarray, Any]]) -> None:
-        """What :meth:`refine` does, for faces of several pictures in few runs of the network.
+        """What :meth:`refine` does, for faces of several images in few forward passes.
 
         Args:
-            faces: pairs of picture and face.
+            faces: pairs of image and face.
         """
         size = self.static_input_size[0]
         cut = [cut_box(img, face.bbox, size, BOX_PADDING, MIN_SIDE) for img, face in faces]
@@ -166,14 +167,14 @@ def cut_box(
     """Cut a square around a face's box, without turning it.
 
     Args:
-        img: (H, W, 3) uint8 picture.
+        img: (H, W, 3) uint8 image.
         bbox: x1, y1, x2, y2 in pixels of ``img``.
         size: side of the result in pixels.
         padding: on every side, as a fraction of the box's longer side.
         min_side: a box with a shorter side than this, in pixels, gives black.
 
     Returns:
-        The (size, size, 3) uint8 crop, black outside the picture, and the (2, 3) matrix from picture to crop.
+        The (size, size, 3) uint8 crop, black outside the image, and the (2, 3) matrix from image to crop.
     """
     x1, y1, x2, y2 = np.asarray(bbox, dtype=np.float64)[:4]
     width, height = x2 - x1, y2 - y1
@@ -183,10 +184,36 @@ def cut_box(
     matrix = np.array([[scale, 0, -left * scale], [0, scale, -top * scale]])
     if not min(width, height) >= min_side:
         return np.zeros((size, size, 3), np.uint8), matrix
-    # Only what is near the face, as averaging down the whole of a large picture takes time.
+    # Only the region near the face, as averaging down a large image takes time.
     column, row = max(0, int(left) - 2), max(0, int(top) - 2)
     near = img[row : max(0, int(top + side) + 2), column : max(0, int(left + side) + 2)]
     if not near.size:
         return np.zeros((size, size, 3), np.uint8), matrix
     near_matrix = np.column_stack([matrix[:, :2], matrix[:, 2] + scale * np.array([column, row])])
     return warp_smoothly(near, near_matrix, size), matrix
+
+
+def cut_aligned(img: np.ndarray, landmarks_px: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Move a face onto the template, as InsightFace does; also out of pictures that are too large for OpenCV to warp.
+
+    Args:
+        img: (H, W, 3) uint8 picture.
+        landmarks_px: (5, 2) in pixels of ``img``.
+        size: side of the result in pixels.
+
+    Returns:
+        The (size, size, 3) uint8 crop, black outside the picture, and its (5, 2) float32 keypoints in [0, 1].
+    """
+    return align_face(*_near(img, landmarks_px, size), size)
+
+
+def _near(img: np.ndarray, landmarks: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a picture too large for OpenCV to warp, the part that the aligned crop shows, and the landmarks in it."""
+    if max(img.shape[:2]) <= _WARP_LIMIT:
+        return img, landmarks
+    matrix = np.vstack([estimate_alignment(landmarks, size), [0, 0, 1]])
+    corners = transform_points(size * np.array([[0, 0], [1, 0], [0, 1], [1, 1]]), np.linalg.inv(matrix)[:2])
+    left, top = np.maximum(corners.min(0).astype(int) - 2, 0)
+    right, bottom = np.maximum(corners.max(0).astype(int) + 3, (left + 1, top + 1))
+    part = img[top:bottom, left:right]
+    return (part if part.size else img[:1, :1]), landmarks - np.array([left, top])

@@ -1,4 +1,4 @@
-"""Crops and keypoints as arguments: what is refused, and how many are embedded at a time."""
+"""Checks of crops and keypoints passed as arguments, and how many are embedded at a time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from ..geometry import KEYPOINT_LIMIT
 from .pictures import as_bgr
 
-LARGEST_BATCH = 64  # faces a run of the network; a power of two
+LARGEST_BATCH = 64  # faces per forward pass; a power of two
 
 
 def refuse_single(images: Any, name: str, example: str) -> None:
-    """One picture in the place of many would be taken for many rows of pixels."""
+    """Refuse a single image, whose rows of pixels would be taken for images."""
     if isinstance(images, np.ndarray) and images.ndim < 4:
         raise ValueError(f"{name} must be a list of arrays, got one of shape {images.shape}; give a list: [{example}]")
 
@@ -23,11 +23,11 @@ def check_crops(crops: Sequence[np.ndarray], input_size: tuple[int, int]) -> lis
     """Crops as (H, W, 3) uint8 BGR.
 
     Args:
-        crops: one picture each, of what :func:`~.pictures.as_bgr` takes.
+        crops: one image each, of what :func:`~.pictures.as_bgr` takes.
         input_size: width and height that the network takes.
 
     Raises:
-        ValueError: a crop is no picture or of another size, or ``crops`` is a single one.
+        ValueError: a crop is not an image or of another size, or ``crops`` is a single one.
     """
     refuse_single(crops, "crops", "crop")
     crops = [as_bgr(crop, f"crops[{i}]") for i, crop in enumerate(crops)]
@@ -57,7 +57,7 @@ def check_keypoints(keypoints: np.ndarray, count: int) -> np.ndarray:
 def batches(count: int, largest: int = LARGEST_BATCH) -> Iterator[slice]:
     """Parts of ``count`` faces, each a power of two long, the longest first.
 
-    Sessions prepare themselves for every new shape, so there are few; and no face is computed in vain.
+    Sessions do setup work for every new shape, so there are few shapes; and there is no padding.
 
     Args:
         count: of faces.

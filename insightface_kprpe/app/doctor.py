@@ -1,4 +1,4 @@
-"""Is everything installed as it should be? Each finding comes with the command that fixes it."""
+"""Checks of the installation. Each problem comes with the command that fixes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .doctor_packs import examine_packs
 from .findings import BROKEN, OK, WARNING, Finding
 
 _PACKAGE = "insightface-kprpe"
-# Distributions that unpack into the same folder: of two, the one installed last wins, file by file.
+# Distributions that install into the same folder: of two, the one installed last wins, file by file.
 _ONNXRUNTIMES = (
     "onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-rocm",
 )  # fmt: skip
@@ -25,7 +25,7 @@ _OPENCVS = (
     "opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless",
 )  # fmt: skip
 _GPU_ONNXRUNTIME = (
-    # Without --no-deps pip would bring the plain one back, which insightface asks for.
+    # Without --no-deps, pip would reinstall the plain one, which insightface requires.
     "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-deps onnxruntime-gpu"
 )
 
@@ -38,24 +38,24 @@ def examine(root: str | Path = "~/.insightface") -> list[Finding]:
     findings += [check_torch(), check_numpy(), check_torchvision()]
     findings += [check_onnxruntime(), check_opencv(), check_insightface()]
     if findings[-1].status == BROKEN:
-        return [*findings, Finding("packs", WARNING, "not looked at: insightface does not load")]
+        return [*findings, Finding("packs", WARNING, "not checked: insightface does not load")]
     return findings + examine_packs(Path(root).expanduser())
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
-    """Findings for people."""
+    """Findings as text."""
     lines = []
     for finding in findings:
         lines.append(f"{finding.status:<8} {finding.name:<16} {finding.found}")
         if finding.fix:
             lines.append(f"{'':<25} fix: {finding.fix}")
     counts = {status: sum(finding.status == status for finding in findings) for status in (BROKEN, WARNING)}
-    lines.append(f"{counts[BROKEN]} broken, {counts[WARNING]} to look at")
+    lines.append(f"{counts[BROKEN]} broken, {counts[WARNING]} warnings")
     return "\n".join(lines)
 
 
 def installed(names: Sequence[str]) -> dict[str, str]:
-    """Those of some distributions that are installed, and their versions."""
+    """The versions of those distributions that are installed."""
     found = {}
     for name in names:
         try:
@@ -66,7 +66,7 @@ def installed(names: Sequence[str]) -> dict[str, str]:
 
 
 def check_requirements() -> Iterator[Finding]:
-    """What this package asks for and is missing or too old."""
+    """Requirements of this package that are missing or too old."""
     try:
         wanted = importlib.metadata.requires(_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -84,11 +84,11 @@ def check_requirements() -> Iterator[Finding]:
             yield Finding(item.name, BROKEN, f"{have}, needed {item.specifier}", f'pip install "{item}"')
     if not wrong:
         version = importlib.metadata.version(_PACKAGE)
-        yield Finding(_PACKAGE, OK, f"{version}, all packages that it needs are new enough")
+        yield Finding(_PACKAGE, OK, f"{version}, all required packages are new enough")
 
 
 def check_torch() -> Finding:
-    """Which torch, and whether it sees the machine's GPU."""
+    """The torch version, and whether it sees the machine's GPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -98,7 +98,7 @@ def check_torch() -> Finding:
         return Finding("torch", OK, f"{torch.__version__}, on the CPU: the machine has no NVIDIA driver")
     if torch.version.cuda is None:
         fix = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
-        return Finding("torch", WARNING, f"{torch.__version__} is built without CUDA beside an NVIDIA GPU", fix)
+        return Finding("torch", WARNING, f"{torch.__version__} is built without CUDA, but there is an NVIDIA GPU", fix)
     found = (
         f"{torch.__version__} for CUDA {torch.version.cuda} cannot use the NVIDIA GPU: driver too old, or GPU hidden"
     )
@@ -113,7 +113,9 @@ def check_numpy() -> Finding:
     try:
         torch.from_numpy(np.zeros(1)).numpy()
     except Exception as error:  # RuntimeError or TypeError, by version
-        return Finding("numpy", BROKEN, f"{np.__version__} does not fit torch ({error})", 'pip install "numpy<2"')
+        return Finding(
+            "numpy", BROKEN, f"{np.__version__} is not compatible with torch ({error})", 'pip install "numpy<2"'
+        )
     return Finding("numpy", OK, np.__version__)
 
 
@@ -131,7 +133,7 @@ def check_torchvision() -> Finding:
     reason = (tried.stderr.strip().splitlines() or ["no reason given"])[-1]
     build = torch.__version__.partition("+")[2]
     index = f" --index-url https://download.pytorch.org/whl/{build}" if re.fullmatch(r"cpu|cu\d+|rocm.+", build) else ""
-    found = f"{version} does not load beside torch {torch.__version__} ({reason}); worked around here, not elsewhere"
+    found = f"{version} does not load with torch {torch.__version__} ({reason}); worked around in this package"
     return Finding("torchvision", WARNING, found, f"pip install --force-reinstall --no-deps torchvision{index}")
 
 
@@ -148,12 +150,12 @@ def check_onnxruntime() -> Finding:
     try:
         ort = importlib.import_module("onnxruntime")
         providers = ort.get_available_providers()
-    except Exception as error:  # ImportError of a library, or an empty folder that is left of two clashing packages
+    except Exception as error:  # ImportError of a library, or an empty folder left by two clashing packages
         fix = _GPU_ONNXRUNTIME if gpu else plain
         return Finding("onnxruntime", BROKEN, f"{names or 'none'} does not load ({error})", fix)
     shown = f"{names}, {', '.join(providers)}"
     if gpu and "CUDAExecutionProvider" not in providers:
-        return Finding("onnxruntime", WARNING, f"{shown}: no CUDA beside an NVIDIA GPU", _GPU_ONNXRUNTIME)
+        return Finding("onnxruntime", WARNING, f"{shown}: no CUDA, but there is an NVIDIA GPU", _GPU_ONNXRUNTIME)
     if "CUDAExecutionProvider" in providers and not _starts("CUDAExecutionProvider"):
         fix = "pip install nvidia-cudnn-cu12 nvidia-cublas-cu12 nvidia-cufft-cu12 nvidia-curand-cu12"
         if not gpu:
@@ -168,7 +170,7 @@ def check_opencv() -> Finding:
     names = " and ".join(f"{name} {version}" for name, version in found.items()) or "none"
     try:
         loaded = importlib.import_module("cv2").__version__
-    except Exception as error:  # most often libGL, which machines without a screen lack
+    except Exception as error:  # most often libGL, which headless machines lack
         fix = f"pip uninstall -y {' '.join(found) or 'opencv-python'} && pip install opencv-python-headless"
         return Finding("opencv", BROKEN, f"{names} does not load ({error})", fix)
     if len(found) > 1:
@@ -178,14 +180,14 @@ def check_opencv() -> Finding:
 
 
 def check_insightface() -> Finding:
-    """Whether the host loads, and takes our classes."""
+    """Whether the host loads and accepts our classes."""
     version = installed(["insightface"]).get("insightface", "not installed")
     try:
         importlib.import_module("insightface.app")
         importlib.import_module("insightface_kprpe.app.recognizer")
     except Exception as error:
         return Finding("insightface", BROKEN, f"{version} does not load ({error})", "pip install -U insightface")
-    return Finding("insightface", OK, f"{version}, register() has what it needs")
+    return Finding("insightface", OK, f"{version}, compatible with register()")
 
 
 def _has_nvidia() -> bool:

@@ -37,7 +37,7 @@ def _examine_pack(folder: Path) -> list[Finding]:
     if not files:
         nested = sorted({path.parent for path in onnx_files(folder, deep=True) if path.parent.parent == folder})
         if nested:
-            found = f"{folder} has its files one folder too deep, FaceAnalysis does not find them"
+            found = f"{folder} has its files one folder too deep, where FaceAnalysis does not find them"
             return [Finding(name, BROKEN, found, f"mv {nested[0]}/*.onnx {folder}/")]
         return [Finding(name, BROKEN, f"{folder} holds no ONNX file", f"rm -r {folder}")]
     listed, manifest_findings = _examine_manifest(name, folder)
@@ -51,17 +51,17 @@ def _examine_pack(folder: Path) -> list[Finding]:
     broken = any(finding.status == BROKEN for finding in findings + manifest_findings)
     if "detection" not in tasks and not broken:
         fix = f"insightface-kprpe pack RUN --detector buffalo_l --name {folder.name} --root {folder.parent.parent}"
-        findings.append(Finding(name, BROKEN, f"{folder} has no face detector, FaceAnalysis needs one", fix))
+        findings.append(Finding(name, BROKEN, f"{folder} has no face detector, which FaceAnalysis needs", fix))
     return findings + manifest_findings
 
 
 def _examine_file(
     name: str, path: Path, tasks: dict[str, str], listed: Collection[str]
 ) -> tuple[Finding | None, str | None]:
-    """How a file is routed, or why not, unless the manifest's finding tells; and its task."""
+    """How a file is routed, or why not, unless the manifest's finding says so; and its task."""
     try:
         route = stock_route(path)
-    except Exception as error:  # onnxruntime and protobuf raise what they like
+    except Exception as error:  # onnxruntime and protobuf raise all kinds of errors
         if listed:
             return None, None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -80,7 +80,7 @@ def _examine_file(
 
 
 def why_ignored(path: Path) -> str:
-    """Why InsightFace makes nothing of an ONNX file."""
+    """Why InsightFace ignores an ONNX file."""
     graph = onnx.load(str(path), load_external_data=False).graph
     initializers = {initializer.name for initializer in graph.initializer}
     inputs = [value for value in graph.input if value.name not in initializers]
@@ -93,7 +93,7 @@ def why_ignored(path: Path) -> str:
 
 
 def _after_register(path: Path) -> str:
-    """What else becomes of a file of this package after ``register()``."""
+    """How a file of this package is loaded after ``register()``."""
     metadata = read_metadata(path)
     if metadata.get("detector") == DFA_DETECTOR:
         return "; after register() FaceAligner"
@@ -105,11 +105,11 @@ def _after_register(path: Path) -> str:
     if (folder / path.name).is_file():
         refined = f", its keypoints refined by {ALIGNER_FILE}" if (folder / ALIGNER_FILE).is_file() else ""
         return f"; after register() KeypointRecognizer from {KEYPOINT_FOLDER}/{path.name}{refined}"
-    return f"; the same after register(): there is no {KEYPOINT_FOLDER}/{path.name}"
+    return f"; the same after register(): no {KEYPOINT_FOLDER}/{path.name}"
 
 
 def _examine_manifest(name: str, folder: Path) -> tuple[Collection[str], list[Finding]]:
-    """The files that a pack of this package lists, none in others; and what it says of itself against what it is."""
+    """The files that a pack of this package lists (none for others), and how they compare with the manifest."""
     if not (folder / MANIFEST).is_file():
         return (), []
     try:
@@ -124,4 +124,4 @@ def _examine_manifest(name: str, folder: Path) -> tuple[Collection[str], list[Fi
     ]
     if problems := faults(folder):
         findings.append(Finding(name, BROKEN, "; ".join(problems), rebuild_command(folder)))
-    return listed, findings or [Finding(name, OK, f"the files are those that {MANIFEST} lists, and they work")]
+    return listed, findings or [Finding(name, OK, f"the files match {MANIFEST}, and work")]

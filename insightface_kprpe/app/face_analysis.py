@@ -1,4 +1,4 @@
-"""What ``register()`` adds to insightface's ``FaceAnalysis``: pictures of any kind, and faces embedded in batches."""
+"""What ``register()`` adds to insightface's ``FaceAnalysis``: images of any kind, and faces embedded in batches."""
 
 from __future__ import annotations
 
@@ -6,74 +6,49 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 from insightface.utils import face_align
 
 from .batches import LARGEST_BATCH, batches, check_crops, refuse_single
+from .border import WithBorder, is_stripe
 from .pictures import as_bgr
 from .recognizer import KeypointRecognizer
 
-# A picture this many times longer than wide has no row left in the detector's input.
-_THINNEST = 100
-_LARGEST_BORDERED = 1280  # pixels a side, twice what detectors see
-
 
 def checked_get(stock_get: Callable) -> Callable:
-    """``FaceAnalysis.get`` that takes what :func:`~.pictures.as_bgr` takes, and finds faces that fill their picture.
+    """``FaceAnalysis.get`` that takes what :func:`~.pictures.as_bgr` takes, and finds faces that fill their image.
 
-    A picture without pixels, or one that is a mere stripe, has no faces; None and arrays that are no picture raise.
+    An image without pixels, or one that is a thin strip, has no faces; None and arrays that are not images raise.
     """
 
     def get(self, img: np.ndarray, *args: Any, **kwargs: Any) -> list:
         img = as_bgr(img)
-        short, long = sorted(img.shape[:2])
-        if not short or long > _THINNEST * short:
+        if is_stripe(img):
             return []
         faces = stock_get(self, img, *args, **kwargs)
         if faces:
             return faces
         wider = copy.copy(self)
-        wider.det_model = _WithBorder(self.det_model)
+        wider.det_model = WithBorder(self.det_model)
         return stock_get(wider, img, *args, **kwargs)
 
     return get
 
 
-class _WithBorder:
-    """A detector that sees a picture with a black border around it, which aligned and tight crops need to be found in.
-
-    What it finds is told in pixels of the picture itself, so that nothing else has to know of the border.
-    """
-
-    def __init__(self, detector: Any) -> None:
-        self.detector = detector
-
-    def detect(self, img: np.ndarray, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray | None]:
-        scale = min(1.0, _LARGEST_BORDERED / max(img.shape[:2]))
-        if scale < 1:  # detectors shrink it further
-            img = cv2.resize(img, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        border = max(img.shape[:2]) // 2
-        wider = cv2.copyMakeBorder(img, border, border, border, border, cv2.BORDER_CONSTANT)
-        boxes, landmarks = self.detector.detect(wider, *args, **kwargs)
-        boxes = np.column_stack([(boxes[:, :4] - border) / scale, boxes[:, 4:]]).astype(np.float32)
-        return boxes, None if landmarks is None else ((landmarks - border) / scale).astype(np.float32)
-
-
 def get_batch(self, images: Iterable[np.ndarray], *args: Any, **kwargs: Any) -> list[list]:
-    """What ``get`` finds in each of many pictures, with the faces of all of them embedded in few runs of the network.
+    """What ``get`` finds in each of many images, with the faces of all of them embedded in few forward passes.
 
     Args:
-        images: what ``get`` takes, of any sizes; may be a generator, of which few pictures are kept.
-        *args, **kwargs: handed on to ``get``, which takes ``max_num`` (faces a picture at most; 0: all) and
+        images: what ``get`` takes, of any sizes; may be a generator, of which few images are kept.
+        *args, **kwargs: passed on to ``get``, which takes ``max_num`` (faces per image at most; 0: all) and
             ``det_metric`` (which ones then), or what a subclass makes of it.
 
     Returns:
-        A list of insightface's ``Face`` for each picture, equal to what ``get`` gives to rounding.
+        A list of insightface's ``Face`` for each image, equal to what ``get`` gives, up to rounding.
 
     Raises:
-        ValueError: an array is no picture, or ``images`` is a single one.
+        ValueError: an array is not an image, or ``images`` is a single image.
     """
     refuse_single(images, "images", "photo")
     collector = _Collector(self.models.get("recognition"))
@@ -88,15 +63,15 @@ def embed_aligned(self, crops: Sequence[np.ndarray], keypoints: np.ndarray | Non
     """Embed aligned crops with the pack's recognition model; nothing is detected.
 
     Args:
-        crops: B pictures of one face each, (112, 112, 3) uint8 BGR, aligned to the template.
+        crops: B images of one face each, (112, 112, 3) uint8 BGR, aligned to the template.
         keypoints: (B, 5, 2) float in [0, 1] of each crop, for a model that takes them; None: the template's.
 
     Returns:
         (B, D) float32, not normalized.
 
     Raises:
-        ValueError: a crop is no picture or of another size, ``crops`` is a single one, keypoints do not fit, or the
-            pack recognizes nobody.
+        ValueError: a crop is not an image or of another size, ``crops`` is a single one, keypoints do not fit, or the
+            pack has no recognition model.
     """
     if "recognition" not in self.models:
         raise ValueError(f"embed_aligned needs a recognition model, this pack has only {', '.join(self.models)}")
@@ -105,7 +80,7 @@ def embed_aligned(self, crops: Sequence[np.ndarray], keypoints: np.ndarray | Non
         return recognizer.embed_aligned(crops, keypoints)
     crops = check_crops(crops, recognizer.input_size)
     if keypoints is not None:
-        raise ValueError("keypoints were given to a recognition model without keypoint input; leave them out")
+        raise ValueError("keypoints must be left out: this recognition model has no keypoint input")
     return _in_batches(recognizer, crops)
 
 
@@ -140,7 +115,7 @@ class _Collector:
 
 
 def _in_batches(recognizer: ArcFaceONNX, crops: list[np.ndarray]) -> np.ndarray:
-    """Embed with a stock model; one by one where its file has a fixed batch."""
+    """Embed with a stock model; one by one if its file has a fixed batch size."""
     largest = 1 if isinstance(recognizer.input_shape[0], int) else LARGEST_BATCH
     rows = [recognizer.get_feat(crops[part]) for part in batches(len(crops), largest)]
     return np.concatenate(rows) if rows else np.empty((0, recognizer.output_shape[-1]), np.float32)

@@ -8,7 +8,7 @@ OK, WARNING, BROKEN = "ok", "warning", "broken"
 
 
 class Finding(NamedTuple):
-    """What was looked at, how it is ("ok", "warning" or "broken"), and the command that fixes it."""
+    """What was checked, its status ("ok", "warning" or "broken"), and the command that fixes it."""
 
     name: str
     status: str

@@ -35,7 +35,7 @@ class Match(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What tells the content of a picture file apart: its SHA-256; size and time of the last change save reading it."""
+    """Identifies the content of an image file: its SHA-256; size and modification time avoid reading it again."""
 
     digest: str = ""
     size: int = -1
@@ -43,7 +43,7 @@ class Content(NamedTuple):
 
     @classmethod
     def of(cls, path: Path, known: Content | None = None) -> Content:
-        """The content of a file, which is read unless it has the size and the time of what is ``known`` of it."""
+        """The content of a file, which is read unless its size and time match those in ``known``."""
         status = path.stat()
         size, time = status.st_size, status.st_mtime_ns
         if known is not None and known.digest and (size, time) == known[1:]:
@@ -52,10 +52,10 @@ class Content(NamedTuple):
 
 
 class Gallery:
-    """Embeddings of named people, one row a picture.
+    """Embeddings of named people, one row per image.
 
     Args:
-        model: what tells the recognition model apart whose embeddings these are; "" in a new gallery.
+        model: identifies the recognition model of the embeddings; "" in a new gallery.
     """
 
     def __init__(self, model: str = "") -> None:
@@ -74,9 +74,9 @@ class Gallery:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no gallery, or damaged.
+            ValueError: it is not a gallery, or damaged.
         """
-        path = user_file(path, "gallery", "make one with insightface-kprpe gallery add")
+        path = user_file(path, "gallery", "create one with insightface-kprpe gallery add")
         gallery = cls()
         try:
             arrays = read_npz(path, ("model", *_FIELDS), _CONTENT_FIELDS)
@@ -86,13 +86,13 @@ class Gallery:
             gallery._complete(with_content=len(arrays) > len(_FIELDS))
         except ValueError as error:
             raise ValueError(
-                f"{path} is no gallery, or a damaged one: {error}; add its people to a new one with insightface-kprpe "
+                f"{path} is not a gallery, or is damaged: {error}; add its people to a new one with insightface-kprpe "
                 "gallery add"
             ) from error
         return gallery
 
     def _complete(self, with_content: bool) -> None:
-        """Check what was read, and fill in what old galleries do not have."""
+        """Check what was read, and fill in what old galleries lack."""
         count = len(self.embeddings) if self.embeddings.ndim else 0
         if not with_content:
             self.digests, self.sizes, self.times = np.full(count, ""), np.full(count, -1), np.full(count, -1)
@@ -105,7 +105,7 @@ class Gallery:
                 )
         if self.embeddings.ndim != 2 or self.embeddings.dtype != np.float32:
             raise ValueError(f"embeddings must be (N, D) float32, got {self.embeddings.shape} {self.embeddings.dtype}")
-        # Compared so that NaN is wrong, too.
+        # Written so that NaN fails, too.
         lengths = np.sqrt(np.einsum("nd,nd->n", self.embeddings, self.embeddings, dtype=np.float64))
         wrong = np.flatnonzero(~(np.abs(lengths - 1) <= _UNIT))
         if len(wrong):
@@ -128,14 +128,14 @@ class Gallery:
         sources: Sequence[str],
         contents: Sequence[Content] | None = None,
     ) -> None:
-        """Add pictures of people.
+        """Add images of people.
 
         Args:
             names: B people.
             embeddings: (B, D) float, of any length.
-            qualities: B numbers in [0, 1], how much each picture counts for its person.
-            sources: B descriptions of where the pictures are.
-            contents: B, what the pictures are; None: unknown.
+            qualities: B numbers in [0, 1], how much each image counts for its person.
+            sources: B descriptions of where the images are.
+            contents: B, what the images are; None: unknown.
 
         Raises:
             ValueError: shapes do not fit, qualities are outside [0, 1], or embeddings are not finite or have no length.
@@ -144,11 +144,11 @@ class Gallery:
         contents = [Content()] * len(rows) if contents is None else contents
         if not len(names) == len(rows) == len(qualities) == len(sources) == len(contents):
             raise ValueError(
-                "names, embeddings, qualities, sources and contents must be as many, got "
+                "names, embeddings, qualities, sources and contents must have the same length, got "
                 f"{', '.join(str(len(values)) for values in (names, rows, qualities, sources, contents))}"
             )
         if not rows.any(1).all():
-            raise ValueError("embeddings must have a length, got one of zeros")
+            raise ValueError("embeddings must not be zero, got a row of zeros")
         if not all(0 <= quality <= 1 for quality in qualities):
             raise ValueError(f"qualities must be in [0, 1], got {min(qualities):g} to {max(qualities):g}")
         if len(self.names) and rows.shape[1] != self.embeddings.shape[1]:
@@ -167,7 +167,7 @@ class Gallery:
         }
         for field, values in new.items():
             old = getattr(self, field)
-            # Texts of other lengths are of other types.
+            # String types of other lengths differ.
             values = np.asarray(values, dtype=np.str_ if old.dtype.kind == "U" else old.dtype)
             setattr(self, field, np.concatenate([old, values]))
         self._changed()
@@ -176,7 +176,7 @@ class Gallery:
         """Forget a person.
 
         Returns:
-            How many pictures that were.
+            How many images that were.
 
         Raises:
             ValueError: nobody has that name.
@@ -188,7 +188,7 @@ class Gallery:
         return int(drop.sum())
 
     def remove_rows(self, drop: np.ndarray) -> None:
-        """Forget pictures: (N,) bool."""
+        """Forget images: (N,) bool."""
         for field in _FIELDS + _CONTENT_FIELDS:
             setattr(self, field, getattr(self, field)[~drop])
         self._changed()
@@ -198,7 +198,7 @@ class Gallery:
         return Content(str(self.digests[row]), int(self.sizes[row]), int(self.times[row]))
 
     def move_row(self, row: int, name: str, source: str, content: Content) -> None:
-        """A row's picture is elsewhere now, perhaps under another name."""
+        """Record that a row's image has moved, perhaps to another name."""
         new = {"names": nfc(name), "sources": source, "digests": content.digest}
         for field, text in new.items():
             values = getattr(self, field).tolist()
@@ -211,12 +211,12 @@ class Gallery:
         self.__dict__.pop("templates", None)
 
     def people(self) -> dict[str, int]:
-        """How many pictures there are of each person, in the order of their names."""
+        """How many images there are of each person, in the order of their names."""
         return dict(sorted(Counter(self.names.tolist()).items()))
 
     @functools.cached_property
     def templates(self) -> tuple[np.ndarray, np.ndarray]:
-        """(T,) people and (T, D) float32 unit embeddings: the mean of a person's pictures, weighted by quality."""
+        """(T,) people and (T, D) float32 unit embeddings: the mean of a person's images, weighted by quality."""
         names, person = np.unique(self.names, return_inverse=True)
         if len(names) == len(self.names):
             return self.names, self.embeddings
@@ -253,10 +253,10 @@ class Gallery:
 
 @contextmanager
 def editing(path: str | Path) -> Iterator[Gallery]:
-    """A gallery, a new one where there is no file, that no other process can change meanwhile; saving is the block's.
+    """A gallery (a new one if there is no file) that no other process can change in the meantime; the block saves it.
 
     Raises:
-        ValueError: the file is no gallery, or damaged.
+        ValueError: the file is not a gallery, or damaged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

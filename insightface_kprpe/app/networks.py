@@ -1,4 +1,4 @@
-"""The registered networks side by side: family, size, cost, speed on this machine, and whose weights each takes."""
+"""The registered networks side by side: family, size, cost, speed on this machine, and which weights each loads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PUBLISHERS = (
     ("r200", "arcface_torch"),
     ("mbf", "arcface_torch"),
 )
-_RUNS = 5  # timed batches, after one that is not
+_RUNS = 5  # timed batches, after a warm-up
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def choose_networks(patterns: Sequence[str]) -> list[str]:
     names = list_models()
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            get_model(pattern)  # says what is near
+            get_model(pattern)  # its error names the closest names
     return [name for name in names if not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def describe_network(name: str) -> NetworkFacts:
-    """What a registered network is and costs; no memory is taken for its weights."""
+    """Family, size and cost of a registered network; no memory is allocated for its weights."""
 
     def build() -> Backbone:
         with weights_follow():
@@ -97,11 +97,11 @@ def images_per_second(name: str, batch_size: int = 8, clock: Callable[[], float]
 
     Args:
         name: of the network.
-        batch_size: crops a forward pass.
+        batch_size: crops per forward pass.
         clock: seconds; for tests.
 
     Returns:
-        By the median of five batches, after one that is not counted.
+        From the median of five batches, after a warm-up.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with weights_follow():
@@ -120,11 +120,11 @@ def images_per_second(name: str, batch_size: int = 8, clock: Callable[[], float]
 
 
 def table_rows(names: Sequence[str], speed: bool = False) -> Iterator[str]:
-    """The table as lines of text, each as soon as it is known.
+    """The table as lines of text, yielded as they are computed.
 
     Args:
         names: registered ones.
-        speed: with a column of images a second.
+        speed: with a column of images per second.
     """
     width = max((len(name) for name in names), default=0)
     column = f"{'images/s':>10}" if speed else ""

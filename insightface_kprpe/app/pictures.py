@@ -1,4 +1,4 @@
-"""Pictures of any of the usual kinds as the one kind that detectors and recognizers take: (H, W, 3) uint8 BGR."""
+"""Converts images of all usual kinds to the one that detectors and recognizers take: (H, W, 3) uint8 BGR."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ WRITTEN_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def as_bgr(image: np.ndarray, name: str = "image") -> np.ndarray:
-    """A picture as (H, W, 3) uint8 BGR; one that is so already is returned itself.
+    """An image as (H, W, 3) uint8 BGR; returned as it is if it already has that form.
 
     Args:
-        image: (H, W), (H, W, 1), (H, W, 3) BGR or (H, W, 4) BGRA, uint8 or uint16 of full range; H or W may be 0.
+        image: (H, W), (H, W, 1), (H, W, 3) BGR or (H, W, 4) BGRA, uint8, or uint16 of full range; H or W may be 0.
         name: what to call it in an error.
 
     Raises:
-        ValueError: None, another shape or another type of numbers.
+        ValueError: it is None, or has another shape or dtype.
     """
     if image is None:
-        raise ValueError(f"{name} must be an array, got None; cv2.imread returns None for what it cannot read")
+        raise ValueError(f"{name} must be an array, got None; cv2.imread returns None for a file that it cannot read")
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
         got = f"shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(f"{name} must be (H, W) gray, (H, W, 3) BGR or (H, W, 4) BGRA, got {got}")
@@ -45,11 +45,11 @@ def as_bgr(image: np.ndarray, name: str = "image") -> np.ndarray:
 
 
 def read_picture(path: str | Path) -> np.ndarray:
-    """Read a picture file as (H, W, 3) uint8 BGR, turned as its EXIF entry says.
+    """Read an image file as (H, W, 3) uint8 BGR, rotated according to its EXIF entry.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no picture that can be read, or too large a one; see :func:`~.data.image_codec.decode_image`.
+        ValueError: it is not a readable image, or too large; see :func:`~.data.image_codec.decode_image`.
     """
     return cv2.cvtColor(read_image_file(path), cv2.COLOR_RGB2BGR)
 
@@ -58,15 +58,15 @@ def check_picture_name(path: str | Path) -> Path:
     """A path that :func:`write_picture` can write to.
 
     Raises:
-        ValueError: its suffix names no format of pictures.
+        ValueError: its suffix names no format of images.
     """
     if Path(path).suffix.lower() not in WRITTEN_SUFFIXES:
-        raise ValueError(f"{path} must end in one of {', '.join(WRITTEN_SUFFIXES)} to be written as a picture")
+        raise ValueError(f"{path} must end in one of {', '.join(WRITTEN_SUFFIXES)} to be written as an image")
     return Path(path)
 
 
 def write_picture(path: str | Path, image: np.ndarray) -> None:
-    """Write a picture at once, in the format that its suffix names.
+    """Write an image atomically, in the format that its suffix names.
 
     Raises:
         ValueError: it names none, or the installed OpenCV cannot write it.
@@ -77,5 +77,5 @@ def write_picture(path: str | Path, image: np.ndarray) -> None:
     except cv2.error:
         whole = False
     if not whole:
-        raise ValueError(f"{path}: the installed OpenCV cannot write pictures of that format; take .jpg or .png")
+        raise ValueError(f"{path}: the installed OpenCV cannot write that format; use .jpg or .png")
     write_atomically(path, content.tobytes())

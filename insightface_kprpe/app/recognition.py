@@ -1,4 +1,4 @@
-"""Who is it? The faces of a photo, named by a gallery."""
+"""Names the faces of a photo by a gallery."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .gallery import Gallery, Match
 from .pictures import as_bgr
 from .registration import register
 
-# A customary starting point for models trained on millions of faces; `pack --evaluate` measures one's own.
+# A common starting point for models trained on millions of faces; `pack --evaluate` measures a model's own.
 DEFAULT_THRESHOLD = 0.3
 
 
 class NamedFace(NamedTuple):
-    """A face of a photo; ``name`` is None where nobody of the gallery is similar enough."""
+    """A face of a photo; ``name`` is None if nobody in the gallery is similar enough."""
 
     name: str | None
     nearest: Match | None  # also where too far; None: the gallery is empty
@@ -37,8 +37,8 @@ def open_pack(name: str | Path, root: str | Path = "~/.insightface", det_thresh:
     Args:
         name: of the pack in ``root/models``, or its folder.
         root: InsightFace's root folder.
-        det_thresh: score from which on the detector's find is a face.
-        **settings: more for ``FaceAnalysis``, as ``aligned``, ``providers`` and ``strict_providers``.
+        det_thresh: minimum detector score of a face.
+        **settings: for ``FaceAnalysis``, such as ``aligned``, ``providers`` and ``strict_providers``.
 
     Raises:
         FileNotFoundError: there is no such pack.
@@ -60,13 +60,25 @@ def open_pack(name: str | Path, root: str | Path = "~/.insightface", det_thresh:
 
 def measured_threshold(app: Any) -> float | None:
     """The threshold that a pack's ``pack.json`` holds, of the smallest false positive rate; None if it has none."""
+    evaluation = measured_evaluation(app)
+    return None if evaluation is None else smallest_rate(evaluation)[1]
+
+
+def measured_evaluation(app: Any) -> dict[str, Any] | None:
+    """What a pack's ``pack.json`` says of how its recognition model verifies: set, pairs, thresholds; None: nothing."""
     file = Path(app.models["recognition"].model_file)
     for folder in file.parents[:2]:
         if (folder / MANIFEST).is_file():
             record = read_manifest(folder)["files"].get(file.relative_to(folder).as_posix(), {})
-            thresholds = record.get("evaluation", {}).get("thresholds", {})
-            return float(thresholds[min(thresholds, key=float)]) if thresholds else None
+            evaluation = record.get("evaluation", {})
+            return evaluation if evaluation.get("thresholds") else None
     return None
+
+
+def smallest_rate(evaluation: dict[str, Any]) -> tuple[str, float]:
+    """The smallest false positive rate of :func:`measured_evaluation`, as text, and its threshold."""
+    rate = min(evaluation["thresholds"], key=float)
+    return rate, float(evaluation["thresholds"][rate])
 
 
 def check_model(app: Any, gallery: Gallery) -> None:
@@ -77,7 +89,7 @@ def check_model(app: Any, gallery: Gallery) -> None:
     """
     recognizer = app.models.get("recognition")
     if recognizer is None:
-        raise ValueError("the pack must have a recognition model, it has none")
+        raise ValueError("the pack must have a recognition model, got none")
     way = "" if getattr(recognizer, "aligned", True) else ", not aligned"
     model = f"{file_sha256(Path(recognizer.model_file))[:16]}{way}"
     if gallery.model and gallery.model != model:
@@ -97,17 +109,17 @@ def face_quality(face: Any) -> float:
 
 
 def crop_faces(app: Any, crops: Sequence[np.ndarray]) -> list[list[Any]]:
-    """What ``app.get_batch`` gives, for pictures of one face each that are aligned to the template already.
+    """What ``app.get_batch`` gives, for images of one face each that are aligned to the template already.
 
     Args:
         app: insightface's ``FaceAnalysis`` after ``register()``.
-        crops: what ``app.get`` takes; other sides than the network's are resized, all by one factor.
+        crops: what ``app.get`` takes; crops of another size than the network's are resized.
 
     Returns:
-        For each crop a list of its face, of which box and landmarks are the template's.
+        For each crop a list with its face, whose box and landmarks are the template's.
 
     Raises:
-        ValueError: a crop is no square.
+        ValueError: a crop is not a square.
     """
     from insightface.app.common import Face
 
@@ -136,7 +148,7 @@ def recognize(
         app: insightface's ``FaceAnalysis`` after ``register()``, prepared.
         gallery: of people, made with the same model.
         photo: (H, W, 3) uint8 BGR, or what ``app.get`` takes.
-        threshold: cosine similarity from which on a face is somebody's.
+        threshold: minimum cosine similarity of a match.
         is_crop: the photo is one face, aligned to the template already.
 
     Raises:
@@ -159,7 +171,7 @@ def annotate(photo: np.ndarray, faces: Sequence[NamedFace]) -> np.ndarray:
     drawn = photo.copy()
     unit = max(photo.shape[:2]) / 1000  # sizes grow with the photo
     thickness, scale = max(1, round(2 * unit)), max(0.4, 0.7 * unit)
-    labels = []  # drawn last, so that no neighbour's box cuts one
+    labels = []  # drawn last, so that no neighbor's box cuts one
     for number, (name, nearest, quality, face) in enumerate(faces, 1):
         color = (80, 220, 80) if name is not None else (190, 190, 190)
         left, top, right, bottom = (int(value) for value in face.bbox)
@@ -176,7 +188,7 @@ def annotate(photo: np.ndarray, faces: Sequence[NamedFace]) -> np.ndarray:
 
 
 def _label(drawn: np.ndarray, text: str, left: int, top: int, scale: float, color: tuple[int, int, int]) -> None:
-    """Black text on a colored ground over a box, moved into the picture where it would leave it."""
+    """Black text on a colored background above a box, moved inside the image if necessary."""
     (width, height), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
     line = height + below + 4
     left = max(0, min(left, drawn.shape[1] - width - 4))
@@ -186,5 +198,5 @@ def _label(drawn: np.ndarray, text: str, left: int, top: int, scale: float, colo
 
 
 def _drawable(name: str) -> str:
-    """A name in the letters that OpenCV can draw."""
+    """A name in characters that OpenCV can draw."""
     return unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().strip()

@@ -10,13 +10,11 @@ import numpy as np
 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 
 from ..evaluation.fusion import landmark_weights
-from ..geometry import CANONICAL_KEYPOINTS, SCORE_THRESHOLD, align_face, estimate_alignment, transform_points
+from ..geometry import CANONICAL_KEYPOINTS, SCORE_THRESHOLD, transform_points
 from ..packs.metadata import input_convention, read_metadata
-from .aligner import FaceAligner, cut_box
+from .aligner import FaceAligner, cut_aligned, cut_box
 from .batches import batches, check_crops, check_keypoints
 from .pictures import as_bgr
-
-_WARP_LIMIT = 32_000  # pixels; OpenCV cannot warp a picture with a side above 32,766
 
 
 class KeypointRecognizer(ArcFaceONNX):
@@ -27,21 +25,21 @@ class KeypointRecognizer(ArcFaceONNX):
     Args:
         model_file: ONNX file with inputs ``images`` and ``keypoints``.
         session: an onnxruntime session of it.
-        aligner: refines the detector's landmarks first; None: they are taken as they are.
-        aligned: True: faces are turned onto the template. False: the network sees the square around the detector's
-            box as it is, and the landmarks in it (the paper's second way).
+        aligner: refines the detector's landmarks first; None: they are used unchanged.
+        aligned: True: faces are aligned to the template. False: the network sees the square around the detector's
+            box as it is, and the landmarks in it (the paper's second path).
     """
 
     def __init__(self, model_file: str, session, aligner: FaceAligner | None = None, aligned: bool = True) -> None:
         super().__init__(model_file, session)
-        # The parent guesses from the names of nodes whether the file normalizes pixels itself; ours say it.
+        # The parent class guesses from node names whether the file normalizes pixels itself; our files say so.
         metadata = {"mean": str(self.input_mean), "std": str(self.input_std)} | read_metadata(model_file)
         self.input_mean, self.input_std = input_convention(metadata, model_file)
         self.keypoint_name = self.session.get_inputs()[1].name
         self.aligner, self.aligned = aligner, aligned
 
     def prepare(self, ctx_id: int, **kwargs) -> None:
-        """Choose the device, as insightface does: the CPU where ``ctx_id`` is negative."""
+        """Choose the device, as insightface does: the CPU if ``ctx_id`` is negative."""
         super().prepare(ctx_id, **kwargs)
         if self.aligner is not None:
             self.aligner.prepare(ctx_id)
@@ -56,22 +54,22 @@ class KeypointRecognizer(ArcFaceONNX):
         return face.embedding
 
     def embed_faces(self, faces: Sequence[tuple[np.ndarray, Any]]) -> None:
-        """Embed detected faces, of one picture or of many, in few runs of the network.
+        """Embed detected faces, of one image or of many, in few forward passes.
 
-        Each face gets ``embedding``, (D,) float32, whose length ``embedding_norm`` tells, and ``quality``, float in
+        Each face gets ``embedding``, (D,) float32, whose norm is ``embedding_norm``, and ``quality``, float in
         [0, 1]: how close its keypoints are to the template's, times the score of its detector or aligner (paper,
-        Eq. 17 and 18). With an aligner its landmarks are taken, ``dfa_kps``, where ``dfa_score`` is high enough.
+        Eq. 17 and 18). With an aligner, its landmarks ``dfa_kps`` are used if ``dfa_score`` is high enough.
 
         Args:
-            faces: pairs of a picture, (H, W, 3) uint8 BGR or what :func:`~.pictures.as_bgr` takes, and insightface's
+            faces: pairs of an image, (H, W, 3) uint8 BGR or what :func:`~.pictures.as_bgr` takes, and insightface's
                 ``Face`` with ``kps`` (5, 2) in pixels of it; with an aligner or ``aligned=False`` also ``bbox``.
 
         Raises:
-            ValueError: a face is None or has no landmarks, or a picture is empty or none.
+            ValueError: a face is None or has no landmarks, or an image is empty or none.
         """
         faces = [(as_bgr(img), _checked_face(face)) for img, face in faces]
         if any(not img.size for img, _ in faces):
-            raise ValueError("image must have pixels where a face is to be embedded, got an empty one")
+            raise ValueError("image must not be empty: there is no face in it to embed")
         if self.aligner is not None:
             self.aligner.refine_all(faces)
         crops, keypoints, scores = [], np.empty((len(faces), 5, 2), np.float32), np.empty(len(faces))
@@ -79,7 +77,7 @@ class KeypointRecognizer(ArcFaceONNX):
             landmarks, scores[row] = self._landmarks(face)
             crop, keypoints[row] = self._crop(img, face, landmarks)
             crops.append(crop)
-        qualities = landmark_weights(keypoints.clip(-1, 2), scores)  # beyond, a face counts nothing anyway
+        qualities = landmark_weights(keypoints.clip(-1, 2), scores)  # beyond it, a face has weight 0 anyway
         for (_, face), embedding, quality in zip(faces, self.get_feat(crops, keypoints), qualities, strict=True):
             face.embedding, face.quality = embedding, float(quality)
 
@@ -99,10 +97,10 @@ class KeypointRecognizer(ArcFaceONNX):
         return np.concatenate(rows) if rows else np.empty((0, self.output_shape[-1]), np.float32)
 
     def forward(self, batch_data: np.ndarray, keypoints: np.ndarray | None = None) -> np.ndarray:
-        """Embed a batch that is laid out for the network already, as insightface's models do.
+        """Embed a batch that already has the network's layout, as insightface's models do.
 
         Args:
-            batch_data: (B, 3, 112, 112) RGB in 0 to 255, of any type of numbers.
+            batch_data: (B, 3, 112, 112) RGB in 0 to 255, of any dtype.
             keypoints: (B, 5, 2) in [0, 1] of the crops; None: the canonical template, for aligned crops.
 
         Returns:
@@ -130,7 +128,7 @@ class KeypointRecognizer(ArcFaceONNX):
         return check_keypoints(given, count)
 
     def _landmarks(self, face) -> tuple[np.ndarray, float]:
-        """Landmarks in pixels of the picture, and the score of who found them."""
+        """Landmarks in pixels of the image, and the score of the model that found them."""
         if self.aligner is not None and (face.dfa_score >= SCORE_THRESHOLD or face.kps is None):
             return face.dfa_kps, face.dfa_score
         if face.kps is None:
@@ -141,24 +139,12 @@ class KeypointRecognizer(ArcFaceONNX):
         """What the network sees of a face, and the landmarks in [0, 1] of it."""
         size = self.input_size[0]
         if self.aligned:
-            return align_face(*_near(img, landmarks, size), size)
+            return cut_aligned(img, landmarks, size)
         crop, matrix = cut_box(img, face.bbox, size)
         return crop, (transform_points(landmarks, matrix) / size).astype(np.float32)
 
 
 def _checked_face(face):
     if face is None:
-        raise ValueError("face must be insightface's Face, got None; skip pictures in which no face was found")
+        raise ValueError("face must be insightface's Face, got None; skip images in which no face was found")
     return face
-
-
-def _near(img: np.ndarray, landmarks: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of a picture too large for OpenCV to warp, the part that the aligned crop shows, and the landmarks in it."""
-    if max(img.shape[:2]) <= _WARP_LIMIT:
-        return img, landmarks
-    matrix = np.vstack([estimate_alignment(landmarks, size), [0, 0, 1]])
-    corners = transform_points(size * np.array([[0, 0], [1, 0], [0, 1], [1, 1]]), np.linalg.inv(matrix)[:2])
-    left, top = np.maximum(corners.min(0).astype(int) - 2, 0)
-    right, bottom = np.maximum(corners.max(0).astype(int) + 3, (left + 1, top + 1))
-    part = img[top:bottom, left:right]
-    return (part if part.size else img[:1, :1]), landmarks - np.array([left, top])

@@ -1,4 +1,4 @@
-"""Host 1: ``register()`` puts this package's classes in the place of insightface's; ``unregister()`` takes it back."""
+"""Host 1: ``register()`` puts this package's classes in place of insightface's; ``unregister()`` undoes it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _stock_get = FaceAnalysis.get
 def _get_model(name, **kwargs):
     """The stock ``get_model``, except that our own files get :class:`KeypointRecognizer` and :class:`FaceAligner`.
 
-    It takes two more arguments: ``strict_providers`` (True: an execution provider that was asked for and is not there
-    is an error), and ``aligned``, of :class:`KeypointRecognizer`.
+    It takes two more arguments: ``strict_providers`` (True: a requested but missing execution provider is an error),
+    and ``aligned``, of :class:`KeypointRecognizer`.
     """
     aligned, strict = kwargs.pop("aligned", True), kwargs.pop("strict_providers", False)
     kwargs = settle_providers(kwargs, strict)
@@ -54,7 +54,7 @@ def _get_model(name, **kwargs):
 
 
 def _file_of(name, kwargs: dict[str, Any]) -> Path | None:
-    """The ONNX file that ``get_model``'s arguments name outright: by its path, or through a manifest's entry."""
+    """The ONNX file that ``get_model``'s arguments name directly: by its path, or through a manifest's entry."""
     descriptor = kwargs.get("model_descriptor")
     if descriptor is not None:
         from insightface.model_zoo.package_manifest import verify_model_artifact  # there since insightface 2.0
@@ -91,18 +91,18 @@ def register() -> None:
     """Make ``FaceAnalysis`` and ``insightface.model_zoo`` use the classes of this package for files exported by it.
 
     A two-input recognition model becomes a :class:`KeypointRecognizer`, a DFA a :class:`FaceAligner`; ``FaceAnalysis``
-    takes gray, BGRA and 16-bit pictures, ``aligned`` and ``strict_providers``, and gets the methods ``get_batch`` and
+    takes gray, BGRA and 16-bit images, ``aligned`` and ``strict_providers``, and gets the methods ``get_batch`` and
     ``embed_aligned`` (:mod:`.face_analysis`). ``Face`` can be copied and pickled, and an unpickled ``FaceAnalysis``
-    registers itself, so that both travel between processes. Other models are loaded as before. Calling it twice does no
-    harm; :func:`unregister` takes it back.
+    registers itself, so that both can be sent between processes. Other models are loaded as before. Calling it twice is
+    harmless; :func:`unregister` undoes it.
     """
     zoo_module.get_model = zoo.get_model = _get_model
     FaceAnalysis.get = functools.wraps(_stock_get)(face_analysis.checked_get(_stock_get))
     FaceAnalysis.get_batch, FaceAnalysis.embed_aligned = face_analysis.get_batch, face_analysis.embed_aligned
-    # Face answers None for every attribute that it lacks, also for those by which it would be copied or pickled.
+    # Face returns None for every attribute that it lacks, including those that copying and pickling look up.
     Face.__reduce_ex__ = _reduce_face
     FaceAnalysis.__reduce_ex__ = _reduce_app
-    # Models of a pack with a manifest keep parts of it in read-only dicts, which pickle does not know.
+    # Models of a pack with a manifest keep parts of it in read-only dicts, which pickle does not support.
     copyreg.pickle(MappingProxyType, _reduce_read_only_dict)
 
 

@@ -1,4 +1,4 @@
-"""One change to the launched process: what, why, and how; what --explain lists is what was done."""
+"""One change to the launched process: what, why, and how; --explain lists those that were made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Change:
 
     Attributes:
         target: what is changed, by its dotted name.
-        why: one sentence for people.
+        why: one sentence for the user.
         apply: ``(root, cpu) -> bool`` makes the change; False: it is not needed here, and nothing was done.
     """
 
@@ -23,5 +23,5 @@ class Change:
 
 
 def change(target: str, why: str, to: list[Change]) -> Callable[[Callable[[Path, bool], bool]], None]:
-    """Decorator that makes a :class:`Change` of a function and appends it to a list."""
+    """Decorator that turns a function into a :class:`Change` and appends it to a list."""
     return lambda apply: to.append(Change(target, why, apply))

@@ -1,4 +1,4 @@
-"""What has left NumPy, torch and onnxruntime since arcface_torch's scripts were written, given back to them."""
+"""Restores what NumPy, torch and onnxruntime have removed since arcface_torch's scripts were written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPATIBILITY: list[Change] = []
 _NUMPY_ALIASES = {"int": int, "float": float, "bool": bool, "object": object, "complex": complex, "str": str}
 
 
-@change("numpy.int, .float, .bool, ...", "resolve again, for code of the checkout alone", to=COMPATIBILITY)
+@change("numpy.int, .float, .bool, ...", "exist again, for the checkout's code only", to=COMPATIBILITY)
 def _numpy_aliases(root: Path, cpu: bool) -> bool:
     original = np.__getattr__
     inside = f"{root}{os.sep}"
@@ -32,7 +32,9 @@ def _numpy_aliases(root: Path, cpu: bool) -> bool:
     def __getattr__(name: str) -> Any:
         if name in _NUMPY_ALIASES:
             asking = sys._getframe(1).f_code.co_filename
-            if asking.startswith(inside) and "site-packages" not in asking:  # an environment may live in the checkout
+            if (
+                asking.startswith(inside) and "site-packages" not in asking
+            ):  # a virtual environment may be in the checkout
                 return _NUMPY_ALIASES[name]
         return original(name)
 
@@ -55,8 +57,8 @@ def _scheduler_verbose(root: Path, cpu: bool) -> bool:
 
 @change(
     "torch.onnx.export",
-    "this package's networks: its own checked export, batch size free; the checkout's: torch's older exporter, which "
-    "knows the opset that the scripts ask for",
+    "this package's networks: its own checked export, dynamic batch size; the checkout's: torch's older exporter, "
+    "which supports the opset that the scripts ask for",
     to=COMPATIBILITY,
 )
 def _onnx_export(root: Path, cpu: bool) -> bool:
@@ -75,7 +77,7 @@ def _onnx_export(root: Path, cpu: bool) -> bool:
 
 
 def _name_input(path: str, name: str) -> None:
-    """Give the only input of an ONNX file the name that was asked for."""
+    """Give the only input of an ONNX file the requested name."""
     model = onnx.load(path)
     old, model.graph.input[0].name = model.graph.input[0].name, name
     for node in model.graph.node:
@@ -86,7 +88,7 @@ def _name_input(path: str, name: str) -> None:
 
 
 @change(
-    "onnxruntime.InferenceSession", "takes CUDA where it has it, or the CPU, unless told otherwise", to=COMPATIBILITY
+    "onnxruntime.InferenceSession", "uses CUDA if available, else the CPU, unless providers are given", to=COMPATIBILITY
 )
 def _onnxruntime_providers(root: Path, cpu: bool) -> bool:
     offered = onnxruntime.get_available_providers()
@@ -103,7 +105,9 @@ def _onnxruntime_providers(root: Path, cpu: bool) -> bool:
 
 
 @change(
-    "scipy.interpolate.interp1d", 'kind "slinear" takes repeated values of x again, as rates have', to=COMPATIBILITY
+    "scipy.interpolate.interp1d",
+    'kind "slinear" accepts repeated values of x again, which false positive rates have',
+    to=COMPATIBILITY,
 )
 def _interpolation(root: Path, cpu: bool) -> bool:
     try:
@@ -113,14 +117,14 @@ def _interpolation(root: Path, cpu: bool) -> bool:
     original = interpolate.interp1d
 
     def interp1d(x: Any, y: Any, kind: Any = "linear", *args, **kwargs) -> Any:
-        # Both kinds are the same line through the points, but "slinear" now refuses x that do not grow.
+        # Both kinds draw the same line through the points, but "slinear" now refuses x that do not increase.
         return original(x, y, "linear" if kind == "slinear" else kind, *args, **kwargs)
 
     interpolate.interp1d = interp1d
     return True
 
 
-@change("multiprocessing", "data loaders fork again: started anew, they would not be prepared", to=COMPATIBILITY)
+@change("multiprocessing", "data loaders fork again: spawned workers would not be patched", to=COMPATIBILITY)
 def _fork(root: Path, cpu: bool) -> bool:
     if sys.platform != "linux" or sys.version_info < (3, 14):
         return False

@@ -1,4 +1,4 @@
-"""What lets scripts that ask for CUDA run where there is none: slow, and meant for trying things out."""
+"""Lets scripts that ask for CUDA run without it: slow, and meant for trying things out."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .changes import Change, change
 CPU_ONLY: list[Change] = []
 
 
-@change("CUDA_VISIBLE_DEVICES", "is empty: a GPU that is there is not used", to=CPU_ONLY)
+@change("CUDA_VISIBLE_DEVICES", "is empty: existing GPUs are not used", to=CPU_ONLY)
 def _hide(root: Path, cpu: bool) -> bool:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return True
 
 
-@change("torch.Tensor.cuda, torch.nn.Module.cuda", "return the tensor or module as it is", to=CPU_ONLY)
+@change("torch.Tensor.cuda, torch.nn.Module.cuda", "return the tensor or module unchanged", to=CPU_ONLY)
 def _cuda(root: Path, cpu: bool) -> bool:
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self
     return True
 
 
-@change("torch.Tensor.to, torch.nn.Module.to, torch.tensor", "take the CPU for any CUDA device", to=CPU_ONLY)
+@change("torch.Tensor.to, torch.nn.Module.to, torch.tensor", "use the CPU for any CUDA device", to=CPU_ONLY)
 def _device(root: Path, cpu: bool) -> bool:
     for owner, name in ((torch.Tensor, "to"), (torch.nn.Module, "to"), (torch, "tensor")):
         setattr(owner, name, _on_cpu(getattr(owner, name), positional=name == "to"))
@@ -69,14 +69,14 @@ def _streams(root: Path, cpu: bool) -> bool:
     return True
 
 
-@change("torch.distributed.init_process_group", "uses gloo in place of nccl", to=CPU_ONLY)
+@change("torch.distributed.init_process_group", "uses gloo instead of nccl", to=CPU_ONLY)
 def _gloo(root: Path, cpu: bool) -> bool:
     original = dist.init_process_group
     dist.init_process_group = lambda backend=None, *args, **kwargs: original("gloo", *args, **kwargs)
     return True
 
 
-@change("torch.nn.parallel.DistributedDataParallel", "leaves out device_ids", to=CPU_ONLY)
+@change("torch.nn.parallel.DistributedDataParallel", "drops device_ids", to=CPU_ONLY)
 def _ddp(root: Path, cpu: bool) -> bool:
     class OnCpu(DistributedDataParallel):
         def __init__(self, module: torch.nn.Module, device_ids: Any = None, output_device: Any = None, **kwargs):
@@ -86,7 +86,7 @@ def _ddp(root: Path, cpu: bool) -> bool:
     return True
 
 
-@change("torch.load", "reads weights that were saved on a GPU to the CPU", to=CPU_ONLY)
+@change("torch.load", "loads weights that were saved on a GPU onto the CPU", to=CPU_ONLY)
 def _load(root: Path, cpu: bool) -> bool:
     original = torch.load
     torch.load = lambda f, map_location="cpu", **kwargs: original(f, map_location=map_location or "cpu", **kwargs)

@@ -30,7 +30,7 @@ def find_checkout(root: str | Path) -> Path:
         if (folder / "backbones" / "__init__.py").is_file():
             return folder.resolve()
     raise FileNotFoundError(
-        f"root must be InsightFace's recognition/arcface_torch (a folder with backbones/), got {root}; name the "
+        f"root must be InsightFace's recognition/arcface_torch (a folder with backbones/), got {root}; give the "
         "checkout with --root"
     )
 
@@ -40,18 +40,18 @@ def prepare(root: Path, cpu: bool = False) -> list[tuple[str, Change]]:
 
     Args:
         root: from :func:`find_checkout`.
-        cpu: also let the scripts run without GPU.
+        cpu: also let the scripts run without a GPU.
 
     Returns:
         Every change that was made, under its group's heading.
     """
     groups = {
         "plugged into the checkout's own modules, when they are imported": plug_in(root),
-        "provided where it is missing or has moved on since the scripts were written": [
+        "provided where missing, or changed since the scripts were written": [
             *mxnet_stand_in.CHANGES,
             *COMPATIBILITY,
         ],
-        "without GPU (--cpu)": CPU_ONLY if cpu else [],
+        "without a GPU (--cpu)": CPU_ONLY if cpu else [],
     }
     made = [(heading, change) for heading, group in groups.items() for change in group if change.apply(root, cpu)]
     sys.path.insert(0, str(root))
@@ -59,7 +59,7 @@ def prepare(root: Path, cpu: bool = False) -> list[tuple[str, Change]]:
 
 
 def explain(root: Path, made: Sequence[tuple[str, Change]]) -> str:
-    """What :func:`prepare` did, for people."""
+    """What :func:`prepare` did, as text."""
     lines, heading = [f"checkout: {root}; nothing in it is changed, nor anything outside the launched process"], None
     for group, change in made:
         if group != heading:
@@ -78,7 +78,7 @@ def find_script(root: Path, script: str) -> Path:
     path = root / script
     if not path.is_file():
         known = ", ".join(sorted(file.name for file in root.glob("*.py")))
-        raise FileNotFoundError(f"script must be one in {root}, got {script}; there are {known}")
+        raise FileNotFoundError(f"script must be one of those in {root}, got {script}; it has {known}")
     return path
 
 
@@ -89,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Run a script of an arcface_torch checkout, unmodified, with insightface_kprpe plugged in.",
     )
     parser.add_argument("--root", default=".", help="the checkout: recognition/arcface_torch (here)")
-    parser.add_argument("--cpu", action="store_true", help="run without GPU, to try things out")
-    parser.add_argument("--explain", action="store_true", help="list what is patched, and run nothing")
+    parser.add_argument("--cpu", action="store_true", help="run without a GPU, to try things out")
+    parser.add_argument("--explain", action="store_true", help="list what is patched and exit")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...", help="train_v2.py CONFIG, ...")
     options = parser.parse_args(arguments)
     if not options.command and not options.explain:
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if not options.cpu and not torch.cuda.is_available():
         if script.name == "train_v2.py":
-            sys.exit("error: train_v2.py needs a GPU, and none was found; add --cpu before it to try it out without")
-        logger.warning("no GPU was found, and most of these scripts ask for one: add --cpu to try them out without")
+            sys.exit("error: train_v2.py needs a GPU, and none was found; put --cpu before it to try it without one")
+        logger.warning("no GPU found, and most of these scripts need one; add --cpu to try them without it")
     sys.argv = [str(script), *options.command[1:]]
     runpy.run_path(str(script), run_name="__main__")

@@ -1,6 +1,7 @@
 """The few calls of MXNet that arcface_torch's scripts make, on this package's RecordIO reader, OpenCV and NumPy.
 
-MXNet is retired and runs on no current Python. Its data formats live on; see :mod:`insightface_kprpe.data.recordio`.
+MXNet is retired and does not run on current Python versions. Its data formats live on; see
+:mod:`insightface_kprpe.data.recordio`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CHANGES: list[Change] = []
 
 
 class IRHeader(NamedTuple):
-    """What a record says beside its payload, in MXNet's order."""
+    """What a record says besides its payload, in MXNet's order."""
 
     flag: int
     label: float | np.ndarray
@@ -42,7 +43,7 @@ class MXIndexedRecordIO:
     """``mxnet.recordio.MXIndexedRecordIO`` for reading.
 
     Args:
-        idx_path: the ``.idx`` file, which must stand beside the ``.rec``.
+        idx_path: the ``.idx`` file, which must stand next to the ``.rec``.
         uri: the ``.rec`` file.
         flag: "r".
 
@@ -68,7 +69,7 @@ class MXIndexedRecordIO:
         return HEADER.pack(header.flag, 0 if header.flag else header.label, header.id, header.id2) + labels + payload
 
     def close(self) -> None:
-        """Nothing is left open."""
+        """Nothing to close."""
 
 
 def unpack(s: bytes) -> tuple[IRHeader, bytes]:
@@ -80,7 +81,7 @@ def unpack(s: bytes) -> tuple[IRHeader, bytes]:
 def imdecode(buf: bytes | np.ndarray, *args, **kwargs) -> NDArray:
     """A compressed image -> (H, W, 3) uint8 RGB."""
     if args or kwargs:
-        raise ValueError(f"this stand-in for MXNet decodes to RGB alone, got further arguments {args or kwargs}")
+        raise ValueError(f"this stand-in for MXNet decodes to RGB only, got extra arguments {args or kwargs}")
     return decode_image(bytes(buf)).view(NDArray)
 
 
@@ -102,11 +103,11 @@ def flip(data: np.ndarray, axis: int) -> NDArray:
 
 
 class _StandIn(ModuleType):
-    """A module that says what it is when asked for more than it has."""
+    """A module whose error for a missing attribute says what it is."""
 
     def __getattr__(self, name: str):
         raise AttributeError(
-            f"{self.__name__}.{name} is not among the few calls that insightface_kprpe's stand-in for MXNet offers; "
+            f"{self.__name__}.{name} is not one of the few calls that insightface_kprpe's stand-in for MXNet provides; "
             "this script needs MXNet itself"
         )
 

@@ -1,4 +1,4 @@
-"""This package's networks, AdaFace and configs, put into the checkout's own modules as these are imported."""
+"""This package's networks, AdaFace and configs, put into the checkout's own modules when they are imported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Parts:
-    """What takes the place of the checkout's functions; each falls back on the one that it replaces.
+    """Replacements for the checkout's functions; each falls back on the one that it replaces.
 
     Args:
         root: the checkout.
@@ -45,7 +45,7 @@ class Parts:
         if not path.is_file():
             path = self.root / config_file
         if not path.is_file():
-            raise FileNotFoundError(f"config must be a python file, got {config_file}, which does not exist")
+            raise FileNotFoundError(f"config must be a Python file, got {config_file}, which does not exist")
         if path.resolve().parent == self.root / "configs":
             self.config = original(f"configs/{path.name}")
             return self.config
@@ -79,7 +79,7 @@ class Parts:
         settings = {**kwargs, **((self.config or {}).get("network_kwargs") or {})}
         if self.config is not None and name.endswith("_dfa") and "dfa_weights" not in settings:
             raise ValueError(
-                f"network {name} is trained around a trained aligner: add config.network_kwargs = "
+                f"network {name} needs the weights of a trained aligner: add config.network_kwargs = "
                 '{"dfa_weights": FILE} to the config'
             )
         with weights_follow():  # given above; the other scripts load a model.pt with the aligner in it
@@ -88,7 +88,7 @@ class Parts:
         return net
 
     def margin_loss(self, original: Callable, s: float, m1: Any, m2: float, m3: float, *args, **kwargs) -> nn.Module:
-        """``CombinedMarginLoss``, or AdaFace where the config asks for it."""
+        """``CombinedMarginLoss``, or AdaFace if the config asks for it."""
         config = self.config or {}
         t_alpha = config.get("adaface_t_alpha", 0.01)
         if m1 == "adaface":  # margin_list = ("adaface", m, h)
@@ -106,13 +106,13 @@ class Parts:
         sample_rate: float = 1.0,
         fp16: bool = False,
     ) -> nn.Module:
-        """``PartialFC_V2``, or this package's where the margin has to see the embeddings' norms."""
+        """``PartialFC_V2``, or this package's if the margin needs the embeddings' norms."""
         if isinstance(margin_loss, AdaFace):
             return PartialFC(margin_loss, embedding_size, num_classes, sample_rate)
         return original(margin_loss, embedding_size, num_classes, sample_rate, fp16)
 
     def optimizer(self, original: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-        """An optimizer's class whose position tables are a group of their own, where the config gives them a rate."""
+        """An optimizer's class with the position tables in a group of their own, if the config gives them a rate."""
 
         class WithPositionTables(original):
             def __init__(optimizer, params, lr=1e-3, **kwargs) -> None:
@@ -122,7 +122,7 @@ class Parts:
         return WithPositionTables
 
     def _split(self, params: Any, lr: float) -> Any:
-        """The scripts' parameter groups; tables are taken out of them into one without weight decay."""
+        """The scripts' parameter groups, with the tables moved to one without weight decay."""
         scale = (self.config or {}).get("position_lr_scale", 1.0)
         if scale == 1 or not self.tables:
             return params
@@ -141,12 +141,12 @@ _OWN_KEYS = (
     "adaface_h",
     "adaface_t_alpha",
     "network_kwargs",
-)  # beside those of configs/base.py
+)  # besides those of configs/base.py
 _USUAL_KEYS = ("rec", "num_classes", "num_image", "num_epoch", "warmup_epoch", "val_targets")  # which base.py lacks
 
 
 def _check(values: Mapping[str, Any], base: Mapping[str, Any], path: Path) -> None:
-    """Refuse what would silently train something else; the checkout itself takes any key."""
+    """Refuse what would silently train something else; the checkout itself accepts any key."""
     if values.get("loss", "margin") not in ("margin", "adaface"):
         raise ValueError(f'{path}: loss must be "margin" or "adaface", got {values["loss"]!r}')
     known = {*base, *_OWN_KEYS, *_USUAL_KEYS}
@@ -164,9 +164,12 @@ _PLUGS = {
     ("utils.utils_config", "get_config"): ("get_config", "also takes config files outside configs/"),
     ("losses", "CombinedMarginLoss"): (
         "margin_loss",
-        'is AdaFace where the config says loss = "adaface" or margin_list = ("adaface", m, h)',
+        'is AdaFace if the config says loss = "adaface" or margin_list = ("adaface", m, h)',
     ),
-    ("partial_fc_v2", "PartialFC_V2"): ("partial_fc", "with AdaFace: one that hands it the norms of the embeddings"),
+    ("partial_fc_v2", "PartialFC_V2"): (
+        "partial_fc",
+        "with AdaFace: a version that passes it the norms of the embeddings",
+    ),
 }
 
 
@@ -195,12 +198,12 @@ def _optimizers(parts: Parts) -> Change:
             setattr(torch.optim, name, parts.optimizer(getattr(torch.optim, name)))
         return True
 
-    why = "position tables of this package's networks learn position_lr_scale times as fast, where the config has it"
+    why = "position tables of this package's networks learn position_lr_scale times as fast, if the config sets it"
     return Change("torch.optim.AdamW, SGD", why, apply)
 
 
 def _replace_for_importers(module: ModuleType, attribute: str, replacement: Callable) -> None:
-    """Make ``module.attribute`` another, except for the module's own code, whose classes name themselves."""
+    """Replace ``module.attribute`` for importers, but not for the module's own code, whose classes name themselves."""
     module.__class__ = type("Plugged", (ModuleType,), {attribute: property(lambda module: replacement)})
 
 
@@ -225,8 +228,8 @@ class _ReplacingFinder(MetaPathFinder):
             original = getattr(module, attribute, None)
             if original is None:
                 raise ImportError(
-                    f"{module.__file__} has no {attribute}: this revision of arcface_torch is too old or too new to "
-                    "plug into; take one with partial_fc_v2.py"
+                    f"{module.__file__} has no {attribute}: this revision of arcface_torch is too old or too new for "
+                    "this package; use one with partial_fc_v2.py"
                 )
 
             def replaced(*args, **kwargs) -> Any:

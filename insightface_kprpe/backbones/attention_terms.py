@@ -1,4 +1,4 @@
-"""What attention is made of, layer by layer: how alike queries and keys are, and what the keypoints add."""
+"""The terms of attention, layer by layer: similarity of queries and keys, and what the keypoints add."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def attention_terms(
 
 @contextmanager
 def eval_mode(net: nn.Module) -> Iterator[None]:
-    """A network in eval mode in a ``with`` block, and as it was afterwards."""
+    """Put a network in eval mode for a ``with`` block, and restore its mode afterwards."""
     training = net.training
     net.eval()
     try:

@@ -1,4 +1,4 @@
-"""What every backbone declares, so that training, evaluation, export and packs take any of them alike."""
+"""What every backbone declares, so that training, evaluation, export and packs work with any of them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch.nn as nn
 class Backbone(nn.Module):
     """A network that embeds face crops: ``(images, keypoints) -> embeddings``.
 
-    A subclass sets ``img_size`` and ``num_features`` and writes ``forward``; the rest has defaults.
+    A subclass sets ``img_size`` and ``num_features`` and implements ``forward``; the rest has defaults.
 
     Attributes:
-        img_size: side of the square crops that it takes, pixels.
+        img_size: side of its square input crops, in pixels.
         num_features: D, length of its embeddings.
-        bgr: its weights are for BGR, to which it turns the RGB that it is given.
-        needs_keypoints: embeddings depend on where the keypoints are.
-        finds_keypoints: with ``needs_keypoints``: it finds them itself where none are given, by :meth:`find_keypoints`.
+        bgr: its weights are for BGR, so it swaps the channels of its RGB input.
+        needs_keypoints: embeddings depend on the keypoints.
+        finds_keypoints: with ``needs_keypoints``: it finds them itself if none are given, with :meth:`find_keypoints`.
     """
 
     img_size: int
@@ -34,19 +34,19 @@ class Backbone(nn.Module):
 
         Args:
             images: (B, 3, img_size, img_size) float RGB in [-1, 1].
-            keypoints: (B, 5, 2) float, xy in [0, 1] of the crop; None where they are not needed, or are found.
+            keypoints: (B, 5, 2) float, xy in [0, 1] of the crop; None if they are not needed, or are found.
 
         Returns:
-            (B, num_features) float32 embeddings, not normalised: the norm carries quality.
+            (B, num_features) float32 embeddings, not normalized: the norm carries quality.
         """
 
     def find_keypoints(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 5, 2) keypoints in [0, 1] of the crops; of networks with ``finds_keypoints`` alone."""
+        """(B, 5, 2) keypoints in [0, 1] of the crops; only for networks with ``finds_keypoints``."""
         raise NotImplementedError(f"{type(self).__name__} finds no keypoints")
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay leaves alone, beside biases and norms."""
+        """Names of parameters without weight decay, besides biases and norms."""
         return set()
 
     @torch.jit.ignore
@@ -59,26 +59,26 @@ class Backbone(nn.Module):
         """Trade compute for memory: recompute activations in the backward pass.
 
         Raises:
-            ValueError: the network does not know how to.
+            ValueError: the network does not support it.
         """
         if enable:
-            raise ValueError(f"gradient_checkpointing must be False: {type(self).__name__} does not offer it")
+            raise ValueError(f"gradient_checkpointing must be False: {type(self).__name__} does not support it")
 
 
 def own_half_precision(fp16: bool, images: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Float16 autocast for a network that was built with ``fp16``, on CUDA; else whatever the caller has."""
+    """Float16 autocast for a network built with ``fp16``, on CUDA; otherwise the caller's autocast state."""
     return torch.autocast("cuda", dtype=torch.float16) if fp16 and images.is_cuda else contextlib.nullcontext()
 
 
 def check_backbone(net: object, name: str) -> Backbone:
-    """A network that keeps to the interface, or an error that says where it does not.
+    """Return a network that follows the interface, or raise an error that says how it does not.
 
     Args:
         net: what a registered function built.
         name: under which it is registered.
 
     Raises:
-        ValueError: it is no :class:`Backbone`, or an attribute is missing or contradicts another.
+        ValueError: it is not a :class:`Backbone`, or an attribute is missing or contradicts another.
     """
     if not isinstance(net, Backbone):
         raise ValueError(
@@ -90,5 +90,5 @@ def check_backbone(net: object, name: str) -> Backbone:
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"backbone {name!r} must set {attribute} to a positive integer, got {value!r}")
     if net.finds_keypoints and not net.needs_keypoints:
-        raise ValueError(f"backbone {name!r} must set needs_keypoints where it sets finds_keypoints")
+        raise ValueError(f"backbone {name!r} must set needs_keypoints if it sets finds_keypoints")
     return net

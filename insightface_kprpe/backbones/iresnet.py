@@ -2,7 +2,7 @@
 
 Parameter names, layers and initial weights are those of the published networks: recognition/arcface_torch/backbones
 (iresnet.py, mobilefacenet.py) of deepinsight/insightface for :class:`IResNet` and :class:`MobileFaceNet`, net.py of
-mk-minchul/AdaFace and models/iresnet of mk-minchul/CVLface for :class:`IRNet`. None of them looks at keypoints.
+mk-minchul/AdaFace and models/iresnet of mk-minchul/CVLface for :class:`IRNet`. None of them uses keypoints.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch.nn as nn
 from .interface import Backbone, own_half_precision
 
 WIDTHS = (64, 128, 256, 512)  # channels of the four stages
-FINAL_SIZE = 7  # pixels a side of the last feature map: 112 halved four times
+FINAL_SIZE = 7  # pixels per side of the last feature map: 112 halved four times
 
 
 class ConvolutionalBackbone(Backbone):
-    """What the networks of this file share: convolutions in half precision where asked for, the head in float32.
+    """Base of the networks in this file: convolutions in half precision if requested, the head in float32.
 
     Args:
         num_features: length of the embedding.
@@ -49,7 +49,7 @@ class ConvolutionalBackbone(Backbone):
             keypoints: ignored: faces must be aligned to the template.
 
         Returns:
-            (B, num_features) float32 embeddings, not normalised.
+            (B, num_features) float32 embeddings, not normalized.
         """
         with own_half_precision(self.fp16, images):
             features = self.forward_features(images)
@@ -105,7 +105,7 @@ class IResNet(ConvolutionalBackbone):
 
 
 class IResNetBlock(nn.Module):
-    """Two convolutions, the second with the stride, each between normalisations; the shortcut is convolved to fit.
+    """Two convolutions, the second with the stride, each between normalizations; the shortcut is convolved to fit.
 
     Args:
         inputs, outputs: channels.
@@ -131,11 +131,11 @@ class IResNetBlock(nn.Module):
 
 
 class IRNet(ConvolutionalBackbone):
-    """AdaFace's ir_18 to ir_101, and CVLface's ir18 to ir101, which differ in the colour order of their weights.
+    """AdaFace's ir_18 to ir_101, and CVLface's ir18 to ir101, which differ in the color order of their weights.
 
     Args:
         layers: residual blocks of the four stages.
-        bgr: the weights are of a network that takes BGR, as AdaFace's; images are passed as RGB all the same.
+        bgr: the weights are for BGR, like AdaFace's; images are still passed as RGB.
         widths: channels of the four stages.
         num_features: length of the embedding.
         dropout: share of the head's inputs that are dropped in training.
@@ -166,7 +166,7 @@ class IRNet(ConvolutionalBackbone):
             nn.Linear(inputs * FINAL_SIZE**2, num_features),
             nn.BatchNorm1d(num_features, affine=False),
         )
-        _initialise_by_fan_out(self)
+        _initialize_by_fan_out(self)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, 112, 112) -> (B, 25088): the last feature map, flat."""
@@ -179,7 +179,7 @@ class IRNet(ConvolutionalBackbone):
 
 
 class IRBlock(nn.Module):
-    """As :class:`IResNetBlock`, but a shortcut that keeps its channels is only thinned out.
+    """Like :class:`IResNetBlock`, but a shortcut that keeps its channels is only subsampled.
 
     Args:
         inputs, outputs: channels.
@@ -234,7 +234,7 @@ class MobileFaceNet(ConvolutionalBackbone):
             nn.Linear(last, num_features, bias=False),
             nn.BatchNorm1d(num_features),
         )
-        _initialise_by_fan_out(self)
+        _initialize_by_fan_out(self)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, 112, 112) -> (B, 256, 7, 7)."""
@@ -268,7 +268,7 @@ class Residual(Layers):
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A convolution that keeps the size of the map, but for the stride."""
+    """A convolution that keeps the size of the map, apart from the stride."""
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
@@ -284,7 +284,7 @@ def _depthwise_block(inputs: int, outputs: int, width: int, stride: int, kind: t
     )
 
 
-def _initialise_by_fan_out(net: nn.Module) -> None:
+def _initialize_by_fan_out(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,10 +1,11 @@
-"""Attention with KPRPE on a CPU, without the detour over a (B, H, N, N) tensor of biases and another of its gradient.
+"""Attention with KPRPE on a CPU, without building a (B, H, N, N) tensor of biases and another of its gradient.
 
-Patches lie on a grid, and a bucket depends on the offset between two patches alone. So all biases of the queries of one
-grid column are stretches of one line, in which the rows that a key can be away, from n - 1 above to n - 1 below, follow
+Patches lie on a grid, and a bucket depends only on the offset between two patches. So all biases of the queries of one
+grid column are slices of one line, in which the rows that a key can be away, from n - 1 above to n - 1 below, follow
 each other, each with n key columns: the keys of a query in row y are the n * n numbers from (n - 1 - y) * n on. A line
-is gathered once, 27 numbers for every 196 biases on a grid of 14 x 14, and its stretches are copied to where the logits
-are added up, a few images at a time, while those are in the processor's cache. The gradient takes the same way back.
+is gathered once, 27 numbers for every 196 biases on a grid of 14 x 14, and its slices are copied to where the logits
+are accumulated, a few images at a time, while those are in the processor's cache. The gradient takes the same path
+back.
 
 Letters: B batch, H heads, n patches along a side, N = n * n patches, d width of a head, R = 49 buckets,
 T = (2n - 1) * n, the length of a line.
@@ -47,7 +48,7 @@ class Lines(NamedTuple):
         slope: (H or 1, R), what is added from the top of the grid to its bottom.
         index: (n, T) of :func:`line_index`.
         onehot: (n, T, R) float32, the same for sums over buckets.
-        keep: (B, M) int64, patches that there are; None: all.
+        keep: (B, M) int64, patches that are present; None: all.
     """
 
     table: torch.Tensor
@@ -62,7 +63,7 @@ class OffsetAttention(Attention):
 
     @staticmethod
     def can_run(tokens: torch.Tensor) -> bool:
-        """Whether the way over lines is open: real float32 numbers on a CPU, and no one who records operations."""
+        """Whether the path over lines can be used: real float32 numbers on a CPU, and nothing records operations."""
         return computes_on_cpu(tokens) and tokens.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
     def forward(
@@ -81,7 +82,7 @@ class OffsetAttention(Attention):
         if not isinstance(attn_mask, Lines):
             return super().forward(x, attn_mask, is_causal)
         qkv, hidden, keep = self.qkv(x), None, attn_mask.keep
-        if keep is not None:  # back to the whole grid, on which alone there are lines
+        if keep is not None:  # back to the whole grid, as lines exist only there
             length = len(attn_mask.index) ** 2
             hidden = torch.ones(len(x), length, dtype=torch.bool).scatter_(1, keep, False)
             qkv = qkv.new_zeros(len(x), length, qkv.shape[2]).scatter(1, keep.unsqueeze(-1).expand_as(qkv), qkv)
@@ -117,13 +118,13 @@ def offset_attention(qkv: torch.Tensor, lines: Lines, scale: float, hidden: torc
 
 
 def computes_on_cpu(tokens: torch.Tensor) -> bool:
-    """Whether these are real numbers on a CPU, and no one records the operations to run them elsewhere."""
+    """Whether these are real numbers on a CPU, and nothing records the operations to run them elsewhere."""
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tokens) is not torch.Tensor
     return tokens.device.type == "cpu" and not recorded
 
 
 def image_chunks(q: torch.Tensor) -> list[slice]:
-    """As many images at a time as have their logits in the cache; q: (B, H, N, d)."""
+    """As many images at a time as have their logits fit in the cache; q: (B, H, N, d)."""
     batch, heads, length, _ = q.shape
     size = max(1, torch.get_num_threads() * _CHUNK // (heads * length * length))
     return [slice(start, min(start + size, batch)) for start in range(0, max(batch, 1), size)]
@@ -136,7 +137,7 @@ def _stretches(lines: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _slope_lines(slope: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What a query has more in a row further down by the grid's height; stretches for every row."""
+    """What a query gains when it moves down by the grid's height; slices for every row."""
     return _stretches(slope[:, None].expand(-1, len(index), -1).gather(-1, index.expand(len(slope), -1, -1)))
 
 

@@ -17,7 +17,7 @@ from .vit_with_dfa import ViTWithDFA
 _BACKBONES: dict[str, Callable[..., Backbone]] = {}
 
 TIMM_PREFIX = "insightface_"  # of our names in timm's registry, where others have a vit_b too
-# Arguments that timm.create_model passes to every model and that mean nothing here.
+# Arguments that timm.create_model passes to every model and that have no meaning here.
 _TIMM_ARGUMENTS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 # Sizes. vit_n is for CPUs and quick trials; vit_t to vit_h are arcface_torch's (backbones/__init__.py there), whose
@@ -32,7 +32,7 @@ _SIZES = {
     "cvlface_vit_s": {"patch_size": 8, "embed_dim": 512, "depth": 12, "num_heads": 8, "mlp_ratio": 5.0},
     "cvlface_vit_b": {"patch_size": 8, "embed_dim": 512, "depth": 24, "num_heads": 16, "mlp_ratio": 3.0},
 }
-# Names under which arcface_torch's own configs ask for the same sizes with other regularisation.
+# Names under which arcface_torch's own configs ask for the same sizes with other regularization.
 _ARCFACE_TORCH = {
     "vit_t_dp005_mask0": ("vit_t", {"drop_path_rate": 0.05, "mask_ratio": 0.0}),
     "vit_s_dp005_mask_0": ("vit_s", {"drop_path_rate": 0.05, "mask_ratio": 0.0}),
@@ -41,12 +41,12 @@ _ARCFACE_TORCH = {
 }
 # Residual blocks of the four stages, by the depth that names give.
 _LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
-# One network, whose weights take BGR where AdaFace publishes them and RGB where CVLface does.
+# One network, whose weights are for BGR if published by AdaFace, and for RGB if by CVLface.
 _IR_DEPTHS = {"18": 18, "50": 50, "101": 100}
 
 
 class UnknownArgument(TypeError, ValueError):
-    """An argument that a network does not take; the message has the nearest name."""
+    """An argument that a network does not take; the message suggests the closest name."""
 
 
 def register_backbone(name: str, build: Callable[..., Backbone]) -> None:
@@ -55,10 +55,10 @@ def register_backbone(name: str, build: Callable[..., Backbone]) -> None:
     Args:
         name: not registered yet.
         build: a class that derives from :class:`~.interface.Backbone`, or a function that returns one; it is called
-            once without arguments, on torch's "meta" device, to see that what it builds keeps to the interface.
+            once without arguments, on torch's "meta" device, to check that what it builds follows the interface.
 
     Raises:
-        ValueError: the name is taken, or what is built is no :class:`~.interface.Backbone`.
+        ValueError: the name is taken, or what is built is not a :class:`~.interface.Backbone`.
     """
     with torch.device("meta"):
         check_backbone(build(), name)
@@ -67,12 +67,12 @@ def register_backbone(name: str, build: Callable[..., Backbone]) -> None:
 
 def _register(name: str, build: Callable[..., Backbone]) -> None:
     if name in _BACKBONES:
-        raise ValueError(f"backbone name {name!r} is registered already; choose another")
+        raise ValueError(f"backbone name {name!r} is already registered; choose another")
     _BACKBONES[name] = build
 
     def create(pretrained: bool = False, **kwargs) -> Backbone:
         if pretrained:
-            raise ValueError(f"{name} has no bundled weights; create it without pretrained and use load_weights")
+            raise ValueError(f"{name} has no bundled weights; create it without pretrained=True and use load_weights")
         return build(**{key: value for key, value in kwargs.items() if key not in _TIMM_ARGUMENTS})
 
     create.__name__ = TIMM_PREFIX + name
@@ -90,13 +90,13 @@ def get_model(name: str, dropout: float = 0.0, **kwargs) -> Backbone:
 
     Args:
         name: one of :func:`list_models`, e.g. "vit_b_kprpe".
-        dropout: of what goes into the head of an IResNet; must be 0 for others, which have none (ViTs are regularised
+        dropout: of the inputs of an IResNet's head; must be 0 for others, which have none (ViTs are regularized
             by ``drop_path_rate``).
         kwargs: passed on, e.g. ``num_features=512``, ``fp16=True``, ``mask_ratio=0.1``, ``num_keypoints=3``, and
             ``dfa_weights="dfa.pt"`` for the names that end in ``_dfa``.
 
     Returns:
-        A randomly initialised module ``(images, keypoints) -> (B, num_features)``.
+        A randomly initialized module ``(images, keypoints) -> (B, num_features)``.
 
     Raises:
         ValueError: unknown name, or dropout is not 0 for a network without.
@@ -130,7 +130,7 @@ def _build_with(settings: dict, kind: type[Backbone]) -> Callable[..., Backbone]
 
 
 def _arguments(kind: type[Backbone]) -> dict[str, inspect.Parameter]:
-    """What a class can be built with, by name: its own arguments, and those that it passes on to the class above."""
+    """The arguments of a class by name: its own, and those that it passes on to its base class."""
     known: dict[str, inspect.Parameter] = {}
     for part in kind.__mro__:
         own = inspect.signature(part).parameters

@@ -55,20 +55,20 @@ def bucket_index(grid_size: int) -> torch.Tensor:
 
 
 def patch_centers(grid_size: int) -> torch.Tensor:
-    """Centres of the patches, (N, 2) float xy in [0, 1], row-major."""
+    """Centers of the patches, (N, 2) float xy in [0, 1], row-major."""
     axis = (torch.arange(grid_size, dtype=torch.float32) + 0.5) / grid_size
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return torch.stack([x, y], -1).reshape(-1, 2)
 
 
 class KeypointTables(NamedTuple):
-    """Bucket biases of a query: what it has in its grid column, and more the lower it lies, less what the image has.
+    """Bucket biases of a query: a term for its grid column, plus one that grows with its row, minus one for the image.
 
     L and H are 1 where tables are shared.
 
     Attributes:
         column: (L, H, n, R), at the top of every grid column.
-        slope: (L, H, R), what is added from the top of the crop to its bottom.
+        slope: (L, H, R), the increase from the top of the crop to its bottom.
         image: (L, B, H, R), where the keypoints are.
     """
 
@@ -80,15 +80,15 @@ class KeypointTables(NamedTuple):
 class KeypointRelativePosition(nn.Linear):
     """KPRPE: attention biases that depend on where each query patch lies relative to the face's keypoints.
 
-    A linear map takes the 2K offsets (patch centre - keypoint) of a query to a table of 49 bucket biases for each layer
-    and head (KPRPE paper, section 3.3). Being linear, the table splits in parts of the query's column, of its row and
-    of the image: no (B, L, H, N, R) tensor is ever built.
+    A linear map takes the 2K offsets (patch center - keypoint) of a query to a table of 49 bucket biases for each layer
+    and head (KPRPE paper, section 3.3). Being linear, the table splits into terms for the query's column, its row and
+    the image: no (B, L, H, N, R) tensor is ever built.
 
     Args:
         grid_size: patches along one side.
         num_keypoints: K, 2 to 5; the first K of the five landmarks are used.
         depth: L, number of layers.
-        num_heads: H, attention heads a layer.
+        num_heads: H, attention heads per layer.
         sharing: what shares one table: "none", "layers", "heads" or "both".
     """
 
@@ -125,7 +125,7 @@ class KeypointRelativePosition(nn.Linear):
         points = keypoints[:, : self.num_keypoints].flatten(1)  # (B, 2K)
         with torch.autocast(points.device.type, enabled=False):
             weight = self.weight.float()
-            by_x, by_y = weight.unflatten(1, (-1, 2)).sum(1).unbind(1)  # of a query that moves by the crop's side
+            by_x, by_y = weight.unflatten(1, (-1, 2)).sum(1).unbind(1)  # for a query that moves by the crop's side
             column = torch.addmm(self.bias.float(), self.columns[:, None].float(), by_x[None])  # (n, LHR)
             image = F.linear(points.float(), weight)  # (B, LHR)
         shape = (self.table_depth, self.table_heads, NUM_BUCKETS)
@@ -198,7 +198,7 @@ class ContextualAttention(Attention):
         bucket = bucket.expand(batch, self.num_heads, length, length)
         if not computes_on_cpu(x):
             return self.proj(self._attend(q, k, v, bucket))
-        # A few images at a time: what one operator writes for all pairs of patches the next finds in the cache.
+        # A few images at a time, so that the next operator finds what one wrote for all pairs of patches in the cache.
         parts = [self._attend(q[chunk], k[chunk], v[chunk], bucket[chunk]) for chunk in image_chunks(q)]
         return self.proj(torch.cat(parts))
 
@@ -218,7 +218,7 @@ class ContextualAttention(Attention):
 
 
 def check_keypoints(keypoints: torch.Tensor | None, batch: int, num_keypoints: int, check_values: bool) -> None:
-    """Refuse keypoints that a KPRPE network cannot use, and say how to get right ones.
+    """Refuse keypoints that a KPRPE network cannot use, and say how to fix them.
 
     Args:
         keypoints: what the caller passed.

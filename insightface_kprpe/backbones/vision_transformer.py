@@ -20,17 +20,17 @@ BATCH_NORM_EPS = 2e-5  # of arcface_torch's embedding head
 
 
 class VisionTransformer(Backbone):
-    """A ViT that embeds a face crop; with ``position="kprpe"`` it looks relative to the face's keypoints.
+    """A ViT that embeds a face crop; with ``position="kprpe"``, attention is relative to the face's keypoints.
 
     Args:
         img_size: side of the square input, pixels.
         patch_size: side of a patch, pixels; pixels beyond the last whole patch are not seen.
         embed_dim: D, width of a token.
         depth: L, number of blocks.
-        num_heads: H, attention heads a block; divides ``embed_dim``.
+        num_heads: H, attention heads per block; divides ``embed_dim``.
         mlp_ratio: hidden width of the MLPs, as a multiple of ``embed_dim``.
         num_features: length of the embedding.
-        num_classes: timm's name for it, which wins where given; 0: no last layer, see :meth:`reset_classifier`.
+        num_classes: timm's name for it, which takes precedence; 0: no last layer, see :meth:`reset_classifier`.
         in_chans: channels of the images.
         position: None (absolute only), "irpe" or "kprpe".
         num_keypoints: K, 2 to 5 (KPRPE only).
@@ -101,10 +101,10 @@ class VisionTransformer(Backbone):
             nn.Identity(),
         )
         self._set_classifier(num_features if num_classes is None else num_classes)
-        self._initialise()
+        self._initialize()
 
     def _set_classifier(self, num_classes: int) -> None:
-        """The last layer of the head and its normalisation, or none for 0."""
+        """The last layer of the head and its normalization, or none for 0."""
         width = self.feature[0].out_features
         self.num_classes, self.num_features = num_classes, num_classes or width
         self.feature[2] = nn.Linear(width, num_classes, bias=False) if num_classes else nn.Identity()
@@ -121,7 +121,7 @@ class VisionTransformer(Backbone):
             "classifier": "feature.2",
         }
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.mask_ratio > 0:
             nn.init.normal_(self.mask_token, std=0.02)
@@ -139,7 +139,7 @@ class VisionTransformer(Backbone):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the position tables and tokens, which weight decay should leave alone."""
+        """Names of the position tables and tokens, which should have no weight decay."""
         return self.position_tables() | {"pos_embed", "mask_token"}
 
     @torch.jit.ignore
@@ -155,16 +155,16 @@ class VisionTransformer(Backbone):
             keypoints: (B, 5, 2) float, xy in [0, 1] of the crop; needed by KPRPE, ignored by the other positions.
 
         Returns:
-            (B, num_features) float32 embeddings, not normalised: the norm carries quality.
+            (B, num_features) float32 embeddings, not normalized: the norm carries quality.
 
         Raises:
             ValueError: keypoints are missing, of a wrong shape, not finite or in pixels. In training on a GPU only the
-                shape is checked, since a look at the values would stall the device.
+                shape is checked, since checking the values would stall the device.
         """
         return self.forward_head(self.forward_features(images, keypoints))
 
     def forward_features(self, images: torch.Tensor, keypoints: torch.Tensor | None = None) -> torch.Tensor:
-        """All blocks and the last normalisation; arguments as for :meth:`forward`.
+        """All blocks and the last normalization; arguments as for :meth:`forward`.
 
         Returns:
             (B, N, D) float32 tokens of the N patches, row by row.
@@ -196,7 +196,7 @@ class VisionTransformer(Backbone):
 
         Args:
             tokens: (B, N, D) float.
-            pre_logits: leave the last layer and its normalisation out.
+            pre_logits: leave the last layer and its normalization out.
 
         Returns:
             (B, num_features) float32; (B, D) with ``pre_logits``.
@@ -207,7 +207,7 @@ class VisionTransformer(Backbone):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The layer that makes embeddings of what :meth:`forward_head` returns with ``pre_logits``."""
+        """The layer that turns what :meth:`forward_head` returns with ``pre_logits`` into embeddings."""
         return self.feature[2]
 
     @torch.jit.ignore
@@ -215,8 +215,8 @@ class VisionTransformer(Backbone):
         """Give the network a new last layer with random weights, or none.
 
         Args:
-            num_classes: length of the new embeddings; 0: they are what goes into the last layer, (B, D).
-            global_pool: timm passes it; there is no pooling to choose here, all tokens go into the head.
+            num_classes: length of the new embeddings; 0: they are the inputs of the last layer, (B, D).
+            global_pool: timm passes it; there is no pooling here, as all tokens go into the head.
 
         Raises:
             ValueError: ``global_pool`` is given.
@@ -252,7 +252,7 @@ class VisionTransformer(Backbone):
 
 
 def _has_values(tensor: torch.Tensor | None) -> bool:
-    """Whether there are numbers to look at: tensors that stand for others in tracing have none."""
+    """Whether there are values to check: tensors used in tracing have none."""
     return tensor is None or type(tensor) in (torch.Tensor, nn.Parameter)
 
 

@@ -10,16 +10,16 @@ from typing import Annotated
 import typer
 
 from ..debugging import shows_tracebacks
-from . import arcface_torch, data, deployment, evaluation, faces, training  # noqa: F401 - they add their verbs
+from . import arcface_torch, data, deployment, evaluation, faces, pairs, photos, training  # noqa: F401 - they add their verbs
 from .app import app
 from .errors import describe
 
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option(help="folder for everything that is made")] = Path("work_dirs/quickstart"),
+    output: Annotated[Path, typer.Option(help="folder for all output")] = Path("work_dirs/quickstart"),
 ) -> None:
-    """Everything once, on drawn faces: data, training, verification, ONNX, model pack, FaceAnalysis (5 minutes)."""
+    """Run the whole path on drawn faces: data, training, verification, ONNX, model pack, FaceAnalysis (5 minutes)."""
     from ..quickstart.run import run_quickstart
 
     run_quickstart(output)
@@ -28,11 +28,13 @@ def quickstart(
 @app.command()
 def models(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="these alone; 'r*' for several")
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="only these; wildcards work, e.g. 'r*'")
     ] = None,
-    speed: Annotated[bool, typer.Option(help="also images/s here: batches of 8, float32, random weights")] = False,
+    speed: Annotated[
+        bool, typer.Option(help="also measure images/s on this machine: batches of 8, float32, random weights")
+    ] = False,
 ) -> None:
-    """List the networks that a config's `network` may name: size, cost, and whose published weights each takes.
+    """List the networks that a config's `network` may name: size, cost, and which published weights each one loads.
 
     A multiply-add counts as two FLOPs. Example: insightface-kprpe models r50 cvlface_vit_b_kprpe --speed
     """
@@ -43,7 +45,7 @@ def models(
 
 
 def main() -> None:
-    """Run the command line; whatever goes wrong is one sentence and exit status 1, not a traceback."""
+    """Run the command line; errors end it with one sentence and exit status 1, not a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         app()

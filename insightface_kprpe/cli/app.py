@@ -1,4 +1,4 @@
-"""The command line's root, which the other modules of this folder add their verbs to."""
+"""The root of the command line, to which the other modules in this folder add their verbs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..debugging import VARIABLE
 
 
 class _Root(TyperGroup):
-    """A group in which a file that ends too early is an error like others; by itself, it would say "Aborted!"."""
+    """A group that reports a file that ends too early like any other error; typer would print "Aborted!"."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -34,7 +34,9 @@ app = typer.Typer(
 
 @app.callback()
 def root(
-    debug: Annotated[bool, typer.Option("--debug", help=f"errors with their traceback; or {VARIABLE}=1")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help=f"show the traceback of an error; same as {VARIABLE}=1")
+    ] = False,
 ) -> None:
     if debug:
         os.environ[VARIABLE] = "1"

@@ -15,11 +15,11 @@ from .app import app
 @app.command("arcface-torch", context_settings={"allow_interspersed_args": False})
 def arcface_torch(
     command: Annotated[
-        list[str] | None, typer.Argument(metavar="SCRIPT ...", help="script of the checkout and its arguments")
+        list[str] | None, typer.Argument(metavar="SCRIPT ...", help="a script in the checkout, and its arguments")
     ] = None,
     root: Annotated[Path, typer.Option(help="the checkout: InsightFace's recognition/arcface_torch")] = Path("."),
-    cpu: Annotated[bool, typer.Option("--cpu", help="run without GPU, to try things out")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="list what is patched, and run nothing")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="run without a GPU, to try things out")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="list what is patched and exit")] = False,
 ) -> None:
     """Run an arcface_torch checkout's own scripts, unmodified, with this package's networks and AdaFace plugged in.
 

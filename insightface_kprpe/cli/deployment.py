@@ -1,4 +1,4 @@
-"""Verbs that bring a network into use."""
+"""Verbs that deploy a network."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typer.core import TyperGroup
 from .app import app
 
 SOURCE = (
-    "weights: arcface_torch's model.pt, a CVLface folder, a snapshot of the Hugging Face Hub, "
-    "hf:OWNER/NAME[/PATH][@REVISION], a training run, or what convert wrote"
+    "weights: arcface_torch's model.pt, a CVLface folder, a snapshot from the Hugging Face Hub, "
+    "hf:OWNER/NAME[/PATH][@REVISION], a training run, or the output of convert"
 )
 Root = Annotated[Path, typer.Option(help="InsightFace's root folder")]
-Network = Annotated[str | None, typer.Option(help="name of the network, where the weights do not tell it")]
+Network = Annotated[str | None, typer.Option(help="name of the network, if the weights alone do not determine it")]
 Cache = Annotated[Path | None, typer.Option(help="folder for downloads from the Hub")]
-Offline = Annotated[bool, typer.Option("--offline", help="download nothing, use what is in the cache")]
+Offline = Annotated[bool, typer.Option("--offline", help="download nothing, use only the cache")]
 Pack = Annotated[str, typer.Argument(help="name of an installed pack, or its folder")]
 
 
@@ -25,7 +25,7 @@ class BuildUnlessNamed(TyperGroup):
     """A group whose first verb may be left out: `pack X --detector D` is `pack build X --detector D`."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
-        """Put the verb in front where there is none."""
+        """Insert the verb if there is none."""
         if args and args[0] not in self.commands and args[0] != "--help":
             args = ["build", *args]
         return super().parse_args(ctx, args)
@@ -33,7 +33,7 @@ class BuildUnlessNamed(TyperGroup):
 
 pack_app = typer.Typer(
     cls=BuildUnlessNamed,
-    help="Packs for FaceAnalysis: build (which may be left out: pack X --detector D), inspect, verify and remove them.",
+    help="Build, inspect, verify and remove packs for FaceAnalysis; `pack X ...` is short for `pack build X ...`.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -45,13 +45,14 @@ def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a training run, of a DFA too; or whatever convert reads")],
     out: Annotated[Path, typer.Argument(help="ONNX file to write")],
     image_only: Annotated[
-        bool, typer.Option(help="one input: keypoints are found by the aligner inside (*_dfa), else the template's")
+        bool,
+        typer.Option(help="take images only: keypoints come from the built-in aligner (*_dfa), else from the template"),
     ] = False,
     licence: Annotated[str | None, typer.Option(help="of the weights, stored in the file")] = None,
 ) -> None:
     """Export a trained network to ONNX (images + keypoints -> embedding) and check it against torch.
 
-    A DFA becomes a detector for crops of one face, which insightface.model_zoo loads as it is.
+    A DFA becomes a detector for crops of one face, which insightface.model_zoo loads without changes.
     """
     from ..deployment.detector_export import export_detector
     from ..deployment.onnx_export import export_onnx
@@ -71,13 +72,13 @@ def convert(
     source: Annotated[str, typer.Argument(help=SOURCE)],
     out: Annotated[Path, typer.Argument(help="NAME.safetensors, or a new folder for model.pt and config.json")],
     network: Network = None,
-    licence: Annotated[str | None, typer.Option(help="of the weights, where the source does not say it")] = None,
+    licence: Annotated[str | None, typer.Option(help="license of the weights, if the source does not name it")] = None,
     cache: Cache = None,
     offline: Offline = False,
 ) -> None:
-    """Convert published weights, once their architecture has been checked, and say what they are.
+    """Check the architecture of published weights, convert them, and describe them.
 
-    The folder is what export, evaluate and pack take for a training run; its model.pt is arcface_torch's.
+    export, evaluate and pack accept the folder as a training run; its model.pt has arcface_torch's format.
     """
     from ..weights.sources import convert as write
     from ..weights.sources import load_published
@@ -93,27 +94,37 @@ def build_pack(
     detector: Annotated[
         str,
         typer.Option(
-            help="InsightFace pack (buffalo_l), ONNX file (also hf:) or folder; or dfa: the aligner, for crops"
+            help="InsightFace pack (buffalo_l), ONNX file (also hf:) or folder; or dfa: use the aligner, for crops"
         ),
     ] = ...,
     aligner: Annotated[
-        str | None, typer.Option(help="DFA that refines the detector's landmarks after register(): ONNX or weights")
+        str | None,
+        typer.Option(
+            help="DFA, ONNX or weights, that refines the detector's landmarks once register() has been called"
+        ),
     ] = None,
-    name: Annotated[str, typer.Option(help="what FaceAnalysis(name=...) will say")] = "kprpe",
+    name: Annotated[str, typer.Option(help="name of the pack, for FaceAnalysis(name=...)")] = "kprpe",
     root: Root = Path("~/.insightface"),
-    precision: Annotated[str, typer.Option(help="of the recognition files: fp32, fp16 or int8")] = "fp32",
+    precision: Annotated[str, typer.Option(help="precision of the recognition files: fp32, fp16 or int8")] = "fp32",
     evaluate: Annotated[
-        Path | None, typer.Option(help="verification set (.bin): thresholds at FPR 1e-3 to 1e-5 for the manifest")
+        Path | None,
+        typer.Option(help="verification set (.bin), to write thresholds at FPR 1e-3 to 1e-5 into the manifest"),
     ] = None,
     extra_tasks: Annotated[
         str | None,
-        typer.Option("--with", help="models to take over: genderage, landmark_2d_106, landmark_3d_68 (commas)"),
+        typer.Option(
+            "--with", help="other models to include: genderage, landmark_2d_106, landmark_3d_68 (comma-separated)"
+        ),
     ] = None,
     extra_pack: Annotated[
-        str | None, typer.Option("--from", help="InsightFace pack (buffalo_l), or folder, that they are taken from")
+        str | None, typer.Option("--from", help="InsightFace pack (buffalo_l) or folder to take the --with models from")
     ] = None,
-    licence: Annotated[str | None, typer.Option(help="of the recognition weights, where they do not say")] = None,
-    detector_licence: Annotated[str | None, typer.Option(help="of the detector, where it does not say")] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="license of the recognition weights, if they do not name it")
+    ] = None,
+    detector_licence: Annotated[
+        str | None, typer.Option(help="license of the detector, if it does not name it")
+    ] = None,
     network: Network = None,
     cache: Cache = None,
     offline: Offline = False,
@@ -126,7 +137,9 @@ def build_pack(
 
     logging.getLogger("insightface_kprpe.deployment").setLevel(logging.INFO)  # its steps take minutes
     if (source is None) == (recognition is None):
-        raise ValueError("pack takes the recognition weights once: as --recognition X, or as the first argument")
+        raise ValueError(
+            "pack takes the recognition weights exactly once: as --recognition X, or as the first argument"
+        )
     folder = build(
         recognition=recognition or source,
         detector=detector,
@@ -143,12 +156,12 @@ def build_pack(
         cache=cache,
         offline=offline,
     )
-    typer.echo(f"{describe(folder)}\n\nuse it: FaceAnalysis(name={name!r}, root={str(root)!r})")
+    typer.echo(f"{describe(folder)}\n\nuse it with: FaceAnalysis(name={name!r}, root={str(root)!r})")
 
 
 @pack_app.command("inspect")
 def inspect_pack(pack: Pack, root: Root = Path("~/.insightface")) -> None:
-    """Say what every file of a pack is, where it came from, and under which licence."""
+    """Show what each file of a pack is, where it came from, and its license."""
     from ..deployment.installed_packs import describe
     from ..packs.layout import find_pack
 
@@ -157,14 +170,14 @@ def inspect_pack(pack: Pack, root: Root = Path("~/.insightface")) -> None:
 
 @pack_app.command("verify")
 def verify_pack(pack: Pack, root: Root = Path("~/.insightface")) -> None:
-    """Check a pack: hashes, how InsightFace takes each file, and one run of everything."""
+    """Check a pack: hashes, how InsightFace loads each file, and one run of each model."""
     from ..deployment.installed_packs import verify
     from ..packs.layout import find_pack
 
     folder = find_pack(pack, root)
     if problems := verify(folder):
         raise ValueError(f"{folder}: " + "; ".join(problems))
-    typer.echo(f"{folder}: files unchanged, taken as intended, and working")
+    typer.echo(f"{folder}: files unchanged, loaded as intended, and working")
 
 
 @pack_app.command("remove")

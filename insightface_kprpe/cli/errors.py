@@ -1,4 +1,4 @@
-"""What went wrong, in one sentence for whoever typed the command."""
+"""What went wrong, in one sentence for the user."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..debugging import VARIABLE
 
-# Raised by this package, or made for users to read: the message is the sentence.
+# Raised by this package, or written for users: the message is the sentence.
 _SENTENCES = (ValueError, RuntimeError, ImportError, FileNotFoundError)
 
 
@@ -25,12 +25,12 @@ def describe(error: Exception, arguments: Sequence[str]) -> str:
         if error.filename is None:
             return text + _given("", arguments)
     elif isinstance(error, MemoryError):
-        text = f"there is not enough memory ({text})" if text else "there is not enough memory"
+        text = f"not enough memory ({text})" if text else "not enough memory"
     elif isinstance(error, EOFError):
         text = f"a file ends too early ({text})" if text else "a file ends too early"
     elif not isinstance(error, _SENTENCES):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        text += f" (unexpected; {VARIABLE}=1 or --debug before the verb shows where)"
+        text += f" (unexpected; {VARIABLE}=1 or --debug before the verb shows the traceback)"
     return (text or type(error).__name__) + _given(text, arguments)
 
 
@@ -38,7 +38,7 @@ def _system_error(error: OSError) -> str:
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
     subject = " -> ".join(names)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space is left to write {subject or 'a file'}; free some, or write elsewhere"
+        return f"no space left to write {subject or 'a file'}; free some, or write elsewhere"
     return f"{subject}: {error.strerror}" if subject else error.strerror
 
 

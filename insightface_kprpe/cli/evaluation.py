@@ -32,25 +32,23 @@ class Embedding:
         typer.Option(
             "--model",
             "--model-prefix",
-            help="[NAME=]PATH: training run, weights, .onnx, pack, or hf:OWNER/NAME; several: repeat it",
+            help="[NAME=]PATH: training run, weights, .onnx, pack, or hf:OWNER/NAME; may be repeated",
         ),
     ]
-    network: Annotated[str | None, typer.Option(help="backbone that the weights are of, where nothing else says")] = (
-        None
-    )
+    network: Annotated[str | None, typer.Option(help="backbone of the weights, if nothing else determines it")] = None
     precision: Annotated[str, typer.Option(help="fp32, or bf16 for torch models")] = "fp32"
-    batch_size: Annotated[int, typer.Option(help="crops a forward pass")] = 64
+    batch_size: Annotated[int, typer.Option(help="crops per forward pass")] = 64
     flip: Annotated[bool, typer.Option(help="add the embedding of the mirrored crop")] = True
     aligner: Annotated[
-        Path | None, typer.Option(help="DFA that finds the keypoints: weights file, or output folder of train-dfa")
+        Path | None, typer.Option(help="DFA that predicts the keypoints: weights file, or output folder of train-dfa")
     ] = None
-    missing: Annotated[str, typer.Option(help="images that are missing or damaged: fail, or skip them and say so")] = (
-        "fail"
-    )
+    missing: Annotated[
+        str, typer.Option(help="what to do about missing or damaged images: fail, or skip (with a warning)")
+    ] = "fail"
     cache: Annotated[
-        Path | None, typer.Option(help="folder for embeddings, which an interrupted evaluation resumes")
+        Path | None, typer.Option(help="folder to cache embeddings in, so that an interrupted evaluation can resume")
     ] = None
-    num_workers: Annotated[int, typer.Option(help="processes that read images, on every rank")] = 2
+    num_workers: Annotated[int, typer.Option(help="worker processes per rank that read images")] = 2
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,11 @@ class Measuring(Embedding):
     ] = None
 
 
-Fusion = Annotated[str, typer.Option(help="average, norm, detector, norm_detector, landmark, or all of them")]
+Fusion = Annotated[str, typer.Option(help="average, norm, detector, norm_detector, landmark, or all")]
 
 
 def _with_options(verb: Callable[..., None]) -> Callable[..., None]:
-    """Replace the parameter ``settings`` of a verb by the fields of its class, as options of the command line."""
+    """Replace the parameter ``settings`` of a verb by command-line options, one per field of its class."""
     hints = get_type_hints(verb, include_extras=True)
     of_class = hints["settings"]
     parameters = [
@@ -91,17 +89,23 @@ def _with_options(verb: Callable[..., None]) -> Callable[..., None]:
 
     wrapper.__signature__ = inspect.Signature(parameters)
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del wrapper.__wrapped__  # whose parameters would be taken for its own
+    del wrapper.__wrapped__  # typer would use its parameters
     return wrapper
 
 
 @evaluate_app.command("bin")
 @_with_options
 def evaluate_bin(
-    sets: Annotated[list[str], typer.Argument(help=".bin files of pairs, or synthetic / synthetic_unaligned")],
+    sets: Annotated[
+        list[str], typer.Argument(help=".bin files, folders with pairs.txt, or synthetic / synthetic_unaligned")
+    ],
     settings: Measuring,
 ) -> None:
-    """10-fold verification accuracy on InsightFace .bin sets; landmarks from NAME_ldmk_5points.csv beside each."""
+    """Verification accuracy over folds, on InsightFace .bin sets or folders of crops with LFW's pairs.txt.
+
+    Landmarks come from NAME_ldmk_5points.csv beside a .bin, ldmk_5points.csv in a folder. Example: insightface-kprpe
+    evaluate bin lfw.bin lfw_aligned --model work_dirs/my_run --out report
+    """
     from ..data.verification_pairs import open_verification
     from ..evaluation.protocols import run_pairs
 
@@ -117,16 +121,20 @@ def evaluate_ijb(
     folder: Annotated[
         Path | None, typer.Argument(help="folder with meta/ and loose_crop/, InsightFace's layout")
     ] = None,
-    image_path: Annotated[Path | None, typer.Option(help="the same, as arcface_torch's eval_ijbc.py has it")] = None,
+    image_path: Annotated[
+        Path | None, typer.Option(help="same as FOLDER, spelled as in arcface_torch's eval_ijbc.py")
+    ] = None,
     target: Annotated[str, typer.Option(help="IJBC or IJBB")] = "IJBC",
     fusion: Fusion = "norm_detector",
 ) -> None:
-    """IJB-B or IJB-C: 1:1, and 1:N where its lists are in meta/. Many images: torchrun -m insightface_kprpe.cli ..."""
+    """IJB-B or IJB-C: 1:1, and 1:N if its lists are in meta/. Many images: torchrun -m insightface_kprpe.cli ..."""
     from ..evaluation.protocols import choose_fusions, run_ijb
     from ..evaluation.report import format_arcface_torch
 
     if (folder is None) == (image_path is None):
-        raise ValueError("name the folder with meta/ and loose_crop/ once: evaluate ijb FOLDER, or --image-path FOLDER")
+        raise ValueError(
+            "give the folder with meta/ and loose_crop/ exactly once: evaluate ijb FOLDER, or --image-path FOLDER"
+        )
     if target.upper() not in ("IJBC", "IJBB"):
         raise ValueError(f"target must be IJBC or IJBB, got {target}")
     source, fusions = folder or image_path, choose_fusions(fusion)
@@ -144,7 +152,7 @@ def evaluate_ijbs(
     settings: Measuring,
     fusion: Fusion = "landmark",
 ) -> None:
-    """IJB-S from plain CSV files, whose form insightface_kprpe/evaluation/ijbs.py describes; use --cache."""
+    """IJB-S from plain CSV files, in the format that docs/ijbs.md describes; use --cache."""
     from ..evaluation.protocols import choose_fusions, run_ijbs
 
     fusions = choose_fusions(fusion)
@@ -154,7 +162,9 @@ def evaluate_ijbs(
 @evaluate_app.command("tinyface")
 @_with_options
 def evaluate_tinyface(
-    folder: Annotated[Path, typer.Argument(help="folder with Probe, Gallery_Match, Gallery_Distractor; or above it")],
+    folder: Annotated[
+        Path, typer.Argument(help="folder with Probe, Gallery_Match and Gallery_Distractor, or its parent")
+    ],
     settings: Measuring,
 ) -> None:
     """TinyFace: rank-1, -5 and -20 among distractors; keypoints from --aligner, else the canonical template."""
@@ -166,7 +176,7 @@ def evaluate_tinyface(
 @app.command("embed")
 @_with_options
 def embed_command(
-    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of crops; also train.rec or a .bin file")],
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of crops, .rec or .bin file")],
     out: Annotated[Path, typer.Option(help=".npz or .parquet file to write")],
     settings: Embedding,
 ) -> None:
@@ -206,7 +216,7 @@ def _measure(run: Callable[[Embedder, EmbedOptions], list[Result]], settings: Me
 
 @contextlib.contextmanager
 def _rank(settings: Embedding) -> Iterator[tuple[EmbedOptions, Iterator[Embedder]]]:
-    """This rank's options, and the models, each opened when the one before is done with."""
+    """This rank's options, and the models, each opened once the previous one is done."""
     from ..dfa import load_dfa
     from ..distributed import process_group
     from ..inference.embedding import EmbedOptions
@@ -250,12 +260,14 @@ def _is_first() -> bool:
 
 @evaluate_app.command("landmarks")
 def evaluate_landmarks(
-    data: Annotated[Path, typer.Argument(help="folder with label.txt (RetinaFace's format) and its pictures")],
-    models: Annotated[list[str], typer.Argument(metavar="NAME=PATH...", help="train-dfa's output, or weights files")],
-    out: Annotated[Path | None, typer.Option(help="folder for landmarks.json and the curves, landmarks.png")] = None,
-    robustness: Annotated[bool, typer.Option(help="also on blurred, small, rotated and shifted crops")] = False,
+    data: Annotated[Path, typer.Argument(help="folder with label.txt (RetinaFace's format) and its images")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="NAME=PATH...", help="output folders of train-dfa, or weights files")
+    ],
+    out: Annotated[Path | None, typer.Option(help="folder for landmarks.json and the curves (landmarks.png)")] = None,
+    robustness: Annotated[bool, typer.Option(help="also measure on blurred, small, rotated and shifted crops")] = False,
 ) -> None:
-    """Error of landmark networks, as a fraction of sqrt(box area) (NME), their failures (NME > 0.1), and their size."""
+    """Measure landmark networks: error as a fraction of sqrt(box area) (NME), failures (NME > 0.1), and size."""
     import torch
 
     from ..data.landmark_dataset import LandmarkDataset
@@ -272,7 +284,7 @@ def evaluate_landmarks(
     results, tables = {}, {}
     typer.echo(f"{'model':24}     NME   failures   mean score   parameters   GFLOP")
     for name, net in nets.items():
-        dataset = LandmarkDataset(data, net.image_size, labelled_only=True)
+        dataset = LandmarkDataset(data, net.image_size, labeled_only=True)
         parameters, flops = count_parameters_and_flops(net, torch.zeros(1, 3, net.image_size, net.image_size))
         results[name] = found = protocol.evaluate_landmarks(lambda images, net=net: net.locate(images)[:2], dataset)
         typer.echo(

@@ -1,4 +1,4 @@
-"""Verbs about the faces of photos, and about whether everything is installed as it should be."""
+"""Verbs for faces in photos, and the one that checks the installation."""
 
 from __future__ import annotations
 
@@ -10,36 +10,38 @@ import typer
 from .app import app
 
 if TYPE_CHECKING:
-    from ..app.enrolment import Enrolled
+    from ..app.enrollment import Enrolled
 
-Pack = Annotated[str, typer.Option(help="model pack: its name in ROOT/models, or its folder")]
+Pack = Annotated[str, typer.Option(help="model pack: a name in ROOT/models, or a folder")]
 Root = Annotated[Path, typer.Option(help="InsightFace's root folder")]
 Index = Annotated[Path, typer.Argument(help="gallery file (.npz)")]
-Aligned = Annotated[bool, typer.Option(help="--no-aligned: the network sees the detector's box as it is")]
-AreCrops = Annotated[bool, typer.Option("--crops", help="pictures are crops, aligned already: nothing is detected")]
-DetectorThreshold = Annotated[float, typer.Option(help="score from which on the detector's find is a face")]
+Aligned = Annotated[bool, typer.Option(help="--no-aligned feeds the detector's box to the network without aligning it")]
+AreCrops = Annotated[bool, typer.Option("--crops", help="images are aligned crops already; do not run the detector")]
+DetectorThreshold = Annotated[float, typer.Option(help="minimum detector score for a face")]
 
-gallery_app = typer.Typer(help="The people that recognize knows.", no_args_is_help=True, rich_markup_mode=None)
+gallery_app = typer.Typer(
+    help="Manage the gallery of people that recognize compares with.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(gallery_app, name="gallery")
 
 
 @app.command()
 def recognize(
     gallery: Annotated[Path, typer.Argument(help="folder of people (NAME/*.jpg or NAME.jpg), or a gallery file")],
-    photo: Annotated[Path, typer.Argument(help="picture whose faces are to be named")],
-    out: Annotated[Path | None, typer.Option(help="picture to write, with boxes and names (.jpg, .png)")] = None,
+    photo: Annotated[Path, typer.Argument(help="image with the faces to name")],
+    out: Annotated[Path | None, typer.Option(help="image to write, with boxes and names (.jpg, .png)")] = None,
     pack: Pack = "kprpe",
     root: Root = Path("~/.insightface"),
     threshold: Annotated[
         float | None,
-        typer.Option(help="cosine from which on a face is somebody's; default: the pack's, or 0.3"),
+        typer.Option(help="minimum cosine similarity for a match; default: the pack's, or 0.3"),
     ] = None,
     det_thresh: DetectorThreshold = 0.5,
     aligned: Aligned = True,
     crops: AreCrops = False,
 ) -> None:
     """Name the people in a photo, with similarity (cosine) and quality (0 to 1)."""
-    from ..app.enrolment import enrol, people_of_folder
+    from ..app.enrollment import enroll, people_of_folder
     from ..app.gallery import Gallery
     from ..app.pictures import check_picture_name, read_picture, write_picture
     from ..app.recognition import DEFAULT_THRESHOLD, annotate, measured_threshold, open_pack
@@ -53,12 +55,12 @@ def recognize(
     analysis = open_pack(pack, root, det_thresh, aligned=aligned)
     typer.echo(load_note(analysis.models["recognition"].model_file) or f"{pack}: not built by this package", err=True)
     if gallery.is_dir():
-        _report(enrol(analysis, people, people_of_folder(gallery), are_crops=crops), gallery)
+        _report(enroll(analysis, people, people_of_folder(gallery), are_crops=crops), gallery)
     if threshold is None:
         threshold = measured_threshold(analysis)
     if threshold is None:
         threshold = DEFAULT_THRESHOLD
-        typer.echo(f"threshold {threshold}: nothing measured in the pack; set --threshold", err=True)
+        typer.echo(f"threshold {threshold}: the pack has no measured one; set --threshold", err=True)
     faces = name_faces(analysis, people, picture, threshold, is_crop=crops)
     found, known = _count(len(faces), "face", "faces"), _count(len(people.people()), "person", "people")
     typer.echo(f"{photo}: {found}, gallery of {known}, threshold {threshold:.3f}")
@@ -75,20 +77,24 @@ def recognize(
 @gallery_app.command("add")
 def add_people(
     index: Index,
-    people: Annotated[Path, typer.Argument(help="folder of people (NAME/*.jpg or NAME.jpg); one person's with --name")],
-    name: Annotated[str | None, typer.Option(help="whose pictures these are; PEOPLE may then be one picture")] = None,
+    people: Annotated[
+        Path, typer.Argument(help="folder of people (NAME/*.jpg or NAME.jpg); with --name, one person's folder")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="the person all images are of; PEOPLE may then be a single image")
+    ] = None,
     pack: Pack = "kprpe",
     root: Root = Path("~/.insightface"),
     det_thresh: DetectorThreshold = 0.5,
     aligned: Aligned = True,
     crops: AreCrops = False,
-    prune: Annotated[bool, typer.Option(help="remove pictures that lay below PEOPLE and are gone")] = False,
+    prune: Annotated[bool, typer.Option(help="remove images that were in PEOPLE and no longer exist")] = False,
 ) -> None:
-    """Add the largest face of each picture.
+    """Add the largest face in each image.
 
-    Content decides: what is in the gallery is passed over, a changed file is embedded anew, a moved one followed.
+    Files are compared by content: known ones are skipped, changed ones embedded again, moved ones followed.
     """
-    from ..app.enrolment import enrol, people_of_folder, vanished
+    from ..app.enrollment import enroll, people_of_folder, vanished
     from ..app.gallery import editing
     from ..app.recognition import open_pack
     from ..data.picture_files import list_pictures, nfc
@@ -96,12 +102,12 @@ def add_people(
     if name is None:
         pictures = people_of_folder(people)
     elif not people.exists():
-        raise FileNotFoundError(f"pictures not found: {people}")
+        raise FileNotFoundError(f"images not found: {people}")
     else:
         pictures = [(nfc(name), path) for path in ([people] if people.is_file() else list_pictures(people))]
     analysis = open_pack(pack, root, det_thresh, aligned=aligned)
     with editing(index) as gallery:
-        enrolled = enrol(analysis, gallery, pictures, index, are_crops=crops)
+        enrolled = enroll(analysis, gallery, pictures, index, are_crops=crops)
         gone = vanished(gallery, people)
         lost = gallery.sources[gone].tolist()
         if prune and lost:
@@ -110,7 +116,7 @@ def add_people(
     _report(enrolled, people)
     fate = "removed" if prune else "still in the gallery; --prune removes it"
     for source in lost:
-        typer.echo(f"{source}: not there any more, {fate}", err=True)
+        typer.echo(f"{source}: no longer exists, {fate}", err=True)
     removed = f", {len(lost)} removed" if prune and lost else ""
     known = _count(len(gallery.people()), "person", "people")
     typer.echo(f"{index}: {_added(enrolled)}, {known}{removed}{_passed_over(enrolled, pictures)}")
@@ -119,22 +125,22 @@ def add_people(
 def _added(enrolled: Enrolled) -> str:
     changed = f" ({len(enrolled.changed)} changed)" if enrolled.changed else ""
     moved = f", {len(enrolled.moved)} moved" if enrolled.moved else ""
-    return f"{_count(enrolled.added, 'picture', 'pictures')} added{changed}{moved}"
+    return f"{_count(enrolled.added, 'image', 'images')} added{changed}{moved}"
 
 
 def _passed_over(enrolled: Enrolled, pictures: list[tuple[str, Path]]) -> str:
     if not enrolled.passed_over:
         return ""
-    # By name where that is not the one asked for.
+    # Names are listed where they are not the ones asked for.
     asked = {path: name for name, path in pictures}
     others = sorted({name for path, name in enrolled.passed_over.items() if asked[path] != name})
     known_as = f" (as {', '.join(others)})" if others else ""
-    return f", {len(enrolled.passed_over)} passed over: already in the gallery{known_as}"
+    return f", {len(enrolled.passed_over)} skipped: already in the gallery{known_as}"
 
 
 @gallery_app.command("list")
 def list_people(index: Index) -> None:
-    """Say who is in the gallery, and with how many pictures."""
+    """List the people in the gallery, with their number of images."""
     from ..app.gallery import Gallery
 
     gallery = Gallery.load(index)
@@ -142,21 +148,21 @@ def list_people(index: Index) -> None:
         typer.echo(f"{pictures:6}  {name}")
     known, pictures = (
         _count(len(gallery.people()), "person", "people"),
-        _count(len(gallery.names), "picture", "pictures"),
+        _count(len(gallery.names), "image", "images"),
     )
     typer.echo(f"{index}: {known}, {pictures}, model {gallery.model}")
 
 
 @gallery_app.command("remove")
-def remove_person(index: Index, name: Annotated[str, typer.Argument(help="whom to forget")]) -> None:
-    """Forget a person."""
+def remove_person(index: Index, name: Annotated[str, typer.Argument(help="person to remove")]) -> None:
+    """Remove a person."""
     from ..app.gallery import Gallery, editing
 
-    Gallery.load(index)  # says so where there is none
+    Gallery.load(index)  # fails if there is none
     with editing(index) as gallery:
         pictures = gallery.remove(name)
         gallery.save(index)
-    removed, left = _count(pictures, "picture", "pictures"), _count(len(gallery.people()), "person", "people")
+    removed, left = _count(pictures, "image", "images"), _count(len(gallery.people()), "person", "people")
     typer.echo(f"{index}: {name} removed ({removed}), {left} left")
 
 
@@ -165,7 +171,7 @@ def doctor(
     root: Root = Path("~/.insightface"),
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
 ) -> None:
-    """Check the installation and the model packs; what is wrong comes with the command that fixes it."""
+    """Check the installation and the model packs; each problem is printed with the command that fixes it."""
     import json
 
     from ..app.doctor import examine, format_findings
@@ -177,20 +183,20 @@ def doctor(
 
 
 def _report(enrolled: Enrolled, people: Path) -> None:
-    """A line for each picture with which something is amiss; an error where none could be added."""
-    lines = {path: "changed, embedded anew" for path in enrolled.changed if path not in enrolled.left_out}
-    lines |= {path: f"moved, it was {source}" for path, source in enrolled.moved.items()}
+    """A line for each image with a problem; an error if no image could be added."""
+    lines = {path: "changed, embedded again" for path in enrolled.changed if path not in enrolled.left_out}
+    lines |= {path: f"moved from {source}" for path, source in enrolled.moved.items()}
     for path, line in lines.items():
         typer.echo(f"{path}: {line}", err=True)
     for path, doubt in enrolled.doubts.items():
         typer.echo(f"{path}: {doubt}", err=True)
     for path, reason in enrolled.left_out.items():
-        gone = "; what the gallery had of it is removed" if path in enrolled.changed else ""
+        gone = "; its old entry is removed from the gallery" if path in enrolled.changed else ""
         typer.echo(f"{path}: left out, {reason}{gone}", err=True)
     if enrolled.left_out and not (enrolled.added or enrolled.passed_over or enrolled.moved):
-        raise ValueError(f"{people}: none of its pictures could be added")
+        raise ValueError(f"{people}: none of its images could be added")
     if enrolled.nobody:
-        typer.echo(f"warning: the gallery has nothing of {', '.join(enrolled.nobody)}", err=True)
+        typer.echo(f"warning: the gallery has no images of {', '.join(enrolled.nobody)}", err=True)
 
 
 def _count(number: int, one: str, many: str) -> str:

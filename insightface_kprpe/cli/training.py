@@ -12,11 +12,19 @@ from .app import app
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="config file, or the name of a shipped one (e.g. quickstart)")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="replace values")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="do not train: print what it needs (memory, steps)")] = False,
+    config: Annotated[
+        str, typer.Argument(help="config file, or the name of one in recognition_configs/ (e.g. quickstart)")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="override config values")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="print the memory and steps that training needs, and exit")
+    ] = False,
     world_size: Annotated[int, typer.Option(help="with --plan: number of GPUs")] = 1,
-    images_per_second: Annotated[float | None, typer.Option(help="with --plan: of one GPU, for the hours")] = None,
+    images_per_second: Annotated[
+        float | None, typer.Option(help="with --plan: throughput of one GPU, to estimate hours")
+    ] = None,
 ) -> None:
     """Train in this process. Several: torchrun --nproc_per_node=N -m insightface_kprpe.training.trainer CONFIG ..."""
     from ..training.trainer import main as train_main
@@ -29,10 +37,14 @@ def train(
 
 @app.command("train-dfa", context_settings={"allow_interspersed_args": False})
 def train_dfa(
-    config: Annotated[str, typer.Argument(help="config file, or the name of a shipped one (e.g. dfa_small)")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="replace values")] = None,
+    config: Annotated[
+        str, typer.Argument(help="config file, or the name of one in recognition_configs/ (e.g. dfa_small)")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="override config values")
+    ] = None,
 ) -> None:
-    """Train the landmark network in this process.
+    """Train the landmark network (DFA) in this process.
 
     Several: torchrun --nproc_per_node=N -m insightface_kprpe.training.landmark_trainer CONFIG ...
     """
@@ -43,10 +55,10 @@ def train_dfa(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="a training's output folder")],
-    out: Annotated[Path | None, typer.Option(help="folder for the report; default: report in RUN")] = None,
+    run: Annotated[Path, typer.Argument(help="output folder of a training run")],
+    out: Annotated[Path | None, typer.Option(help="folder for the report; default: RUN/report")] = None,
 ) -> None:
-    """Draw how a training went: loss, learning rate, norms, margins, verification, as PNG and one HTML file."""
+    """Plot a training run: loss, learning rate, norms, margins, verification, as PNG files and one HTML page."""
     from ..training.run_report import report_run
 
     for path in report_run(run, out):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from ..geometry import mirror_keypoints
+from ..geometry import mirror_keypoints, sampling_grid
 from .photometric import random_color, random_degradation, random_erasing
 
 # The paper's supplement, Table 6, where it gives numbers; RandAugment is applied to colors only.
@@ -25,12 +25,13 @@ PAPER = {
     "degrade_probability": 0.2,
     "erase_probability": 0.2,
 }
-# On a CPU: with much more, the memory that goes back to the system and is fetched anew costs more than the warp itself.
+# On a CPU: with much more, returning memory to the system and allocating it again costs more than the warp
+# itself.
 _WARPED_AT_ONCE = 16
 
 
 def warp_images(images: torch.Tensor, matrix: torch.Tensor, black: float = -1.0) -> torch.Tensor:
-    """Move the pixels of each image by its matrix; what comes from outside is black.
+    """Move the pixels of each image by its matrix; what comes from outside the image is black.
 
     Args:
         images: (B, C, S, S) float.
@@ -38,14 +39,11 @@ def warp_images(images: torch.Tensor, matrix: torch.Tensor, black: float = -1.0)
         black: the number of black pixels.
     """
     linear, offset = matrix[:, :, :2], matrix[:, :, 2:]
-    inverse = torch.linalg.inv_ex(linear).inverse  # inv would wait for a GPU
-    # grid_sample wants the way back, in [-1, 1], where x = (n + 1) / 2
+    inverse = torch.linalg.inv_ex(linear).inverse  # inv would synchronize with the GPU
+    # grid_sample needs the inverse, in [-1, 1], where x = (n + 1) / 2
     shift = inverse @ (1 - linear.sum(-1, keepdim=True) - 2 * offset)
     axis = (torch.arange(images.shape[-1], device=images.device) * 2 + 1) / images.shape[-1] - 1
-    along_x = inverse[:, :, :1] * axis  # (B, 2, S)
-    along_y = inverse[:, :, 1:] * axis + shift
-    # (B, S, S, 2) in memory (B, 2, S, S): several times as fast as affine_grid, and no slower to read
-    grid = (along_x[:, :, None] + along_y[..., None]).permute(0, 2, 3, 1)
+    grid = sampling_grid(torch.cat([inverse, shift], -1), axis)
     if black == 0:
         return F.grid_sample(images, grid, align_corners=False)
     return F.grid_sample(images - black, grid, align_corners=False).add_(black)
@@ -58,7 +56,7 @@ def similarity_about_center(
 
     Args:
         angle: (B,) radians, clockwise as seen.
-        zoom: (B,) factors by which what is seen grows.
+        zoom: (B,) magnification factors.
         shift: (B, 2) along x and y, as fractions of the side.
         mirrored: (B,) bool; None: none is.
 
@@ -90,10 +88,12 @@ def random_mirror(
     Returns:
         New images and their keypoints.
     """
-    mirrored = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
-    rows = torch.arange(len(images), device=images.device) + len(images) * mirrored
-    images = torch.cat([images, images.flip(-1)]).index_select(0, rows)  # of bytes, faster on a CPU than torch.where
-    return images, torch.where(mirrored[:, None, None], mirror_keypoints(keypoints), keypoints)
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    result = images.flip(-1)
+    for row in torch.where(~mirrored)[0].tolist():  # little fresh memory, which costs a CPU more than the copying
+        result[row] = images[row]
+    mirrored = mirrored.to(images.device)
+    return result, torch.where(mirrored[:, None, None], mirror_keypoints(keypoints), keypoints)
 
 
 def random_similarity(
@@ -119,7 +119,7 @@ def random_similarity(
         rotation_probability: share of these that are turned.
 
     Returns:
-        (B, 5, 2) where the keypoints are now.
+        (B, 5, 2) the moved keypoints.
     """
     count = len(images)
 
@@ -136,7 +136,7 @@ def random_similarity(
     matrix = similarity_about_center(angle, zoom, shift)
     matrix, rows = matrix[chosen].to(images.device), torch.where(chosen)[0].to(images.device)
     at_once = _WARPED_AT_ONCE if images.device.type == "cpu" else len(rows)
-    if len(rows) == count:  # views will do
+    if len(rows) == count:  # views are enough
         for some, part in zip(images.split(at_once), matrix.split(at_once), strict=True):
             some.copy_(warp_images(some, part, black=0))
     else:
@@ -148,7 +148,7 @@ def random_similarity(
 class Augmentation:
     """Mirroring, color, degradation, similarity and erasing, in this order; all but mirroring are off by default.
 
-    What lies outside the old crop, and what is erased, is black, whatever the colors became.
+    Everything outside the old crop, and everything erased, is black, whatever happened to the colors.
 
     Args:
         rotation: largest angle in degrees, either way.
@@ -162,7 +162,7 @@ class Augmentation:
         erase_probability: share of the crops of which a part is blacked out.
 
     Raises:
-        ValueError: a probability is not in [0, 1], or another number out of its range.
+        ValueError: a probability is not in [0, 1], or another number is out of range.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class Augmentation:
             generator: on the CPU; the same state gives the same choices on any device.
 
         Returns:
-            New images, (B, 3, S, S) float in [-1, 1], and where their keypoints are.
+            New images, (B, 3, S, S) float in [-1, 1], and their keypoints.
         """
         images, keypoints = random_mirror(images, keypoints, generator)
         images = images.float().div_(255)

@@ -1,4 +1,4 @@
-"""A picture of what an augmentation does to faces and their keypoints, to look at before a long run."""
+"""A contact sheet of what an augmentation does to faces and their keypoints, to check before a long run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .face_dataset import FaceDataset
 def augmentation_sheet(
     faces: FaceDataset, augment: Augmentation, count: int = 10, versions: int = 9, seed: int = 0
 ) -> np.ndarray:
-    """Draw some faces, evenly spread over the set, each in a row: as it is, then augmented several times.
+    """Draw some faces, evenly spread over the set, one per row: the original, then several augmented versions.
 
     Args:
         faces: where they come from.
         augment: what to show.
-        count: rows; fewer where there are fewer faces.
+        count: rows; fewer if there are fewer faces.
         versions: augmented ones in a row.
         seed: of the choices.
 

@@ -1,4 +1,4 @@
-"""Sets of face crops, whatever they lie in, in the order in which their landmark file numbers them."""
+"""Sets of face crops in any container, in the order in which their landmark file numbers them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Crops(NamedTuple):
         count: how many.
         read: index -> (H, W, 3) uint8 RGB.
         landmark_file: where data sets and evaluators look for the landmarks.
-        paths: the image files, in order; None where images are no files.
-        container: the file that holds all images, where they are no files.
+        paths: the image files, in order; None if images are not files.
+        container: the file that holds all images, if they are not files.
     """
 
     count: int
@@ -39,7 +39,7 @@ def open_crops(source: str | Path) -> Crops:
 
     Args:
         source: a folder with ``train.rec``, a ``.rec`` file, a ``.bin`` verification set, a folder with one sub-folder
-            of images a person, or a folder of images.
+            of images per person, or a folder of images.
 
     Raises:
         ValueError: it is none of these, or damaged.
@@ -58,7 +58,7 @@ def open_crops(source: str | Path) -> Crops:
         raise ValueError(f"source must be a .rec or .bin file, or a folder of images or with train.rec, got {source}")
     paths = [path for files in list_people(source).values() for path in files] or list_pictures(source)
     if not paths:
-        raise ValueError(f"source must be a folder of images or with train.rec, got {source} without any")
+        raise ValueError(f"source must be a folder of images or with train.rec, got {source}, which has neither")
     return Crops(len(paths), functools.partial(_read_path, paths), source / LANDMARK_FILE, paths)
 
 

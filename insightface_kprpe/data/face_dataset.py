@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..geometry import CANONICAL_KEYPOINTS
+from .image_codec import fit_crop
 from .landmark_csv import read_keypoints
 from .picture_files import list_people, read_image_file
 from .record_checks import check_records
@@ -31,7 +32,7 @@ class FaceDataset(Dataset):
 
     Args:
         source: has ``labels`` (N,) int64, ``has_landmarks``, ``source[i] -> (image (H, W, 3) uint8 RGB, keypoints
-            (5, 2) or None)``, and ``record_key(i)``, by which a person finds the image.
+            (5, 2) or None)``, and ``record_key(i)``, which identifies the image to a person.
         size: side of the crops, pixels; other sizes are resized.
     """
 
@@ -42,12 +43,12 @@ class FaceDataset(Dataset):
         self.num_classes = int(self.labels.max()) + 1 if len(self.labels) else 0
 
     def warn_without_landmarks(self) -> None:
-        """Say so where every face has the template's keypoints, for networks that make use of keypoints."""
+        """Warn if every face has the template's keypoints, for networks that use keypoints."""
         if not self.source.has_landmarks:
             logger.warning(
                 "%s not found: every face gets the canonical template as its keypoints, which is right for aligned "
                 "crops only and leaves KPRPE nothing to learn from. `insightface-kprpe landmarks %s --weights DFA` "
-                "writes it; or train a network that finds them itself (*_kprpe_dfa)",
+                "writes it; or train a network that predicts them itself (*_kprpe_dfa)",
                 self.source.folder / LANDMARK_FILE,
                 self.source.folder,
             )
@@ -57,8 +58,7 @@ class FaceDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, torch.Tensor]:
         image, keypoints = self.source[index]
-        if image.shape[:2] != (self.size, self.size):
-            image = cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        image = fit_crop(image, self.size)
         if keypoints is None:
             keypoints = CANONICAL_KEYPOINTS
         planes = np.empty((3, self.size, self.size), np.uint8)
@@ -66,12 +66,12 @@ class FaceDataset(Dataset):
         return torch.from_numpy(planes), int(self.labels[index]), torch.tensor(keypoints, dtype=torch.float32)
 
     def record_key(self, index: int) -> int | str:
-        """What the source calls an image: the key of its record, the path of its file."""
+        """The source's name for an image: the key of its record, or the path of its file."""
         return self.source.record_key(index)
 
 
 class RecordFaces:
-    """``train.rec`` of InsightFace's layout and, beside it, ``ldmk_5points.csv``."""
+    """``train.rec`` of InsightFace's layout and, next to it, ``ldmk_5points.csv``."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder, self.reader = Path(folder), RecordReader(folder)
@@ -90,13 +90,13 @@ class RecordFaces:
 
 
 class FolderFaces:
-    """A folder with one sub-folder of images a person; people and images are numbered in sorted order."""
+    """A folder with one sub-folder of images per person; people and images are numbered in sorted order."""
 
     def __init__(self, folder: str | Path) -> None:
         people = list_people(folder)
         if not people:
             raise ValueError(
-                f"rec must be a folder with one sub-folder of images a person, got {folder} without images"
+                f"rec must be a folder with one sub-folder of images per person, got {folder} without images"
             )
         self.paths = [path for files in people.values() for path in files]
         self.labels = np.repeat(np.arange(len(people), dtype=np.int64), [len(files) for files in people.values()])
@@ -129,12 +129,12 @@ class DrawnFaces:
 
 
 def open_faces(rec: str | Path, num_classes: int = 0, num_image: int = 0, seed: int = 0) -> FaceDataset:
-    """Open whatever ``rec`` names.
+    """Open the data that ``rec`` names.
 
     Args:
         rec: folder with train.rec, folder of people's folders, or "synthetic".
         num_classes: people to draw (synthetic only; 0 means 100).
-        num_image: images to draw in all (synthetic only; 0 means 30 a person).
+        num_image: images to draw in total (synthetic only; 0 means 30 per person).
         seed: of the drawn people.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From a loader's batches to the training device: unreadable images left out and counted, copies made ahead."""
+"""From a loader's batches to the training device: unreadable images replaced and counted, copies made ahead."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 RawBatch = list[torch.Tensor]
 
 _TRIES = 100  # images in a row that may be unreadable
-_RATE_OVER = 10_000  # images: the rate of bad ones is taken over at least so many
+_RATE_OVER = 10_000  # images: the rate of bad ones is taken over at least this many
 
 
 class ReadableFaces(Dataset):
-    """A dataset in which the next readable image stands in for one that cannot be read.
+    """A dataset in which the next readable image replaces one that cannot be read.
 
     Items are those of the dataset and a (2,) int64 tensor: the index asked for, and how many images, from it on, could
     not be read.
@@ -41,11 +41,11 @@ class ReadableFaces(Dataset):
                 continue
             return *item, torch.tensor([index, skipped])
         raise RuntimeError(
-            f"{_TRIES} images in a row, from number {index} on, cannot be read; is the data set complete?"
+            f"{_TRIES} images in a row, from number {index} on, could not be read; is the data set complete?"
         )
 
     def record_key(self, index: int) -> int | str:
-        """What a person would look for: the key of a record, or the path of a file."""
+        """Its name for a person: the key of a record, or the path of a file."""
         return self.faces.record_key(index)
 
 
@@ -63,7 +63,7 @@ class BadImages:
         self.known: set[int] = set()
 
     def count(self, origin: torch.Tensor) -> None:
-        """Look at one batch.
+        """Check one batch.
 
         Args:
             origin: (b, 2) int64 on the CPU, of :class:`ReadableFaces`.
@@ -79,7 +79,7 @@ class BadImages:
         if self.bad / max(self.read, _RATE_OVER) > self.limit:
             raise ValueError(
                 f"{self.bad} of {self.read} images could not be read, more than max_bad_images={self.limit:g} allows; "
-                "see the warnings above, repair the data set (`insightface-kprpe rec inspect`), or raise the limit"
+                "see the warnings above, check the data set (`insightface-kprpe rec inspect`), or raise the limit"
             )
 
     def _log(self, index: int) -> None:
@@ -91,7 +91,7 @@ class BadImages:
             reason = "it can be read now"
         except (ValueError, OSError) as error:
             reason = str(error)
-        logger.warning("image %s left out, the next one stands in: %s", self.faces.record_key(index), reason)
+        logger.warning("image %s replaced by the next one: %s", self.faces.record_key(index), reason)
 
 
 class DeviceFeed:
@@ -100,7 +100,7 @@ class DeviceFeed:
     Args:
         loader: over :class:`ReadableFaces`, in pinned memory for a GPU.
         device: where the images, labels and keypoints go; their origin stays on the CPU.
-        bad: is shown every batch.
+        bad: sees every batch.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device, bad: BadImages) -> None:
@@ -126,7 +126,9 @@ class DeviceFeed:
             batch, current = ahead, torch.cuda.current_stream(self.device)
             current.wait_stream(side)
             for tensor in batch[:-1]:
-                tensor.record_stream(current)  # else its memory is free for the next copy once Python drops it
+                tensor.record_stream(
+                    current
+                )  # otherwise its memory would be reused for the next copy once Python drops it
             ahead = self._copy(batches, side)
             yield batch
 

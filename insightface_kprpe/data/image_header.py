@@ -1,6 +1,6 @@
-"""What the head of a compressed image says before anything is decoded: its kind and its size.
+"""Reads the format and size of a compressed image from its header, before anything is decoded.
 
-OpenCV decodes whatever it is given, and a file of some hundred kilobytes may claim a billion pixels.
+OpenCV decodes anything, and a file of a few hundred kilobytes may claim a billion pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def image_kind(data: bytes) -> str:
         return "WebP"
     if data[4:8] == b"ftyp":
         brands = (data[8:12], *(data[at : at + 4] for at in range(16, min(64, len(data)), 4)))
-        # Both kinds may call themselves mif1; only the one names avif.
+        # Both formats may call themselves mif1; only one names avif.
         if any(brand in _AVIF_BRANDS for brand in brands):
             return "AVIF"
         if any(brand in _HEIF_BRANDS for brand in brands):
@@ -31,7 +31,7 @@ def image_kind(data: bytes) -> str:
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height in pixels that a compressed image claims; None where its head is cut short or damaged."""
+    """Width and height in pixels that a compressed image claims; None if its header is truncated or damaged."""
     try:
         return _SIZES[image_kind(data)](data)
     except (KeyError, IndexError, struct.error, ValueError):
@@ -97,11 +97,11 @@ def _tiff(data: bytes) -> tuple[int, int]:
 
 
 def _heif(data: bytes) -> tuple[int, int]:
-    """The largest of the sizes that it names: of the whole picture, its tiles and its thumbnail."""
+    """The largest of the sizes that it lists: of the whole image, its tiles and its thumbnail."""
     sizes, at = [], data.find(b"ispe")
     while at >= 0:
         sizes.append(struct.unpack_from(">II", data, at + 8))
-        at = data.find(b"ispe", at + 4, 1 << 20)  # the property lies in the head; the rest is compressed pixels
+        at = data.find(b"ispe", at + 4, 1 << 20)  # the property is in the header; the rest is compressed pixels
     return max(sizes, key=lambda size: size[0] * size[1])
 
 

@@ -16,7 +16,7 @@ Uniform = Callable[[float, float], torch.Tensor]  # low, high -> one random numb
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels to float in [-1, 1]; float images, which are in that range already, as they are."""
+    """uint8 pixels to float in [-1, 1]; float images, which are already in that range, are unchanged."""
     return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 
@@ -34,9 +34,9 @@ class LandmarkAugmentation:
         color: largest relative change of brightness, contrast and saturation.
         gray_probability: of a gray image.
         blur_probability: of a blurred image; the Gaussian's sigma is 0.5 to 3 pixels, one draw for the batch.
-        low_resolution_probability: of an image with only 16 to 96 pixels a side, one draw for the batch.
+        low_resolution_probability: of an image with only 16 to 96 pixels per side, one draw for the batch.
         faceless_probability: of an image without a face: plain with noise, or a crop whose 4 x 4 tiles are shuffled.
-            They teach the score to be low; without them every image that the network ever sees has a face.
+            They teach low scores; without them, every image that the network sees has a face.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class LandmarkAugmentation:
             images[chosen] = _without_face(images[chosen], generator)
             keypoints = torch.where(chosen[:, None, None], UNKNOWN, keypoints)
             bbox = torch.where(chosen[:, None], UNKNOWN, bbox)
-        return FaceSample(images.clamp(-1, 1), keypoints, bbox)  # interpolation rounds
+        return FaceSample(images.clamp(-1, 1), keypoints, bbox)  # for rounding errors of the interpolation
 
     def _draw_matrix(self, uniform: Uniform) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 2, 3) matrices for ``move``, and which of them mirror."""
         mirrored = uniform(0, 1) < self.mirror_probability
-        # scale is drawn on a logarithmic axis: growing and shrinking by one factor are equally likely
+        # scale is drawn on a logarithmic axis: growing and shrinking by the same factor are equally likely
         size = torch.exp(uniform(math.log(self.scale[0]), math.log(self.scale[1])))
         angle = uniform(-math.radians(self.rotation), math.radians(self.rotation))
         shift = torch.stack([uniform(-self.shift, self.shift), uniform(-self.shift, self.shift)], -1)

@@ -1,7 +1,7 @@
-"""The landmark file that lies beside a set of crops: ``ldmk_5points.csv``.
+"""The landmark file next to a set of crops: ``ldmk_5points.csv``.
 
-Columns are ``idx, ldmk_0, ..., ldmk_9`` and, where the landmarks were predicted, ``score``. ``idx`` is the place of the
-image in its set, from 0; ``ldmk_0, ldmk_1`` are x and y of the left eye, in [0, 1] of the crop, and so on in the usual
+Columns are ``idx, ldmk_0, ..., ldmk_9`` and, where the landmarks were predicted, ``score``. ``idx`` is the index of the
+image in its set, from 0; ``ldmk_0, ldmk_1`` are x and y of the left eye, in [0, 1] of the crop, and so on, in the usual
 order of the five points.
 """
 
@@ -30,7 +30,7 @@ def read_landmark_csv(path: str | os.PathLike, count: int) -> tuple[np.ndarray, 
     """Read the landmarks of a set.
 
     Args:
-        path: the file; its rows may stand in any order.
+        path: the file; its rows may be in any order.
         count: number of images in the set.
 
     Returns:
@@ -38,7 +38,7 @@ def read_landmark_csv(path: str | os.PathLike, count: int) -> tuple[np.ndarray, 
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: columns are wrong, a row is malformed, not finite or in pixels, or there is not one row an image.
+        ValueError: columns are wrong, a row is malformed, not finite or in pixels, or there is not one row per image.
     """
     path = user_file(path, "landmark file")
     columns = [name.strip() for name in _first_line(path).split(",")]
@@ -58,29 +58,29 @@ def read_landmark_csv(path: str | os.PathLike, count: int) -> tuple[np.ndarray, 
 
 
 def read_keypoints(path: str | os.PathLike, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read the landmarks of a set to use them; where there are none, the template stands in.
+    """Read the landmarks of a set for use, with the template where there are none.
 
-    There are none where a score is below ``SCORE_THRESHOLD``, and where the numbers are no face's
-    (:func:`~insightface_kprpe.geometry.known_landmarks`), of which a warning tells.
+    There are none where a score is below ``SCORE_THRESHOLD``, or, with a warning, where the numbers are not those of a
+    face (:func:`~insightface_kprpe.geometry.known_landmarks`).
 
     Args:
         path: see :func:`read_landmark_csv`, which also says what is raised.
         count: number of images in the set.
 
     Returns:
-        (count, 5, 2) float32, xy in [0, 1] of the crop, and (count,) bool, where the template stands in.
+        (count, 5, 2) float32, xy in [0, 1] of the crop, and (count,) bool, where the template is used.
     """
     keypoints, scores = read_landmark_csv(path, count)
     absent = ~known_keypoints(keypoints)
     if absent.any():
         exchanged = known_keypoints(keypoints[absent][:, list(MIRROR_ORDER)]).sum()
         logger.warning(
-            "%s: %d of %d rows are no landmarks of a face (first: idx %d); the canonical template stands in for them%s",
+            "%s: %d of %d rows are not landmarks of a face (first: idx %d); the canonical template is used instead%s",
             path,
             absent.sum(),
             count,
             absent.argmax(),
-            f"; are left and right, as seen in the image, exchanged in {exchanged} of them?" if exchanged else "",
+            f"; are left and right, as seen in the image, swapped in {exchanged} of them?" if exchanged else "",
         )
     if scores is not None:
         absent |= scores < SCORE_THRESHOLD
@@ -89,7 +89,7 @@ def read_keypoints(path: str | os.PathLike, count: int) -> tuple[np.ndarray, np.
 
 
 def known_keypoints(keypoints: np.ndarray) -> np.ndarray:
-    """(N,) bool, where (N, 5, 2) keypoints are a face's; some million at a time, as sets are large."""
+    """(N,) bool, where (N, 5, 2) keypoints are a face's; a few million at a time, as sets are large."""
     parts = (keypoints[start : start + _KNOWN_AT_ONCE] for start in range(0, len(keypoints), _KNOWN_AT_ONCE))
     return np.concatenate([np.empty(0, bool), *map(known_landmarks, parts)])
 
@@ -98,7 +98,7 @@ def write_landmark_csv(path: str | os.PathLike, keypoints: np.ndarray, scores: n
     """Write the landmarks of a set; an existing file is replaced only by a whole one.
 
     Args:
-        path: usually ``ldmk_5points.csv`` beside the images.
+        path: usually ``ldmk_5points.csv`` next to the images.
         keypoints: (N, 5, 2) float, xy in [0, 1] of the crop.
         scores: (N,) float in [0, 1].
 
@@ -150,7 +150,7 @@ def _first_line(path: Path) -> str:
 
 
 def _row_fault(path: Path, columns: int) -> str | None:
-    """Name the first line that is not an index and numbers."""
+    """Describe the first line that is not an index and numbers."""
     with open(path, encoding="latin-1") as file:
         next(file)
         for number, line in enumerate(file, 2):
@@ -168,23 +168,23 @@ def _row_fault(path: Path, columns: int) -> str | None:
 def _check_indices(path: Path, indices: np.ndarray, count: int) -> None:
     for row in np.flatnonzero((indices < 0) | (indices >= count))[:1]:
         where = f"{path}: line {row + 2}"
-        raise ValueError(f"{where}: idx must be in 0..{count - 1}, the image's place in its set, got {indices[row]}")
+        raise ValueError(f"{where}: idx must be in 0..{count - 1}, the image's index in its set, got {indices[row]}")
     times = np.bincount(indices, minlength=count)
     for index in np.flatnonzero(times > 1)[:1]:
         lines = [int(row) + 2 for row in np.flatnonzero(indices == index)]
-        raise ValueError(f"{path}: line {lines[1]}: idx {index} stands in line {lines[0]} already")
+        raise ValueError(f"{path}: line {lines[1]}: idx {index} is already in line {lines[0]}")
     if len(indices) < count:
         missing = int(np.argmin(times))
         raise ValueError(f"{path}: must have rows for {count} images, got {len(indices)}; idx {missing} is missing")
 
 
 def _check_values(path: Path, rows: np.ndarray) -> None:
-    # What is right is tested, not what is wrong: comparisons with NaN are false.
+    # Test for what is right, not for what is wrong, as comparisons with NaN are false.
     right = (np.abs(rows["xy"]) <= KEYPOINT_LIMIT).all(1)
     for row in np.flatnonzero(~right)[:1]:
         numbers = " ".join(f"{number:g}" for number in rows["xy"][row])
         raise ValueError(
-            f"{path}: line {row + 2}: landmarks must be finite and in [0, 1] of the crop, or a little outside, got "
+            f"{path}: line {row + 2}: landmarks must be finite and in [0, 1] of the crop, or slightly outside, got "
             f"{numbers}; divide pixels by the crop's size"
         )
     if _SCORE in rows.dtype.names:

@@ -1,8 +1,8 @@
 """Faces with landmarks for DFA: WIDER FACE with RetinaFace's ``label.txt``, and any folder in that layout.
 
-A label file names a picture (``# 0--Parade/1.jpg``) and then has one line per face: the box ``x y w h``, five times
-``x y flag``, and a blur value, in pixels; all -1 where a face has no landmarks. A line may end after the box. Pictures
-lie in ``images/`` beside the label file, or beside it.
+A label file names an image (``# 0--Parade/1.jpg``) and then has one line per face: the box ``x y w h``, five times
+``x y flag``, and a blur value, in pixels; all -1 where a face has no landmarks. A line may end after the box. Images
+lie in ``images/`` next to the label file, or in its own folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 UNKNOWN = -1.0  # every coordinate of landmarks or of a box that does not exist
 _FLAGS = (-1, 0, 1)
-_HEAD = 1 << 16  # bytes of a picture that usually tell its size
+_HEAD = 1 << 16  # bytes of an image that usually tell its size
 _BOX_ONLY, _WITH_LANDMARKS = 4, 4 + 5 * 3  # numbers on a line; a blur value may follow
 
 
@@ -36,7 +36,7 @@ class FaceSample(NamedTuple):
 
     Attributes:
         image: (3, S, S) RGB, uint8 from the dataset, float in [-1, 1] after augmentation.
-        keypoints: (5, 2) float32 xy in [0, 1] of the crop (outside it where cut off); all -1 where not labelled.
+        keypoints: (5, 2) float32 xy in [0, 1] of the crop (outside it where cut off); all -1 where not labeled.
         bbox: (4,) float32 x1, y1, x2, y2 in [0, 1] of the crop; all -1 where the image shows no face.
     """
 
@@ -46,27 +46,26 @@ class FaceSample(NamedTuple):
 
 
 class FaceLabel(NamedTuple):
-    """One line of a label file, in pixels of the picture."""
+    """One line of a label file, in pixels of the image."""
 
     picture: Path
     box: np.ndarray  # (4,) x, y, width, height
-    landmarks: np.ndarray  # (5, 2); all -1 where not labelled
+    landmarks: np.ndarray  # (5, 2); all -1 where not labeled
 
 
 def read_labels(file: str | Path) -> list[FaceLabel]:
-    """Read a RetinaFace label file; faces whose box has no area, or no part in the picture, are left out.
+    """Read a RetinaFace label file; faces whose box has no area, or no part in the image, are left out.
 
-    Landmarks that coincide, or that cannot be those of a face in the box, are none; a warning tells of them.
-
-    Where a picture is named twice, the later entry replaces the earlier one: they contradict each other, and a file
-    that was written again has the later picture.
+    Landmarks that coincide, or cannot be those of a face in the box, count as missing, with a warning. If an image is
+    listed twice, the later entry replaces the earlier one, since they may contradict each other.
 
     Args:
         file: ``label.txt``, or its folder.
 
     Raises:
-        FileNotFoundError: the file, or a picture that it names, does not exist.
-        ValueError: a line is malformed, a picture none, or there is no face at all; the message names file and line.
+        FileNotFoundError: the file, or an image that it names, does not exist.
+        ValueError: a line is malformed, a file is not an image, or there is no face at all; the message names file and
+            line.
     """
     file = Path(file)
     file = user_file(file / "label.txt" if file.is_dir() else file, "label file")
@@ -82,7 +81,7 @@ def read_labels(file: str | Path) -> list[FaceLabel]:
             faces[picture] = []
         elif line.strip():
             if picture is None:
-                raise ValueError(f"{where}: a face before the first '# picture' line{_widers_own(line)}")
+                raise ValueError(f"{where}: a face before the first '# image' line{_widers_own(line)}")
             box, landmarks = _parse_face(line, where)
             if min(box[2:]) <= 0:
                 counts["skipped"] += 1
@@ -95,21 +94,21 @@ def read_labels(file: str | Path) -> list[FaceLabel]:
                 faces[picture].append(FaceLabel(picture, box, landmarks))
     labels = [label for of_picture in faces.values() for label in of_picture]
     if not labels:
-        raise ValueError(f"{file} holds no face; expected '# picture' lines followed by 'x y w h ...' lines")
+        raise ValueError(f"no faces in {file}; expected '# image' lines followed by 'x y w h ...' lines")
     _report(file, len(labels), counts, unknown, outside)
     return labels
 
 
 def _report(file: Path, remain: int, counts: Counter, unknown: list[int], outside: list[int]) -> None:
     if counts["skipped"]:
-        logger.info("%s: %d faces without area left out, %d remain", file, counts["skipped"], remain)
+        logger.info("%s: left out %d faces without area, %d remain", file, counts["skipped"], remain)
     if counts["replaced"]:
-        logger.warning("%s: %d pictures are named more than once; their last labels count", file, counts["replaced"])
+        logger.warning("%s: %d images are listed more than once; their last labels are used", file, counts["replaced"])
     if outside:
-        logger.warning("%s: %d boxes outside their picture left out (first: line %d)", file, len(outside), outside[0])
+        logger.warning("%s: left out %d boxes outside their image (first: line %d)", file, len(outside), outside[0])
     if unknown:
         logger.warning(
-            "%s: %d faces have landmarks that cannot be theirs (first: line %d); taken as faces without landmarks",
+            "%s: %d faces have impossible landmarks (first: line %d); treated as faces without landmarks",
             file,
             len(unknown),
             unknown[0],
@@ -121,11 +120,11 @@ def _find_picture(folder: Path, name: str, where: str) -> Path:
         for candidate in (folder / "images" / form, folder / form):
             if candidate.is_file():
                 return candidate
-    raise FileNotFoundError(f"{where}: picture {name!r} found neither in {folder / 'images'} nor in {folder}")
+    raise FileNotFoundError(f"{where}: image {name!r} found neither in {folder / 'images'} nor in {folder}")
 
 
 def _picture_size(picture: Path, where: str) -> tuple[int, int]:
-    """Width and height as the head of the file says, which may be turned yet."""
+    """Width and height according to the header of the file, before any rotation."""
     with open(picture, "rb") as file:
         size = image_size(file.read(_HEAD)) or image_size(picture.read_bytes())
     if size is None:
@@ -134,12 +133,10 @@ def _picture_size(picture: Path, where: str) -> tuple[int, int]:
 
 
 def _widers_own(line: str) -> str:
-    """What to do where somebody has taken WIDER FACE's own annotations, which begin with a path."""
+    """A hint for users of WIDER FACE's own annotations, which begin with a path."""
     if not line.strip().lower().endswith((".jpg", ".png")):
         return ""
-    return (
-        "; is it WIDER FACE's own wider_face_*_bbx_gt.txt, which has no landmarks? RetinaFace's label.txt is expected"
-    )
+    return "; is it WIDER FACE's own wider_face_*_bbx_gt.txt, which has no landmarks? expected RetinaFace's label.txt"
 
 
 def _parse_face(line: str, where: str) -> tuple[np.ndarray, np.ndarray]:
@@ -165,32 +162,32 @@ def _parse_face(line: str, where: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _touches(box: np.ndarray, size: tuple[int, int]) -> bool:
-    """Whether a box has a part in a picture, upright or turned."""
+    """Whether a box overlaps an image, upright or rotated."""
     x, y, width, height = box
     right, bottom = x + width, y + height
     return any(x < w and y < h and right > 0 and bottom > 0 for w, h in (size, size[::-1]))
 
 
 def _belongs(landmarks: np.ndarray, box: np.ndarray) -> bool:
-    """Whether landmarks can be a face's, and this box's: with their middle in it, or not far outside."""
+    """Whether landmarks can belong to a face in this box: with their center inside it, or not far outside."""
     middle = np.abs(landmarks.mean(0) - (box[:2] + box[2:] / 2))
     return bool(known_landmarks(landmarks)) and bool((middle <= box[2:]).all())
 
 
 class LandmarkDataset(Dataset):
-    """Square crops around the labelled faces, black outside the picture.
+    """Square crops around the labeled faces, black outside the image.
 
     Args:
         source: the label file, or its folder.
         size: side of the crops in pixels.
         padding: what to add around the box on every side, as a fraction of its longer side.
-        rotation: turn the crop's content by so many degrees, clockwise as seen.
+        rotation: rotate the crop's content by this many degrees, clockwise.
         shift: move the crop by these fractions of its side, right and down.
-        labelled_only: leave out faces without landmarks, as for evaluation.
+        labeled_only: leave out faces without landmarks, as for evaluation.
 
     Raises:
         FileNotFoundError: see ``read_labels``.
-        ValueError: see ``read_labels``; or no face has landmarks and ``labelled_only`` is set.
+        ValueError: see ``read_labels``; or no face has landmarks and ``labeled_only`` is set.
     """
 
     def __init__(
@@ -200,17 +197,17 @@ class LandmarkDataset(Dataset):
         padding: float = 0.1,
         rotation: float = 0.0,
         shift: tuple[float, float] = (0.0, 0.0),
-        labelled_only: bool = False,
+        labeled_only: bool = False,
     ) -> None:
         self.labels = read_labels(source)
         self.size, self.padding, self.rotation, self.shift = size, padding, rotation, shift
-        if labelled_only:
+        if labeled_only:
             self.labels = [label for label in self.labels if (label.landmarks != UNKNOWN).any()]
             if not self.labels:
-                raise ValueError(f"{source}: no face has landmarks; this label file can only train box and score")
+                raise ValueError(f"{source}: no face has landmarks; this label file can train only boxes and scores")
 
     def recropped(self, rotation: float = 0.0, shift: tuple[float, float] = (0.0, 0.0)) -> LandmarkDataset:
-        """The same faces, cut out of their pictures with another rotation and shift."""
+        """The same faces, cropped with another rotation and shift."""
         variant = copy.copy(self)
         variant.rotation, variant.shift = rotation, shift
         return variant
@@ -219,7 +216,7 @@ class LandmarkDataset(Dataset):
         return len(self.labels)
 
     def record_key(self, index: int) -> str:
-        """The picture that a face is cut out of."""
+        """The image that a face is cropped from."""
         return str(self.labels[index].picture)
 
     def __getitem__(self, index: int) -> FaceSample:
@@ -242,7 +239,7 @@ class LandmarkDataset(Dataset):
         )
 
     def _crop_matrix(self, box: np.ndarray) -> np.ndarray:
-        """(2, 3) from pixels of the picture to pixels of the crop."""
+        """(2, 3) from pixels of the image to pixels of the crop."""
         side = box[2:].max() * (1 + 2 * self.padding)
         center = box[:2] + box[2:] / 2 + np.array(self.shift) * side
         sine, cosine = np.sin(np.radians(self.rotation)), np.cos(np.radians(self.rotation))

@@ -1,9 +1,9 @@
-"""What happens to the pixels of face crops and moves nothing: color, blur, low resolution, erased parts.
+"""Augmentation of pixels that moves nothing: color, blur, low resolution, erased parts.
 
 All functions take (B, 3, H, W) float images in [0, 1] on any device. Random ones draw from a CPU generator, so that the
 same state gives the same choice on any device, work on the chosen images of the batch together, and change them in
-place: fresh memory for a batch costs a CPU more time than most of the arithmetic. They are written out here because
-torchvision draws one strength for a whole batch, and kornia's forms of them take a CPU 3 to 10 times as long.
+place: fresh memory for a batch costs a CPU more time than most of the arithmetic. They are implemented here because
+torchvision draws one strength for a whole batch, and kornia's versions take 3 to 10 times as long on a CPU.
 """
 
 from __future__ import annotations
@@ -53,35 +53,36 @@ def adjust_sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor
     rows = (images[..., :-2, :] + images[..., 1:-1, :]).add_(images[..., 2:, :])
     smooth = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])
     inner = images[..., 1:-1, 1:-1]
+    smooth.add_(inner, alpha=4).div_(13).lerp_(inner, factor[:, None, None, None]).clamp_(0, 1)
     result = images.clone()
-    result[..., 1:-1, 1:-1] = _blend(smooth.add_(inner, alpha=4).div_(13), inner, factor)
+    result[..., 1:-1, 1:-1] = smooth
     return result
 
 
 def to_grayscale(images: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
-    """Gray images with three equal channels; there is no strength."""
+    """Gray images with three equal channels; has no strength."""
     return luma(images).expand_as(images)
 
 
 def equalize(images: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
-    """Spread each channel's 256 levels so that all are equally frequent; there is no strength."""
+    """Spread each channel's 256 levels so that all are equally frequent; has no strength."""
     levels = (images * (_LEVELS - 1)).round_().long().flatten(0, 1).flatten(1)  # (B * 3, H * W)
     counts = images.new_zeros(len(levels), _LEVELS)
     counts.scatter_add_(1, levels, images.new_ones(()).expand_as(levels))
     below = counts.cumsum(1)  # exact: a float32 counts to 16 million
     lowest = below.masked_fill(below == 0, math.inf).amin(1, keepdim=True)
     others = below[:, -1:] - lowest
-    flat = torch.linspace(0, 1, _LEVELS, device=images.device)  # a channel of one level stays as it is
+    flat = torch.linspace(0, 1, _LEVELS, device=images.device)  # a channel with a single level is unchanged
     table = torch.where(others > 0, (below - lowest) / others.clamp_min(1), flat)
     return table.gather(1, levels).view_as(images)
 
 
 def _blend(degenerate: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """From what an image has lost at factor 0 to the image at 1, and beyond."""
+    """Interpolate from the degraded image at factor 0 to the original at 1, and beyond."""
     return torch.lerp(degenerate, images, factor[:, None, None, None]).clamp_(0, 1)
 
 
-# In the order of the numbers that are drawn; None leaves an image as it is.
+# In the order of the numbers that are drawn; None leaves an image unchanged.
 OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None] = {
     "identity": None,
     "brightness": adjust_brightness,
@@ -109,7 +110,7 @@ def random_color(images: torch.Tensor, generator: torch.Generator, operations: i
     drawn = torch.randint(len(OPERATIONS), shape, generator=generator)
     change = torch.randint(low, high + 1, shape, generator=generator) * (_LARGEST_CHANGE / _STEPS)
     factors = 1 + change * (torch.randint(2, shape, generator=generator) * 2 - 1)
-    # Images with the same operations in a row are taken out of the batch and put back once.
+    # Images with the same sequence of operations are taken out of the batch and put back once.
     for numbers in drawn.unique(dim=1).T:
         rows = torch.where((drawn == numbers[:, None]).all(0))[0]
         steps = [every[number] for number in numbers.tolist()]
@@ -129,13 +130,13 @@ def gaussian_blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def lower_resolution(images: torch.Tensor, side: int) -> torch.Tensor:
-    """What (B, 3, S, S) images look like when the crop had only ``side`` pixels a side: averaged down, blown up."""
+    """What (B, 3, S, S) images look like when the crop had only ``side`` pixels per side: averaged down, blown up."""
     matrix = _resolution_matrix(side, images.shape[-1]).to(images)
     return _resample(images, matrix, matrix)
 
 
 def random_degradation(images: torch.Tensor, generator: torch.Generator, probability: float) -> None:
-    """Blur some images, or lower their resolution: a quality that some cameras and distances give.
+    """Blur some images, or lower their resolution: as cheap cameras and large distances do.
 
     Args:
         images: (B, 3, S, S) float in [0, 1]; changed in place.

@@ -1,4 +1,4 @@
-"""Files of pictures: which there are below a folder, the same for every verb, and what is said of all other files."""
+"""Lists and reads image files in the same way for every verb, and reports all other files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _ALWAYS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp"})
 _WHERE_OPENCV_CAN = frozenset({".gif", ".webp", ".tif", ".tiff", ".avif"})
 _HEIF = frozenset({".heic", ".heif", ".hif"})
-# What systems leave in folders; names that start with a dot are hidden anyway.
+# Files that operating systems leave in folders; names that start with a dot are hidden anyway.
 _SYSTEM_NAMES = frozenset(
     {
         "__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "#snapshot",
@@ -31,25 +31,26 @@ _SYSTEM_NAMES = frozenset(
     }
 )  # fmt: skip
 # What this package and its likes put beside pictures.
-_COMPANIONS = ("ldmk_5points.csv", "ldmk_5points.png", "label.txt", "property")
+_COMPANIONS = ("ldmk_5points.csv", "ldmk_5points.png", "faces.csv", "pairs.txt", "label.txt", "property")
 _SHOWN = 3  # files that a warning names, of each kind
 
 
 @functools.cache
 def readable_suffixes() -> frozenset[str]:
-    """Suffixes of the kinds that can be read here, which depends on how OpenCV was built and on the extra ``heif``."""
-    # OpenCV has encoder and decoder of a kind or neither, and tells only of the encoder without a file at hand.
+    """Suffixes of the formats that can be read, which depends on the OpenCV build and the extra ``heif``."""
+    # OpenCV has both the encoder and the decoder of a format or neither, and can be asked only for the encoder without
+    # a file.
     by_opencv = {suffix for suffix in _WHERE_OPENCV_CAN if cv2.haveImageWriter(f"x{suffix}")}
     return _ALWAYS | by_opencv | (_HEIF if importlib.util.find_spec("pillow_heif") else frozenset())
 
 
 def nfc(name: str) -> str:
-    """A name in composed Unicode: macOS writes an accent as a letter of its own, and both forms look alike."""
+    """A name in composed Unicode (NFC): macOS writes an accent as a separate character, and both forms look alike."""
     return unicodedata.normalize("NFC", name)
 
 
 def list_pictures(folder: str | Path) -> list[Path]:
-    """The picture files of a folder and its sub-folders, in order.
+    """The image files of a folder and its sub-folders, in order.
 
     Hidden and system files are ignored; a warning counts and names the others, by their suffix.
     """
@@ -60,18 +61,18 @@ def list_pictures(folder: str | Path) -> list[Path]:
 
 
 def list_people(folder: str | Path, single: bool = False) -> dict[str, list[Path]]:
-    """Pictures of each person: those in the sub-folder of their name, and in its sub-folders.
+    """Images of each person: those in the sub-folder of their name, and in its sub-folders.
 
-    Hidden and system files are ignored. Warnings count and name the files that are no pictures, and name the people
+    Hidden and system files are ignored. Warnings count and name the files that are not images, and name the people
     who have none.
 
     Args:
         folder: of the people.
-        single: a picture beside the sub-folders is one of the person that it is named after; otherwise a warning says
+        single: an image next to the sub-folders is one of the person that it is named after; otherwise a warning says
             that it is left out.
 
     Returns:
-        Name (composed Unicode) -> picture files, both in sorted order: how a folder of people is numbered.
+        Name (composed Unicode) -> image files, both in sorted order: how a folder of people is numbered.
     """
     folder = Path(folder)
     beside, people = [], defaultdict(list)
@@ -93,11 +94,11 @@ def list_people(folder: str | Path, single: bool = False) -> dict[str, list[Path
         others += unknown
     _warn_of(folder, others)
     if people and pictures and not single:
-        logger.warning("%s: left out: %d pictures beside the people's folders (%s)", folder, len(pictures),
+        logger.warning("%s: left out: %d images next to the people's folders (%s)", folder, len(pictures),
                        _some(picture.name for picture in pictures))  # fmt: skip
     without = [name for name in without if nfc(name) not in people]
     if people and without:
-        logger.warning("%s: no pictures of %d people: %s", folder, len(without), _some(without))
+        logger.warning("%s: no images of %d people: %s", folder, len(without), _some(without))
     return dict(sorted(people.items()))
 
 
@@ -106,26 +107,27 @@ def read_image_file(path: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no picture, a truncated one, of a kind that cannot be read here, or too large; with its name.
+        ValueError: it is not an image, a truncated one, of a kind that cannot be read here, or too large; with its
+            name.
     """
     if not os.path.isfile(path):  # a folder, nothing, or a pipe, which would never end
-        user_file(path, "picture")
+        user_file(path, "image")
     try:
         return decode_image(Path(path).read_bytes())
     except OSError as error:
-        raise ValueError(f"{path} could not be read as a picture: {error.strerror}") from error
+        raise ValueError(f"{path} could not be read as an image: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path} could not be read as a picture: {error}; remove or replace it") from error
+        raise ValueError(f"{path} could not be read as an image: {error}; remove or replace it") from error
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What lies in a folder, hidden and system names left out, in the order of composed names."""
+    """The entries of a folder without hidden and system names, in the order of composed names."""
     names = (name for name in os.listdir(folder) if not name.startswith(".") and name.lower() not in _SYSTEM_NAMES)
     return [folder / name for name in sorted(names, key=lambda name: (nfc(name), name))]
 
 
 def _files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """All files below a folder; links are followed, but not round in circles."""
+    """All files below a folder; links are followed, but not in circles."""
     here = os.path.realpath(folder)
     if here in above:
         return
@@ -137,13 +139,12 @@ def _files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 
 
 def _split(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Pictures, and all others but those that belong beside pictures."""
+    """Images, and all others but those that belong next to images."""
     pictures, others = [], []
     for file in files:
-        if file.suffix.lower() in readable_suffixes() and not _is_special(file):
-            pictures.append(file)
-        elif not file.name.endswith(_COMPANIONS):
-            others.append(file)
+        if file.name.endswith(_COMPANIONS) and not _is_special(file):
+            continue
+        (pictures if file.suffix.lower() in readable_suffixes() else others).append(file)
     return pictures, others
 
 
@@ -167,7 +168,7 @@ def _warn_of(folder: Path, others: list[Path]) -> None:
     heif = f"; {HEIF_REMEDY}" if _HEIF & set(by_suffix) else ""
     opencv = _WHERE_OPENCV_CAN & set(by_suffix)
     old = f"; the installed OpenCV {cv2.__version__} does not read {', '.join(sorted(opencv))}" if opencv else ""
-    logger.warning("%s: left out, not pictures that can be read: %s%s%s", folder, ", ".join(kinds), heif, old)
+    logger.warning("%s: left out, not readable images: %s%s%s", folder, ", ".join(kinds), heif, old)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Many items read ahead by worker processes, which do not outlive the one that they work for."""
+"""Reads many items ahead in worker processes, which do not outlive their parent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import cv2
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-_AT_ONCE = 64  # items that a worker hands over together
+_AT_ONCE = 64  # items that a worker sends together
 _LOOK_EVERY = 0.5  # seconds
 
 
@@ -32,9 +32,9 @@ class Items(Dataset):
             return str(error)
 
 
-def results(items: Items, num_workers: int, label: str) -> Iterator[Any]:
-    """All items in order, read ahead by worker processes, under a progress bar."""
-    loader = DataLoader(items, _AT_ONCE, num_workers=num_workers, collate_fn=list, worker_init_fn=start_worker)
+def results(items: Items, num_workers: int, label: str, at_once: int = _AT_ONCE) -> Iterator[Any]:
+    """All items in order, read ahead by worker processes, which hand over some at once, under a progress bar."""
+    loader = DataLoader(items, at_once, num_workers=num_workers, collate_fn=list, worker_init_fn=start_worker)
     with tqdm(total=len(items), desc=label, unit="img", disable=None) as progress:
         for batch in loader:
             progress.update(len(batch))
@@ -42,11 +42,11 @@ def results(items: Items, num_workers: int, label: str) -> Iterator[Any]:
 
 
 def start_worker(worker: int) -> None:
-    """What a process that reads images does first, as ``worker_init_fn`` of every loader.
+    """Initializes a process that reads images, as ``worker_init_fn`` of every loader.
 
-    torch's own watch of the parent is not enough: a worker whose results nobody takes waits for ever to hand them over.
+    torch's own watch of the parent is not enough: a worker whose results nobody takes waits forever to hand them over.
     """
-    cv2.setNumThreads(0)  # one thread a worker: they are many
+    cv2.setNumThreads(0)  # one thread per worker, as there are many
     end_with_parent()
 
 

@@ -1,4 +1,4 @@
-"""Whether what a record file says several times agrees: record 0, the records' own ids, identity records and labels."""
+"""Checks the redundant entries of a record file against each other: record 0, ids, identity records and labels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .recordio import RecordReader
 
 logger = logging.getLogger(__name__)
 
-_FIRST = 16  # records at the start of the file that show whether ids are places
+_FIRST = 16  # records at the start of the file that show whether ids are positions
 _SAMPLE = 64  # more of them, spread over the file
 _NEAR = 16  # an id so near to its key is that of a neighbor; others come from merged files
-_NAMED = 5  # contradictions of a kind that are told one by one
+_NAMED = 5  # contradictions of a kind that are listed one by one
 
 
 def check_records(reader: RecordReader, labels: np.ndarray) -> None:
@@ -35,7 +35,7 @@ def check_records(reader: RecordReader, labels: np.ndarray) -> None:
     distinct = len(np.unique(labels)) if people > len(labels) // 4 else people
     if people > 2 * distinct:
         logger.warning(
-            "%s: labels go up to %d, but only %d people have images; a class without images costs memory and time: "
+            "%s: labels go up to %d, but only %d people have images; classes without images cost memory and time: "
             "`insightface-kprpe rec repack` renumbers them",
             reader.path,
             people - 1,
@@ -44,7 +44,7 @@ def check_records(reader: RecordReader, labels: np.ndarray) -> None:
 
 
 def check_index(reader: RecordReader) -> None:
-    """Look at some records' own ids, wherever the order of images decides which landmarks are theirs.
+    """Check some records' own ids, when the order of images decides which landmarks are theirs.
 
     Raises:
         RecordError: the index belongs to another file or is shifted.
@@ -55,13 +55,13 @@ def check_index(reader: RecordReader) -> None:
 
 
 def find_contradictions(reader: RecordReader, labels: np.ndarray) -> list[str]:
-    """All that does not agree, in words; of each kind the first few, and how many more there are."""
+    """Everything that does not agree, in words: of each kind the first few, and how many more there are."""
     kinds = (_shifted(reader, reader.keys), _beyond(reader, labels), _identities(reader, labels), _property(reader))
-    told = []
+    messages = []
     for faults in kinds:
         more = [f"... and {len(faults) - _NAMED} more of this kind"] if len(faults) > _NAMED else []
-        told += faults[:_NAMED] + more
-    return told
+        messages += faults[:_NAMED] + more
+    return messages
 
 
 def _shifted(reader: RecordReader, keys: np.ndarray) -> list[str]:
@@ -75,7 +75,7 @@ def _shifted(reader: RecordReader, keys: np.ndarray) -> list[str]:
     ids = reader.ids(keys)
     wrong = (ids != keys) & (np.abs(ids - keys) <= _NEAR)
     return [
-        f"record {key} says of itself that it is record {id_}; the .idx is shifted or of another file, delete it to "
+        f"record {key} claims to be record {id_}; the .idx is shifted or belongs to another file; delete it to "
         "have the .rec scanned"
         for key, id_ in zip(keys[wrong].tolist(), ids[wrong].tolist(), strict=True)
     ]
@@ -107,7 +107,7 @@ def _identities(reader: RecordReader, labels: np.ndarray) -> list[str]:
         first, end = (int(bound) for bound in bounds)
         within = labels[max(first - 1, 0) : end - 1]
         if end - expected < 1 << 24 and first != expected:
-            faults.append(f"identity record {key} starts at image {first}, the one before ended at {expected}")
+            faults.append(f"identity record {key} starts at image {first}, the previous one ended at {expected}")
         elif len(within) and (within != within[0]).any():
             faults.append(f"identity record {key} has images {first} to {end - 1}, whose labels differ")
         expected = end
@@ -117,7 +117,7 @@ def _identities(reader: RecordReader, labels: np.ndarray) -> list[str]:
 
 
 def _property(reader: RecordReader) -> list[str]:
-    """A property file that says another number of people than record 0."""
+    """A property file with another number of people than record 0."""
     file = reader.path.with_name("property")
     if not file.is_file() or reader.identities is None:
         return []

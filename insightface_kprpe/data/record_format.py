@@ -1,9 +1,9 @@
-"""The bytes of MXNet's RecordIO: what a record is, and how it stands in the file.
+"""The bytes of MXNet's RecordIO: what a record is, and how it is stored in the file.
 
-A ``.rec`` file is a chain of records, and a text file ``.idx`` beside it says at which byte the record of each key
+A ``.rec`` file is a chain of records, and a text file ``.idx`` next to it says at which byte the record of each key
 starts. A record's content is a header (one label or several, two ids) and a payload, for us a compressed image. It is
 stored as one part or, where it holds the format's magic number at a multiple of 4 bytes, as several: the magic is left
-out there and comes back when the parts are joined. Each part is ``magic, kind << 29 | length, bytes``, padded to 4.
+out there and restored when the parts are joined. Each part is ``magic, kind << 29 | length, bytes``, padded to 4.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class RecordError(ValueError):
 
 
 class RecordHeader(NamedTuple):
-    """What a record says beside its payload.
+    """What a record says besides its payload.
 
     Attributes:
         label: one number, or (L,) float32 for records with several; MXNet keeps all as float32.
@@ -47,14 +47,14 @@ class RecordHeader(NamedTuple):
 
 
 def encode_record(header: RecordHeader, payload: bytes) -> bytes:
-    """A record as it stands in the file, byte for byte as MXNet writes it.
+    """A record as stored in the file, byte for byte as MXNet writes it.
 
     Raises:
         ValueError: the array of labels is empty, or the record too long for the format (512 MiB).
     """
     flag = header.flag
     if not flag and np.ndim(header.label):
-        raise ValueError("label must be a number or an array of at least one, got an empty array")
+        raise ValueError("label must be a number or a non-empty array, got an empty array")
     labels = np.asarray(header.label, "<f4").tobytes() if flag else b""
     content = HEADER.pack(flag, 0.0 if flag else header.label, header.id, header.id2) + labels + payload
     if len(content) >= LENGTH_LIMIT:

@@ -1,4 +1,4 @@
-"""What is in a record file, for people to read: counts, sizes, quality, landmarks, faults."""
+"""Describes a record file for humans: counts, sizes, quality, landmarks, faults."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _QUANTIZATION = b"\xff\xdb"  # the marker of a JPEG's quantization tables
 
 
 def inspect_records(path: str | Path, check: int | None = 1000, num_workers: int = 0) -> dict[str, Any]:
-    """Look at a record file and what belongs to it.
+    """Inspect a record file and what belongs to it.
 
     Args:
         path: a ``.rec`` file or a folder with ``train.rec``.
@@ -29,7 +29,7 @@ def inspect_records(path: str | Path, check: int | None = 1000, num_workers: int
         num_workers: processes that decode; 0: this one.
 
     Returns:
-        Facts by name, for people to read; ``bad`` has the faults of all unreadable images that were met,
+        Facts by name, as text; ``bad`` has the faults of all unreadable images found,
         ``contradictions`` what does not agree.
 
     Raises:
@@ -47,17 +47,17 @@ def inspect_records(path: str | Path, check: int | None = 1000, num_workers: int
     found = Counter(result for result in looked if not isinstance(result, str))
     return {
         "file": str(reader.path),
-        "index": "beside it" if reader.path.with_suffix(".idx").is_file() else "none; the file was scanned",
+        "index": "next to it" if reader.path.with_suffix(".idx").is_file() else "none; the file was scanned",
         "layout": "InsightFace, with record 0 and identity records" if _has_header(reader) else "images only (im2rec)",
         "images": len(keys),
         "identities": len(counts) if len(labels) else 0,
-        "images an identity": f"{counts.min()} to {counts.max()}, median {np.median(counts):g}",
+        "images per identity": f"{counts.min()} to {counts.max()}, median {np.median(counts):g}",
         "labels": ("0 to the last without gaps" if whole else "with gaps or negative; `rec repack` renumbers them")
         + ("" if (np.diff(labels) >= 0).all() else "; not in order"),
         "property file": _property(properties) if properties.is_file() else "none",
-        "landmarks": _landmark_state(reader.path.with_name(LANDMARK_FILE), len(keys)),
+        "landmarks": landmark_state(reader.path.with_name(LANDMARK_FILE), len(keys)),
         "decoded": len(shown),
-        "formats": {_describe(look): count for look, count in found.most_common(8)},
+        "formats": {describe_look(look): count for look, count in found.most_common(8)},
         "contradictions": find_contradictions(reader, labels),
         "bad": [result for result in looked if isinstance(result, str)],
     }
@@ -70,7 +70,8 @@ def _look_at_record(reader: RecordReader, keys: np.ndarray, index: int) -> tuple
     return height, width, jpeg_quality(reader[key][1])
 
 
-def _describe(look: tuple[int, int, int]) -> str:
+def describe_look(look: tuple[int, int, int]) -> str:
+    """Height, width and JPEG quality (0: no JPEG) in words."""
     height, width, quality = look
     return f"{width}x{height} " + (f"JPEG of quality about {quality}" if quality else "not JPEG")
 
@@ -107,7 +108,8 @@ def _has_header(reader: RecordReader) -> bool:
     return len(reader.image_keys) < len(reader)
 
 
-def _landmark_state(path: Path, count: int) -> str:
+def landmark_state(path: Path, count: int) -> str:
+    """What a landmark file for ``count`` images is worth, in words."""
     if not path.is_file():
         return f"none ({LANDMARK_FILE}); `insightface-kprpe landmarks` writes it"
     try:
@@ -115,5 +117,5 @@ def _landmark_state(path: Path, count: int) -> str:
     except ValueError as error:
         return f"damaged: {error}"
     unknown = int((~known_keypoints(keypoints)).sum())
-    said = f", {unknown} of them no landmarks of a face" if unknown else ""
-    return f"{count} rows{said}" + ("" if scores is None else f" with scores, mean {scores.mean():.3f}")
+    note = f", {unknown} of them not landmarks of a face" if unknown else ""
+    return f"{count} rows{note}" + ("" if scores is None else f" with scores, mean {scores.mean():.3f}")

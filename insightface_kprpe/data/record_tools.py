@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -23,7 +22,7 @@ from ..documents import read_json_object
 from ..files import atomic_folder
 from ..fingerprint import fingerprint
 from .face_dataset import LANDMARK_FILE
-from .image_codec import decode_image, encode_jpeg
+from .image_codec import decode_image, encode_jpeg, fit_crop
 from .landmark_csv import read_landmark_csv, write_landmark_csv
 from .picture_files import list_people
 from .reading import Items, results
@@ -46,7 +45,7 @@ class Packed(NamedTuple):
         identities: how many.
         left_out: images that could not be read, or had no identity.
         landmarks: whether there is a landmark file.
-        unchanged: images whose JPEG file was taken over byte for byte; the others were encoded anew.
+        unchanged: images whose JPEG file was copied byte for byte; the others were encoded again.
     """
 
     images: int
@@ -78,13 +77,13 @@ def pack_drawn(folder: str | Path, faces: Iterable[tuple[np.ndarray, int, np.nda
 def pack_folder(
     folder: str | Path, out: str | Path, *, size: int = 112, quality: int = 95, num_workers: int = 0
 ) -> Packed:
-    """Pack a folder of people's folders of images, numbered in sorted order, and its ``ldmk_5points.csv``.
+    """Pack a folder with one sub-folder of images per person, numbered in sorted order, and its ``ldmk_5points.csv``.
 
-    A JPEG of the right size is taken over as it is; everything else is resized and encoded as JPEG. Images that cannot
+    A JPEG of the right size is copied unchanged; everything else is resized and encoded as JPEG. Images that cannot
     be read are left out with a warning each, their landmarks too.
 
     Args:
-        folder: has one sub-folder of images a person.
+        folder: has one sub-folder of images per person.
         out: a new folder.
         size: side of the packed images, pixels.
         quality: of images that are encoded, 1 to 100.
@@ -95,12 +94,12 @@ def pack_folder(
     """
     people = list_people(folder)
     if not people:
-        raise ValueError(f"FOLDER must have one sub-folder of images a person, got {folder} without images")
+        raise ValueError(f"FOLDER must have one sub-folder of images per person, got {folder} without images")
     if not 1 <= quality <= 100:
         raise ValueError(f"quality must be in 1 to 100, got {quality}")
     paths = [path for files in people.values() for path in files]
     labels = np.repeat(np.arange(len(people)), [len(files) for files in people.values()])
-    images = Items(len(paths), functools.partial(_encode_file, paths, size, quality))
+    images = Items(len(paths), lambda index: encode_crop(paths[index], size, quality))
     landmarks = _landmarks_of(Path(folder), len(paths), np.arange(len(paths)))
     identity = _identity(Path(folder), paths, "pack", size, quality)
     name_of = list(people).__getitem__
@@ -165,7 +164,7 @@ def _write(
     identity: str,
     name_of: Callable[[int], str] = str,
 ) -> Packed:
-    """Write a set and read it back; one that is there already, made of the same, is left as it is.
+    """Write a set and read it back; an existing one made from the same images is left unchanged.
 
     Args:
         out: a new folder.
@@ -176,13 +175,13 @@ def _write(
         num_workers: see :func:`_results`.
         write: of :mod:`.record_writer`.
         identity: tells what the set is made of, and how.
-        name_of: label -> what to call the person.
+        name_of: label -> name of the person.
     """
     if (done := _made_before(out, identity)) is not None:
-        logger.warning("%s is there already, made of the same images", out)
+        logger.warning("%s already exists, made of the same images", out)
         return done
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"OUT must be a new folder, got {out}, which exists; remove it or name another")
+        raise ValueError(f"OUT must be a new folder, got {out}, which exists; remove it or choose another")
     kept: list[int] = []
     totals = Counter()
     numbers: dict[int, int] = {}
@@ -214,7 +213,7 @@ def _write(
 
 
 def _made_before(out: Path, identity: str) -> Packed | None:
-    """What an earlier call, which may have been killed before it could tell, wrote of the same."""
+    """The result of an earlier call with the same input, which may have been killed before it returned."""
     try:
         mark = read_json_object(out / _MARK)
         return Packed(**mark["packed"]) if mark["of"] == identity and (out / "train.rec").is_file() else None
@@ -223,7 +222,7 @@ def _made_before(out: Path, identity: str) -> Packed | None:
 
 
 def _identity(folder: Path, files: Iterable[Path], *how: object) -> str:
-    """Tells what a set is made of: names, sizes and times of files, of the landmarks, and the options."""
+    """Identifies what a set is made of: names, sizes and times of its files and landmarks, and the options."""
     described = [repr(how)]
     for file in (*files, folder / LANDMARK_FILE):
         if file.exists():
@@ -243,8 +242,12 @@ def _verify(folder: Path, count: int, checksum: int) -> int:
     return int(reader.labels().max()) + 1
 
 
-def _encode_file(paths: list[Path], size: int, quality: int, index: int) -> tuple[bytes, bool]:
-    path = paths[index]
+def encode_crop(path: Path, size: int, quality: int = 95) -> tuple[bytes, bool]:
+    """A picture file as a JPEG of ``size`` x ``size`` pixels, and whether that is the file itself, byte for byte.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     data = path.read_bytes()
     try:
         image = decode_image(data)
@@ -252,9 +255,7 @@ def _encode_file(paths: list[Path], size: int, quality: int, index: int) -> tupl
         raise ValueError(f"{path}: {error}") from error
     if data.startswith(b"\xff\xd8") and image.shape[:2] == (size, size):
         return data, True
-    if image.shape[:2] != (size, size):
-        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
-    return encode_jpeg(image, quality), False
+    return encode_jpeg(fit_crop(image, size), quality), False
 
 
 def _first_size(reader: RecordReader, keys: np.ndarray) -> int:
@@ -264,10 +265,10 @@ def _first_size(reader: RecordReader, keys: np.ndarray) -> int:
             return reader.read_image(key)[1].shape[0]
         except RecordError as error:
             first = error
-    raise RecordError(f"{reader.path} has no image that can be read; the last: {first}")
+    raise RecordError(f"{reader.path} has no readable image; the first error: {first}")
 
 
 def _copy_record(reader: RecordReader, keys: np.ndarray, index: int) -> tuple[bytes, bool]:
     key = int(keys[index])
-    reader.read_image(key)  # names the record of an image that cannot be read
+    reader.read_image(key)  # its error names the unreadable record
     return reader[key][1], True

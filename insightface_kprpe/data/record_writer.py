@@ -18,18 +18,18 @@ _LABEL_LIMIT = 1 << 24  # float32, the type of all labels, has every integer up 
 class RecordWriter:
     """Writes ``prefix.rec`` and ``prefix.idx``, byte for byte as MXNet does.
 
-    Both grow under temporary names and appear on ``close()``. Use it as a context manager: an exception then discards
-    them.
+    Both are written under temporary names and appear on ``close()``. Use it as a context manager, so that an exception
+    discards them.
 
     Args:
-        prefix: path without suffix; ``dir/train.rec`` and a folder (for ``train`` in it) do as well.
+        prefix: path without suffix; ``dir/train.rec`` and a folder (for ``train`` in it) work too.
     """
 
     def __init__(self, prefix: str | os.PathLike) -> None:
         prefix = file_prefix(prefix)
         self._index_path = Path(f"{prefix}.idx")
         self._last_key, self._size = -1, 0
-        # Left in reverse order: files close first, then the records are published, and after them their index.
+        # Exited in reverse order: files are closed first, then the records are published, and then their index.
         self._exit = ExitStack()
         index = self._exit.enter_context(atomic_path(self._index_path))
         records = self._exit.enter_context(atomic_path(f"{prefix}.rec"))
@@ -61,7 +61,7 @@ class RecordWriter:
         for file in (self._records, self._index):
             file.flush()
             os.fsync(file.fileno())
-        # An index of older records must never stand beside the new ones; readers do without one.
+        # An index of older records must never be next to the new ones; readers can do without one.
         self._index_path.unlink(missing_ok=True)
         self._exit.close()
 
@@ -75,7 +75,7 @@ class RecordWriter:
             self._exit.__exit__(*exception)
 
     def _replace_first(self, header: RecordHeader) -> None:
-        """Write the first record anew, which must have been written without payload and with as many labels."""
+        """Write the first record again, which must have been written without payload and with as many labels."""
         self._records.seek(0)
         self._records.write(encode_record(header, b""))
         self._records.seek(0, os.SEEK_END)
@@ -84,30 +84,32 @@ class RecordWriter:
 def write_face_records(
     prefix: str | os.PathLike, samples: Iterable[tuple[bytes, int]], size: tuple[int, int] = (112, 112)
 ) -> int:
-    """Write a training set in InsightFace's layout: ``prefix.rec``, ``prefix.idx`` and ``property`` beside them.
+    """Write a training set in InsightFace's layout: ``prefix.rec``, ``prefix.idx`` and ``property`` next to them.
 
     Args:
         prefix: usually ``dir/train``.
-        samples: compressed image and label of each face; all faces of an identity in a row, identities in ascending
-            order from 0 without gaps.
+        samples: compressed image and label of each face; all faces of an identity consecutively, identities in
+            ascending order from 0 without gaps.
         size: height and width of the images in pixels, for the ``property`` file.
 
     Returns:
         The number of images.
 
     Raises:
-        ValueError: there are no samples, an image is empty, or the labels are not as said; nothing is written then.
+        ValueError: there are no samples, an image is empty, or the labels are not in this order; nothing is written
+            then.
     """
     first_keys: list[int] = []  # of each identity
     end = 1
     with RecordWriter(prefix) as writer:
-        writer.write(0, RecordHeader(np.zeros(2)), b"")  # holds the place until the numbers are known
+        writer.write(0, RecordHeader(np.zeros(2)), b"")  # placeholder until the numbers are known
         for payload, label in samples:
             if label == len(first_keys) < _LABEL_LIMIT:
                 first_keys.append(end)
             elif not first_keys or label != len(first_keys) - 1:
                 raise ValueError(
-                    f"labels must start at 0, go up in steps of 1 and stay below {_LABEL_LIMIT}; sample {end - 1} has "
+                    f"labels must start at 0, increase in steps of 1 and stay below {_LABEL_LIMIT}; sample {end - 1} "
+                    "has "
                     f"{label} after {len(first_keys) - 1}"
                 )
             if not payload:
@@ -126,7 +128,7 @@ def write_face_records(
 def write_shuffled_records(
     prefix: str | os.PathLike, samples: Iterable[tuple[bytes, int]], size: tuple[int, int] = (112, 112)
 ) -> int:
-    """Write images in any order: records 0, 1, ... with one label each, and nothing beside them but ``property``.
+    """Write images in any order: records 0, 1, ... with one label each, and nothing next to them but ``property``.
 
     Args:
         prefix, size: as for :func:`write_face_records`.

@@ -1,7 +1,7 @@
 """MXNet's RecordIO files, the format of InsightFace's training sets, without MXNet.
 
-How records are stored is said in :mod:`.record_format`. InsightFace adds meaning: record 0 has no image but the labels
-``[N + 1, N + 1 + identities]``, images are records 1 to N, and after them one record an identity has the labels
+:mod:`.record_format` describes how records are stored. InsightFace adds meaning: record 0 has no image but the labels
+``[N + 1, N + 1 + identities]``, images are records 1 to N, and after them one record per identity has the labels
 ``[first image, last image + 1]``. Files without a record 0 of this kind (written by im2rec) hold images only.
 """
 
@@ -50,12 +50,12 @@ class RecordReader:
     """A RecordIO file as a mapping from key to record.
 
     Reading goes through a read-only memory map and an index in NumPy arrays. No file position is shared, so one reader
-    serves any number of threads and forked processes; pickling it (spawned workers) maps the file anew. Every record is
-    checked as it is read.
+    serves any number of threads and forked processes; pickling it (spawned workers) maps the file again. Every record
+    is checked as it is read.
 
     Args:
-        rec_or_prefix: ``dir/train.rec``, ``dir/train``, or a folder holding ``train.rec``. Where the ``.idx`` is
-            missing, the file is scanned, and its records get the keys 0, 1, 2, ... in their order.
+        rec_or_prefix: ``dir/train.rec``, ``dir/train``, or a folder holding ``train.rec``. If the ``.idx`` is missing,
+            the file is scanned, and its records get the keys 0, 1, 2, ... in order.
 
     Attributes:
         path: the ``.rec`` file.
@@ -69,7 +69,7 @@ class RecordReader:
     def __init__(self, rec_or_prefix: str | os.PathLike) -> None:
         prefix = file_prefix(rec_or_prefix)
         self.path, index_path = Path(f"{prefix}.rec"), Path(f"{prefix}.idx")
-        user_file(self.path, "record file", "name a .rec file, its prefix, or a folder with train.rec")
+        user_file(self.path, "record file", "give a .rec file, its prefix, or a folder with train.rec")
         self._data = _map(self.path)
         if index_path.exists():
             self.keys, self._offsets = _read_index(index_path, self.path, len(self._data))
@@ -123,7 +123,7 @@ class RecordReader:
 
         Raises:
             KeyError: the index does not have the key.
-            RecordError: the record is damaged, its payload is no complete image, or its label no identity number.
+            RecordError: the record is damaged, its payload is not a complete image, or its label no identity number.
         """
         header, payload = self[key]
         label = _first_label(header)
@@ -136,21 +136,21 @@ class RecordReader:
 
     @property
     def identities(self) -> int | None:
-        """How many people record 0 says that there are; None where there is no such record, or it does not say."""
+        """The number of people according to record 0; None if there is no such record, or it does not say."""
         if not self._images.start:
             return None
         bounds = self[0][0].label
         return int(bounds[1] - bounds[0]) if len(bounds) == 2 and np.isfinite(bounds).all() else None
 
     def ids(self, keys: np.ndarray) -> np.ndarray:
-        """(N,) int64, what the records of (N,) keys say to be their own numbers; -1 where a record is damaged."""
+        """(N,) int64, the ids that the records of (N,) keys claim; -1 where a record is damaged."""
         heads = self._offsets[np.searchsorted(self.keys, keys)] // 4
         words = np.frombuffer(self._data, "<u4", len(self._data) // 4)
         low, high = (words.take(heads + i, mode="clip").astype(np.int64) for i in (4, 5))
         return np.where((words.take(heads) == MAGIC) & (high < 1 << 31), high << 32 | low, -1)
 
     def first_ids(self, count: int) -> list[int]:
-        """What the first records, in the order in which they lie, say to be their own numbers."""
+        """The ids that the first records, in file order, claim."""
         ids, offset = [], 0
         while offset < len(self._data) and len(ids) < count:
             try:
@@ -166,7 +166,7 @@ class RecordReader:
     def labels(self) -> np.ndarray:
         """Labels of all images, from their headers alone.
 
-        That reads the whole file once: of a large one the labels are then kept beside it, as ``train.labels.npz``.
+        That reads the whole file once: the labels of a large one are then cached next to it, as ``train.labels.npz``.
 
         Returns:
             (N,) int64 in the order of ``image_keys``.
@@ -178,7 +178,7 @@ class RecordReader:
         if len(keys) >= _LABELS_KEPT_FROM and (kept := self._kept_labels()) is not None:
             return kept
         labels = np.empty(len(keys), np.float32)
-        # A map of its own: in file order the system's read-ahead helps, which records in random order must not have.
+        # A separate map: read-ahead helps in file order, but must be off for records in random order.
         words = np.frombuffer(_map(self.path), "<u4", len(self._data) // 4)
         for start in range(0, len(keys), _LABELS_AT_ONCE):
             part = slice(start, start + _LABELS_AT_ONCE)
@@ -192,7 +192,7 @@ class RecordReader:
         return labels.astype(np.int64)
 
     def _kept_labels(self) -> np.ndarray | None:
-        """(N,) int64 labels that an earlier reader left beside this very file, if it did."""
+        """(N,) int64 labels that an earlier reader left next to this very file, if it did."""
         try:
             kept = read_npz(self.path.with_suffix(".labels.npz"), ("labels", "of"))
         except (OSError, ValueError):
@@ -205,10 +205,10 @@ class RecordReader:
             with atomic_path(self.path.with_suffix(".labels.npz")) as temporary, open(temporary, "wb") as file:
                 np.savez(file, labels=labels, of=self._identity())
         except OSError as error:
-            logger.info("labels are not kept beside %s: %s", self.path, error)
+            logger.info("could not cache the labels next to %s: %s", self.path, error)
 
     def _identity(self) -> np.ndarray:
-        """What tells this file from another, or an older one, of its name: size and time of the last change."""
+        """Distinguishes this file from another, or an older one, of the same name: size and modification time."""
         status = self.path.stat()
         return np.array([status.st_size, status.st_mtime_ns])
 
@@ -230,7 +230,7 @@ class RecordReader:
                 raise self._error(key, offset, f"the file ends in the middle of the record ({size} bytes)")
             magic, word = PART.unpack_from(self._data, offset)
             if magic != MAGIC:
-                raise self._error(key, offset, f"0x{magic:08x} stands where a part starts with 0x{MAGIC:08x}")
+                raise self._error(key, offset, f"0x{magic:08x} found where a part must start with 0x{MAGIC:08x}")
             kind, stop = word >> 29, start + word % LENGTH_LIMIT
             if kind not in ((MIDDLE, LAST) if spans else (WHOLE, FIRST)):
                 raise self._error(key, offset, f"part {len(spans)} of a record cannot be of kind {kind}")
@@ -240,7 +240,7 @@ class RecordReader:
             offset = stop + -stop % 4
         if offset < size and self._data[offset : offset + 4] != MAGIC_BYTES:
             start = spans[0][0] - PART.size
-            raise self._error(key, start, f"its length leads to byte {offset}, where no record starts")
+            raise self._error(key, start, f"its length points to byte {offset}, where no record starts")
         return spans, offset
 
     def _scan(self) -> np.ndarray:
@@ -267,7 +267,9 @@ class RecordReader:
             why = f"it announces {end - 1} images, the index has {stop - 1}; delete a damaged .idx to do without"
             raise self._error(0, self._offset(0), why)
         if self._has_payload(end):
-            why = f"it announces {end - 1} images, but record {end} holds one more; the file was put together wrongly"
+            why = (
+                f"it announces {end - 1} images, but record {end} holds one more; the file was not assembled correctly"
+            )
             raise self._error(0, self._offset(0), why)
         return slice(1, stop)
 
@@ -286,7 +288,7 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def _advise_random(data: mmap.mmap) -> None:
-    """Turn off read-ahead, which for records in random order reads a hundred times more from a disk than is used."""
+    """Turn off read-ahead, which for records in random order reads a hundred times more from disk than is used."""
     if hasattr(data, "madvise"):
         data.madvise(mmap.MADV_RANDOM)
 
@@ -306,7 +308,7 @@ def _read_index(path: Path, rec_path: Path, rec_size: int) -> tuple[np.ndarray, 
     for row in np.flatnonzero((keys < 0) | (offsets < 0) | (offsets % 4 != 0) | (offsets + PART.size > rec_size))[:1]:
         raise RecordError(
             f"{path}: line {row + 1}: record {keys[row]} at byte {offsets[row]} cannot be in {rec_path} of {rec_size} "
-            "bytes (records start at multiples of 4); the .rec is truncated or the .idx belongs to another file"
+            "bytes (records start at multiples of 4); the .rec is truncated, or the .idx belongs to another file"
         )
     if not (keys[1:] > keys[:-1]).all():
         order = np.argsort(keys, kind="stable")
@@ -317,7 +319,7 @@ def _read_index(path: Path, rec_path: Path, rec_size: int) -> tuple[np.ndarray, 
 
 
 def _index_fault(path: Path) -> str | None:
-    """Name the first line of an index that is not two numbers, or its encoding."""
+    """Describe the first line of an index that is not two numbers, or its encoding."""
     number = 0
     with open(path, "rb") as file:
         start = file.read(2)
@@ -361,8 +363,8 @@ def _is_identity(labels: np.ndarray) -> np.ndarray:
 def _first_identity(bound: np.float32, has_payload: Callable[[int], bool]) -> int:
     """The key after the last image, where record 0 says ``bound``.
 
-    In sets of more than 2**24 images a float32 cannot say the number exactly. Of all keys that round to ``bound``, the
-    first whose record has no payload is the one meant.
+    In sets of more than 2**24 images, a float32 cannot represent the number exactly. Of all keys that round to
+    ``bound``, the first whose record has no payload is the one meant.
     """
     slack = int(np.spacing(np.float32(bound))) // 2
     candidates = range(int(bound) - slack, int(bound) + slack + 1)

@@ -1,4 +1,4 @@
-"""Which images stand in which batch of which rank."""
+"""Which images are in which batch of which rank."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _CHUNK = 1 << 20  # positions of an epoch whose repetitions are drawn at once; f
 
 
 class EpochSampler(Sampler[list[int]]):
-    """Batches of one rank: every epoch another permutation, the same on all ranks, cut into shares of equal size.
+    """Batches of one rank: every epoch a new permutation, the same on all ranks, split into equal parts.
 
     A step's images do not depend on how many ranks share them: rank r of W takes the r-th part of every block of
     ``W * batch_size``. The tail that does not fill a block is left out of this epoch.
 
-    With ``repetition`` each image of that order is replaced, with this probability, by a drawn one of the person before
-    it (who may have been repeated too). An epoch has as many images as before; some of them then stand in it several
-    times, and as many others not at all.
+    With ``repetition`` each image of that order is replaced, with this probability, by a random one of the previous
+    image's person (who may have been repeated too). An epoch has as many images as before, but some occur in it several
+    times, and others not at all.
 
     Args:
         length: number of images.
-        batch_size: images a rank and batch.
+        batch_size: images per rank and batch.
         rank: of this process.
         world_size: number of ranks.
         seed: of the permutations.
@@ -47,7 +47,8 @@ class EpochSampler(Sampler[list[int]]):
         self.batches = length // (batch_size * world_size)
         if not self.batches:
             raise ValueError(
-                f"batch_size must let {length} images fill a batch on each rank, got {batch_size} on {world_size} ranks"
+                f"batch_size must not exceed the images per rank: {length} images on {world_size} ranks, got "
+                f"{batch_size}"
             )
         if not 0 <= repetition < 1:
             raise ValueError(f"repetition (repeated_augmentation) must be a probability in [0, 1), got {repetition}")
@@ -60,7 +61,7 @@ class EpochSampler(Sampler[list[int]]):
         self.set_position(0, 0)
 
     def set_position(self, epoch: int, first_batch: int) -> None:
-        """Where the next iteration starts: epoch number, and how many of its batches are done already."""
+        """Where the next iteration starts: epoch number, and how many of its batches are already done."""
         self.epoch, self.first_batch = epoch, first_batch
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -78,7 +79,7 @@ class EpochSampler(Sampler[list[int]]):
         return self.batches - self.first_batch
 
     def _repeat(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(n,) indices of images, some of them replaced by others of the person before."""
+        """(n,) indices of images, some of them replaced by others of the previous person."""
         chance, draw = rng.random((len(order), 2), np.float32).T  # in pairs: a shorter epoch draws the same ones
         repeated = chance < self.repetition
         repeated[0] = False

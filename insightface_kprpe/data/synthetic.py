@@ -1,8 +1,8 @@
-"""Faces drawn from a seed: people with an identity, pictures of them with five exact landmarks, and group photos.
+"""Faces drawn from a seed: people with an identity, images of them with five exact landmarks, and group photos.
 
-Every picture depends on nothing but (seed, identity, instance): person 7 of seed 0 is the same person in every data
-set, whatever the order of access and the number of workers. Who someone is lies in the shapes; the colors of people
-are alike and the light, exposure and white balance of each picture blur them further.
+Every image depends only on (seed, identity, instance): person 7 of seed 0 is the same person in every data
+set, whatever the order of access and the number of workers. Identity is in the shapes; the colors of people are
+similar, and the light, exposure and white balance of each image blur them further.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class SyntheticFaces:
 
     Args:
         num_identities: how many people.
-        images_per_identity: pictures of each.
+        images_per_identity: images of each.
         seed: another seed gives other people.
         aligned: True: crops aligned with InsightFace's template, as after a detector; False: loose turned boxes.
         size: side of the crop in pixels.
-        first_identity: number of the first person, so that sets with different people can be had from one seed.
+        first_identity: number of the first person, so that one seed can give sets with different people.
 
     Raises:
         ValueError: a number is too small.
@@ -100,11 +100,11 @@ class SyntheticFaces:
 def draw_face(
     identity: int, instance: int, seed: int = 0, aligned: bool = True, size: int = 112
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one picture of one person.
+    """Draw one image of one person.
 
     Args:
         identity: which person, from 0.
-        instance: which of the person's pictures, from 0; decides pose, expression, light, background and crop.
+        instance: which of the person's images, from 0; decides pose, expression, light, background and crop.
         seed: seed of the people.
         aligned: as in :class:`SyntheticFaces`.
         size: side of the crop in pixels.
@@ -141,7 +141,7 @@ def draw_scene(
     """Draw a group photo: people of various sizes whose faces do not cover each other.
 
     Args:
-        identities: which people. Someone for whom there is no room is left out.
+        identities: which people. People for whom there is no room are left out.
         size: height and width in pixels.
         seed: seed of the people.
         face_size: least and greatest height of a face's box in pixels.
@@ -151,7 +151,7 @@ def draw_scene(
         The photo, and where the faces are in it.
 
     Raises:
-        ValueError: a number is negative, the photo is smaller than 32 pixels or ``face_size`` is no such range.
+        ValueError: a number is negative, the photo is smaller than 32 pixels or ``face_size`` is not such a range.
     """
     height, width = size
     _check_at_least(32, height=height, width=width)
@@ -168,7 +168,7 @@ def draw_scene(
         found = _place(rng, identity, _person(seed, identity), lamp, placed, size, face_size)
         if found is not None:
             placed.append(found)
-    placed.sort(key=lambda person: person.box[3])  # who stands lower stands in front
+    placed.sort(key=lambda person: person.box[3])  # people lower in the image are in front
     for person in placed:
         draw_body(canvas, person.head, person.look, person.matrix)
         _draw_head_in_scene(canvas, person)
@@ -203,7 +203,7 @@ def verification_pairs(
     """
     _check_at_least(2, num_identities=num_identities, pairs=pairs)
     if pairs % 2:
-        raise ValueError(f"pairs must be even, half the same person and half not, got {pairs}")
+        raise ValueError(f"pairs must be even (half same person, half different), got {pairs}")
     rng = np.random.default_rng([seed, _PAIRS, first_identity])
     is_same = np.arange(pairs) % 2 == 0
     first = rng.integers(num_identities, size=pairs)

@@ -1,6 +1,6 @@
 """The shapes of a drawn head: polygons in 3D and, for each expression, where their points move to.
 
-Face units: the mean distance between the eyes is 1; x points right in the image, y down, z towards the viewer; the
+Face units: the mean distance between the eyes is 1; x points right in the image, y down, z toward the viewer; the
 origin lies between the eyes in the middle of the head. A point has four numbers (x, y, z, s): ``s`` is 1 where the
 surface turns with the head and 0 on the silhouette, which keeps its width when an ellipsoid turns.
 """
@@ -29,7 +29,7 @@ class Shape(NamedTuple):
 
 
 class Anatomy(NamedTuple):
-    """All that is drawn of a person, and the points to find again in the picture."""
+    """All that is drawn of a person, and the points to find again in the image."""
 
     shapes: list[Shape]  # in the order of drawing; the last one, the light in the eyes, is never in shade
     landmarks: np.ndarray  # (7, 5, 4)

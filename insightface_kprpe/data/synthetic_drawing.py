@@ -1,4 +1,4 @@
-"""Puts a drawn head on a picture: anti-aliased polygons, then relief shading; and the room and camera around it."""
+"""Puts a drawn head on an image: anti-aliased polygons, then relief shading; and the room and camera around it."""
 
 from __future__ import annotations
 
@@ -115,10 +115,10 @@ def draw_body(canvas: np.ndarray, head: Head, look: Appearance, matrix: np.ndarr
 
 
 def draw_head(canvas: np.ndarray, head: Head, look: Appearance, posed: np.ndarray, matrix: np.ndarray) -> None:
-    """Draw a person's head and neck over a picture.
+    """Draw a person's head and neck over an image.
 
     Args:
-        canvas: (H, W, 4) uint8 RGB and a scratch channel, changed in place; the picture is the background.
+        canvas: (H, W, 4) uint8 RGB and a scratch channel, changed in place; the image is the background.
         head: who.
         look: how.
         posed: (N, 2) points of the head, from ``pose_head(head, look)``.
@@ -182,11 +182,11 @@ def draw_background(rng: np.random.Generator, height: int, width: int) -> np.nda
 
 
 def lose_detail(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """One picture in four is enlarged from fewer pixels."""
+    """One image in four is enlarged from fewer pixels."""
     if rng.random() > 0.25:
         return image
-    share = rng.uniform(0.45, 0.9)
-    small = cv2.resize(image, None, fx=share, fy=share, interpolation=cv2.INTER_AREA)
+    ratio = rng.uniform(0.45, 0.9)
+    small = cv2.resize(image, None, fx=ratio, fy=ratio, interpolation=cv2.INTER_AREA)
     return cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
 
 

@@ -1,7 +1,7 @@
-"""Who drawn people are and how they look in one picture: what is varied, and by how much.
+"""The identity of drawn people and their appearance in one image: what varies, and by how much.
 
-Who someone is lies in the shapes, drawn from wide ranges. Colors are drawn from narrow ones, which light, exposure
-and white balance of a picture blur further: color alone does not tell people apart.
+Identity is in the shapes, drawn from wide ranges. Colors are drawn from narrow ones, which light, exposure
+and white balance of an image blur further: color alone does not tell people apart.
 """
 
 from __future__ import annotations
@@ -111,12 +111,12 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Appearance:
-    """What changes from picture to picture."""
+    """What changes from image to image."""
 
-    yaw: float  # radians; positive: towards the right of the image
+    yaw: float  # radians; positive: toward the right of the image
     pitch: float  # radians; positive: down
     expression: np.ndarray  # (6,), see EXPRESSIONS
-    light: tuple[float, float, float]  # unit vector towards the lamp
+    light: tuple[float, float, float]  # unit vector toward the lamp
     ambient: float  # share of light from everywhere, 0..1
     clothes: Color
 
@@ -147,7 +147,7 @@ def sample_identity(rng: np.random.Generator) -> Identity:
 
 
 def sample_light(rng: np.random.Generator) -> tuple[float, float, float]:
-    """Draw the direction towards a lamp: left or right, mostly from above."""
+    """Draw the direction toward a lamp: left or right, mostly from above."""
     x, y = rng.uniform((-0.8, -0.9), (0.8, 0.1))
     length = float(np.sqrt(x * x + y * y + 0.8**2))
     return float(x) / length, float(y) / length, 0.8 / length

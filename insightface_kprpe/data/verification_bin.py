@@ -1,8 +1,7 @@
 """InsightFace's ``.bin`` verification sets: compressed crops in pairs, and whether each pair shows one person.
 
-The format is a pickle of ``(images, is_same)``, and a pickle may run any code when it is loaded. Here it cannot: of all
-the functions that a file may name, the few that such files need are replaced by harmless stand-ins of our own, and any
-other name is an error.
+The format is a pickle of ``(images, is_same)``, and a pickle can run any code when it is loaded. Here it cannot: the
+few functions that such files need are replaced by harmless stand-ins, and any other name is an error.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class VerificationSet:
             (H, W, 3) uint8 RGB; 112x112 in all the usual sets.
 
         Raises:
-            ValueError: it is no complete image.
+            ValueError: it is not a complete image.
         """
         try:
             return decode_image(self.images[index])
@@ -59,8 +58,8 @@ def read_verification_bin(path: str | os.PathLike) -> VerificationSet:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, names anything that a verification set does not need, or holds something else
-            than two images for each answer.
+        ValueError: the file is truncated, names anything that a verification set does not need, or does not hold two
+            images for each answer.
     """
     path = user_file(path, "verification set")
     with open(path, "rb") as file:
@@ -91,7 +90,7 @@ def write_verification_bin(path: str | os.PathLike, images: Sequence[bytes], is_
 
 
 def _checked_pairs(images: Any, is_same: Any) -> tuple[list[bytes], list[bool]]:
-    """What a set holds in the types that it should have, from those that it may have."""
+    """The content of a set, converted from the types that occur in practice to the expected ones."""
     if not isinstance(images, (list, tuple)):
         raise ValueError(f"images must be a list, got {type(images).__name__}")
     images = [item.data if isinstance(item, _Array) else item for item in images]
@@ -103,7 +102,7 @@ def _checked_pairs(images: Any, is_same: Any) -> tuple[list[bytes], list[bool]]:
     if not isinstance(is_same, (list, tuple)) or not all(isinstance(item, int) and item in (0, 1) for item in is_same):
         raise ValueError(f"is_same must be a list of True and False, got {is_same!r:.60}")
     if len(images) != 2 * len(is_same) or not images:
-        raise ValueError(f"there must be two images for each answer, got {len(images)} and {len(is_same)}")
+        raise ValueError(f"there must be two images per is_same, got {len(images)} and {len(is_same)}")
     return [bytes(image) for image in images], [bool(answer) for answer in is_same]
 
 
@@ -121,7 +120,7 @@ class _SafeUnpickler(pickle._Unpickler):
         try:
             return _STAND_INS[module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins"), name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it wants {module}.{name}, which verification sets do not need") from None
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which verification sets do not need") from None
 
 
 class _DType:
@@ -136,7 +135,7 @@ class _DType:
 
 
 class _Array:
-    """Stands in for numpy.ndarray: keeps type and bytes, makes nothing of them unasked."""
+    """Stands in for numpy.ndarray: keeps type and bytes without interpreting them."""
 
     dtype: _DType
     data: bytes
@@ -146,7 +145,7 @@ class _Array:
 
     def integers(self) -> list[int]:
         if not re.fullmatch("[biu][1248]", self.dtype.code):
-            raise ValueError(f"an array of {self.dtype.code!r} stands where True and False are expected")
+            raise ValueError(f"expected True and False, got an array of {self.dtype.code!r}")
         return np.frombuffer(self.data, self.dtype.code.replace("b1", "u1")).tolist()
 
 

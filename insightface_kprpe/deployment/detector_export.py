@@ -1,8 +1,8 @@
-"""Landmark networks -> ONNX in the layout of InsightFace's SCRFD, so that the stock model zoo takes them for detectors.
+"""Landmark networks -> ONNX in the layout of InsightFace's SCRFD, so that the stock model zoo loads them as detectors.
 
 Nine outputs: scores (A, 1), boxes (A, 4) and landmarks (A, 10) of the strides 8, 16 and 32. A box is given as the
 distances from an anchor's corner point (column * stride, row * stride) to its left, top, right and bottom side, and a
-landmark as its offset from that point; all in strides. Input is RGB, (pixel - 127.5) / 128: a picture of any size that
+landmark as its offset from that point; all in strides. Input is RGB, (pixel - 127.5) / 128: an image of any size that
 the loader has shrunk or enlarged to fit into the square, black on the right or at the bottom.
 """
 
@@ -28,18 +28,18 @@ _SCRFD_STD, _OUR_STD = 128.0, 127.5
 _NAMES = [f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in STRIDES]
 NO_FACE = -1.0  # a score below every threshold, 0 included
 
-# What a picture must have to show a face; on 8-bit pixels the first is 2.5 of 255.
+# What an image must have to show a face; on 8-bit pixels the first is 2.5 of 255.
 MIN_CONTRAST = 0.02  # standard deviation of its pixels in [-1, 1]
-# A file cannot know how many pixels a crop had before the loader enlarged it, but a handful of them leave a smear: next
-# to nothing that a thumbnail of 16x16 does not show. Of real faces that were shrunk first this refuses 99 % at 5 pixels
-# and fewer, 25 % at 8, 2 % at 12 and none at 20; and none of TinyFace's.
+# A file cannot know how many pixels a crop had before the loader enlarged it, but a handful of them leave a smear with
+# hardly more detail than a thumbnail of 16x16. Of real faces that were shrunk first, this refuses 99 % at 5 pixels and
+# fewer, 25 % at 8, 2 % at 12 and none at 20; and none of TinyFace's.
 MIN_DETAIL = 0.035  # mean absolute difference from the thumbnail, as a fraction of the standard deviation
 THUMBNAIL = 16  # pixels
 TOLERANCE = 0.5  # pixels between the file's landmarks and torch's
 
 
 class ScrfdLayout(nn.Module):
-    """A :class:`RetinaFaceNet` that speaks as SCRFD does: one face or many, every anchor for itself.
+    """A :class:`RetinaFaceNet` with SCRFD's interface: one face or many, every anchor on its own.
 
     Args:
         net: without aggregator.
@@ -72,10 +72,10 @@ class ScrfdLayout(nn.Module):
 
 
 class OneFaceLayout(nn.Module):
-    """A :class:`DFA` that speaks as SCRFD does: its one face is the first anchor, all others have none.
+    """A :class:`DFA` with SCRFD's interface: its one face is the first anchor, all others have none.
 
-    What the loader has put in the upper left corner of the square is first moved to its middle, where DFA expects it
-    and where it puts crops itself.
+    The loader puts the image in the upper left corner of the square; it is first moved to the middle, where DFA expects
+    it and puts crops itself.
 
     Args:
         dfa: the aligner.
@@ -89,11 +89,11 @@ class OneFaceLayout(nn.Module):
         """(B, 3, S, S) RGB, (pixel - 127.5) / 128 -> the nine outputs, each (B, A, 1, 4 or 10)."""
         side = self.dfa.image_size
         images = images * (_SCRFD_STD / _OUR_STD)
-        filled = (images > -1 + 1 / _OUR_STD).any(1)  # (B, S, S); the loader's black is exactly -1
-        start, stop = _extent(torch.stack([filled.any(1), filled.any(2)], 1))  # (B, 2) each: columns, rows
-        offset = torch.where(start == 0, (side - stop) // 2, 0)  # the loader puts black behind, never before
-        centred = _shift(_shift(images, offset[:, 0], 3), offset[:, 1], 2)
-        keypoints, score, bbox = self.dfa.locate(centred)
+        brightest = torch.stack([images.amax((1, 2)), images.amax((1, 3))], 1)  # (B, 2, S) of columns and rows
+        start, stop = _extent(brightest > -1 + 1 / _OUR_STD)  # (B, 2) each; the loader's black is exactly -1
+        offset = torch.where(start == 0, (side - stop) // 2, 0)  # the loader pads at the end, never at the start
+        centered = _shift(images, offset)
+        keypoints, score, bbox = self.dfa.locate(centered)
         points = keypoints * side - offset[:, None]
         corners = bbox.unflatten(1, (2, 2)) * side - offset[:, None]
         score = torch.where(has_detail(images, start, stop) & (score > 0), score, NO_FACE)
@@ -108,7 +108,7 @@ class OneFaceLayout(nn.Module):
 
 
 def _level(values: torch.Tensor, empty: float, stride: int, count: int) -> torch.Tensor:
-    """(B, count, D) of one stride: all anchors are empty, but for the first of all, which has the (B, D) values."""
+    """(B, count, D) of one stride: all anchors are empty, except for the first of all, which has the (B, D) values."""
     rows = torch.full_like(values, empty)[:, None].expand(-1, count, -1)
     return torch.cat([values[:, None], rows[:, 1:]], 1) if stride == STRIDES[0] else rows
 
@@ -118,33 +118,37 @@ def _anchors_per_stride(side: int) -> list[int]:
 
 
 def _extent(filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the picture in a square starts and stops.
+    """Where the image in a square starts and stops.
 
     Args:
         filled: (..., S) bool, which columns (or rows) are not all black.
 
     Returns:
-        Two (...) int64 in 0 to S: the first filled one, and the one after the last; S and 0 where all is black.
+        Two (...) int64 in 0 to S: the first filled one, and the one after the last; S and 0 if all is black.
     """
     side = filled.shape[-1]
     places = torch.arange(side, device=filled.device)
     return torch.where(filled, places, side).amin(-1), torch.where(filled, places + 1, 0).amax(-1)
 
 
-def _shift(images: torch.Tensor, pixels: torch.Tensor, axis: int) -> torch.Tensor:
-    """Each image moved right (axis 3) or down (axis 2); the black that leaves there enters on the other side."""
-    places = torch.arange(images.shape[axis], device=images.device) - pixels[:, None]  # (B, S)
-    places = torch.where(places < 0, places + images.shape[axis], places)
-    places = places[:, None, None, :] if axis == 3 else places[:, None, :, None]
-    return images.gather(axis, places.expand_as(images))
+def _shift(images: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Each image moved right and down by its (B, 2) pixels; the black that leaves there enters on the other side.
+
+    Pixels are moved once for both axes, as they are moved one by one.
+    """
+    side = images.shape[-1]
+    places = torch.arange(side, device=images.device) - offset[..., None]  # (B, 2, S)
+    column, row = torch.where(places < 0, places + side, places).unbind(1)
+    place = (row[:, :, None] * side + column[:, None]).flatten(1)
+    return images.flatten(2).gather(2, place[:, None].expand(-1, images.shape[1], -1)).view_as(images)
 
 
 def has_detail(images: torch.Tensor, start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
-    """Whether there is more to see than a colour (``MIN_CONTRAST``) or a smear (``MIN_DETAIL``).
+    """Whether there is more than a plain color (``MIN_CONTRAST``) or a smear (``MIN_DETAIL``).
 
     Args:
         images: (B, 3, S, S) float in [-1, 1].
-        start: (B, 2) first column and row of the picture in the square.
+        start: (B, 2) first column and row of the image in the square.
         stop: (B, 2) the ones after its last.
 
     Returns:
@@ -153,7 +157,7 @@ def has_detail(images: torch.Tensor, start: torch.Tensor, stop: torch.Tensor) ->
     side = images.shape[-1]
     cell = side // THUMBNAIL
     thumbnail = F.interpolate(F.avg_pool2d(images, cell), size=(side, side), mode="bilinear")
-    # Two cells away from the black around the picture, its edge is no detail of the thumbnail any more.
+    # Two cells away from the black around the image, its edge no longer counts as detail of the thumbnail.
     start = torch.where(start > 0, start + 2 * cell, 0)[..., None]
     stop = torch.where(stop < side, stop - 2 * cell, side)[..., None]
     places = torch.arange(side, device=images.device)
@@ -171,8 +175,8 @@ def export_detector(net: RetinaFaceNet, path: str | Path, licence: str = "unknow
 
     Args:
         net: a :class:`DFA`, which finds the one face of a crop (dynamic batch), or a plain network without aggregator,
-            which finds the faces of a picture (batch 1). ``net.image_size`` is the fixed side of the input.
-        path: ONNX file; appears only when whole and, for a DFA, only when it finds what torch finds.
+            which finds the faces of an image (batch 1). ``net.image_size`` is the fixed side of the input.
+        path: ONNX file; appears only when complete and, for a DFA, only if it finds what torch finds.
         licence: of the weights, stored in the file.
 
     Returns:
@@ -197,12 +201,12 @@ def export_detector(net: RetinaFaceNet, path: str | Path, licence: str = "unknow
         save_graph(layout, (example,), temporary, ["image"], _NAMES, metadata | {"licence": licence}, one_face)
         difference = _difference(net, temporary) if one_face else 0.0
         if not difference <= TOLERANCE:
-            raise ExportError(f"landmarks differ from torch by {difference:.2f} pixels, at most {TOLERANCE} expected")
+            raise ExportError(f"landmarks differ from torch by {difference:.2f} pixels, expected at most {TOLERANCE}")
     return Path(path)
 
 
 def _difference(dfa: DFA, path: Path) -> float:
-    """By how many pixels a file's landmarks of some drawn faces are off from torch's, at most."""
+    """The largest difference, in pixels, of a file's landmarks from torch's, on some drawn faces."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     side = dfa.image_size
     drawn = SyntheticFaces(4, 1, aligned=False, size=side)

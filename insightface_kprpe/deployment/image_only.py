@@ -1,7 +1,7 @@
-"""Images + keypoints -> embedding as an ONNX file for hosts that pass images alone.
+"""Images + keypoints -> embedding as an ONNX file for hosts that pass only images.
 
-The graph stays as it is, with its keypoints from inside: the template's, or those that an aligner finds. That costs a
-fraction of a second, where a second export costs what the first did.
+The graph stays the same, but gets its keypoints internally: the template's, or those that an aligner finds. That takes
+a fraction of a second, while a second export would take as long as the first.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class KeypointFinder(nn.Module):
 
 
 def write_image_only(source: str | Path, target: str | Path, net: Backbone | None = None) -> None:
-    """Write the image-only form of a file with two inputs, and check that both embed alike.
+    """Write the image-only version of a file with two inputs, and check that both give the same embeddings.
 
     Args:
         source: ONNX file of this package with the inputs ``images`` and ``keypoints``, in any precision.
@@ -76,7 +76,7 @@ def write_image_only(source: str | Path, target: str | Path, net: Backbone | Non
     way = "template" if net is None else "dfa"
     entries = {"inputs": _IMAGES, "keypoint_source": way, "keypoint_convention": f"none: {WITHOUT_KEYPOINTS[way]}"}
     entries |= {"dfa_threshold": None if net is None else net.dfa_threshold}
-    set_metadata(model, entries | {"evaluation": None, "change": None})  # measured on the other form
+    set_metadata(model, entries | {"evaluation": None, "change": None})  # measured on the other version
     with tempfile.TemporaryDirectory(dir=Path(target).parent) as folder:
         written = Path(folder) / "image_only.onnx"
         save_onnx(model, written)
@@ -85,7 +85,7 @@ def write_image_only(source: str | Path, target: str | Path, net: Backbone | Non
 
 
 def _template_nodes() -> list[onnx.NodeProto]:
-    """The template, as often as there are images."""
+    """The template, repeated for each image."""
     constant = numpy_helper.from_array(np.array([5, 2]), "points")
     return [
         helper.make_node("Shape", [_IMAGES], ["batch_of_images"], name="template_batch", start=0, end=1),
@@ -134,6 +134,7 @@ def _check(source: Path, written: Path, net: Backbone | None) -> None:
     cosine = smallest_cosine(one.run(None, {_IMAGES: images.numpy()})[0], expected)
     if not cosine >= MINIMAL_COSINE:
         raise ExportError(
-            f"{source}: without its keypoints input the file embeds differently, cosine {cosine:.6f}, at least "
-            f"{MINIMAL_COSINE} expected"
+            f"{source}: without its keypoints input the file gives other embeddings: cosine {cosine:.6f}, expected at "
+            "least "
+            f"{MINIMAL_COSINE}"
         )

@@ -1,4 +1,4 @@
-"""Packs that are installed already: what is in them, whether they still are what was built, and removing them."""
+"""Installed packs: describe them, verify that they are unchanged, and remove them."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from ..packs.metadata import input_convention, load_onnx, read_metadata
 from ..packs.routing import stock_model, stock_route
 from .precision import format_change
 
-# As InsightFace names them; of other files the manifest says it.
+# As InsightFace names them; for other files the manifest has the task.
 _TASKS = {DETECTION: "detection", ALIGNER: "detection", RECOGNITION: "recognition"}
 _BUILT = (DETECTION, ALIGNER, RECOGNITION, KEYPOINT_RECOGNITION)
 _PICTURE = 320  # pixels, of the drawn face that a detector is tried on
 
 
 def describe(folder: Path) -> str:
-    """A pack for people: of ours what the manifest says, of others what InsightFace takes the files for."""
+    """A pack as text: for ours the manifest, for others what InsightFace loads the files as."""
     if not (folder / MANIFEST).is_file():
-        lines = [f"{folder}: not built by this package; InsightFace takes its files for"]
+        lines = [f"{folder}: not built by this package; InsightFace loads its files as"]
         for path in onnx_files(folder, deep=True):
             try:
                 route = stock_route(path)
@@ -78,24 +78,24 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def format_thresholds(thresholds: Mapping[str, float]) -> str:
-    """Cosine thresholds by false positive rate, as JSON has them, for people."""
+    """Cosine thresholds by false positive rate, from JSON, as text."""
     shown = ", ".join(f"cosine {value:.4f} at FPR {float(fpr):g}" for fpr, value in thresholds.items())
     return shown or "none: the set has too few pairs of different people"
 
 
 def verify(folder: Path) -> list[str]:
-    """Check that a pack's files are those that were built, are loaded as intended, and work.
+    """Check that a pack's files are unchanged, are loaded as intended, and work.
 
     Args:
         folder: of the pack.
 
     Returns:
-        What is wrong, one sentence each; empty if nothing is.
+        Problems, one sentence each; empty if there are none.
 
     Raises:
-        PackError: it is no pack of this package.
+        PackError: it is not a pack of this package.
     """
-    added = [f"{name} was added after the pack was built; move it away" for name in added_files(folder)]
+    added = [f"{name} was added after the pack was built; move it elsewhere" for name in added_files(folder)]
     return added + faults(folder)
 
 
@@ -107,7 +107,7 @@ def added_files(folder: Path) -> list[str]:
 
 
 def faults(folder: Path) -> list[str]:
-    """What is wrong with the files that a pack's manifest lists, one sentence each."""
+    """Problems with the files that a pack's manifest lists, one sentence each."""
     problems, embeddings = [], {}
     for name, record in read_manifest(folder)["files"].items():
         path = folder / name
@@ -118,7 +118,7 @@ def faults(folder: Path) -> list[str]:
         else:
             try:
                 embeddings[name] = _try(path, name, record.get("task"))
-            except Exception as error:  # onnxruntime and protobuf raise what they like
+            except Exception as error:  # onnxruntime and protobuf raise all kinds of errors
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 problems.append(f"{name} does not work: {reason.removeprefix(f'{path} ')}")
     lengths = {name: value.shape[-1] for name, value in embeddings.items() if value is not None}
@@ -128,12 +128,12 @@ def faults(folder: Path) -> list[str]:
 
 
 def rebuild_command(folder: Path) -> str:
-    """The command that builds a pack again, as far as its manifest tells; the rest is in capitals."""
+    """The command that rebuilds a pack, as far as its manifest records it; the rest is in capitals."""
     try:
         files = read_manifest(folder)["files"]
     except PackError:
         files = {}
-    # The form with keypoints, which only networks without keypoints lack.
+    # The version with keypoints, which only networks without keypoints lack.
     recognition = files.get(KEYPOINT_RECOGNITION, files.get(RECOGNITION, {}))
     detection, aligner = files.get(DETECTION, {}), files.get(ALIGNER, {})
     pack, _, file = detection.get("source", "").partition("/")
@@ -142,7 +142,7 @@ def rebuild_command(folder: Path) -> str:
     if detection.get("architecture") == "DFA":
         detector, aligner = "dfa", detection
     words = ["insightface-kprpe", "pack", _known(recognition, "RUN"), "--detector", detector]
-    # An aligner from inside the network comes with it.
+    # A built-in aligner comes with the network.
     if aligner and aligner["source"] != recognition.get("source"):
         words += ["--aligner", _known(aligner, "PATH_TO_DFA")]
     if recognition.get("precision", "fp32") != "fp32":
@@ -157,20 +157,20 @@ def rebuild_command(folder: Path) -> str:
 
 
 def _known(record: Mapping[str, Any], placeholder: str) -> str:
-    """Where weights came from; of an ONNX file the manifest knows its name alone."""
+    """Where weights came from; for an ONNX file the manifest has only its name."""
     source = record.get("source", "").partition(", converted from ")[0]
     unnamed = source in ("", "the aligner", "the network") or source.endswith(".onnx")
     return placeholder if unnamed else source
 
 
 def _try(path: Path, name: str, task: str | None) -> np.ndarray | None:
-    """Run a file once as InsightFace does; what a recognition file embeds a drawn face to."""
+    """Run a file once as InsightFace does; returns a recognition file's embedding of a drawn face."""
     if name == KEYPOINT_RECOGNITION:
         return _embed_with_keypoints(path)
     model = stock_model(path)
     task = _TASKS.get(name, task)
     if model is None or model.taskname != task:
-        raise PackError(f"InsightFace takes it for {'nothing' if model is None else model.taskname}, not {task}")
+        raise PackError(f"InsightFace loads it as {'nothing' if model is None else model.taskname}, not {task}")
     if task == "recognition":
         return _embed(model, read_metadata(path))
     picture, keypoints = draw_face(0, 0, size=_PICTURE)
@@ -186,7 +186,7 @@ def _try(path: Path, name: str, task: str | None) -> np.ndarray | None:
 
 
 def _embed(model: Any, metadata: Mapping[str, str]) -> np.ndarray:
-    """What InsightFace embeds a drawn face to, if it feeds the file as the file expects."""
+    """InsightFace's embedding of a drawn face, if it feeds the file as the file expects."""
     path = model.model_file
     if "mean" in metadata and (model.input_mean, model.input_std) != input_convention(metadata, path):
         names = [node.name for node in load_onnx(path).graph.node[:8]]
@@ -209,7 +209,7 @@ def _embed_with_keypoints(path: Path) -> np.ndarray:
 
 def _finite(embedding: np.ndarray) -> np.ndarray:
     if not np.isfinite(embedding).all():
-        raise PackError("its embedding of a drawn face is not finite")
+        raise PackError("its embedding of a synthetic face is not finite")
     return embedding
 
 
@@ -220,13 +220,15 @@ def remove(folder: Path) -> None:
         folder: of the pack.
 
     Raises:
-        PackError: it is someone else's, or holds files that the pack does not list; nothing was deleted.
+        PackError: it was not built by this package, or holds files that the pack does not list; nothing was deleted.
     """
     listed = {*read_manifest(folder)["files"], MANIFEST}
     others = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir()]
     others = [name for name in others if name not in listed]
     if others:
-        raise PackError(f"{folder} also holds {', '.join(others[:5])}, which the pack does not list; move them away")
+        raise PackError(
+            f"{folder} also holds {', '.join(others[:5])}, which the pack does not list; move them elsewhere"
+        )
     # Under a name that the next build of the pack sweeps: a kill must not leave half a pack that nobody owns to.
     trash = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
     os.replace(folder, trash / folder.name)

@@ -1,6 +1,6 @@
 """Builds model packs: folders of ONNX files that the stock ``insightface`` loads by name; see :mod:`..packs.layout`.
 
-Files of this package say what they are in their own metadata, of which ``pack.json`` is a copy that people can read.
+Files of this package describe themselves in their metadata, of which ``pack.json`` is a human-readable copy.
 """
 
 from __future__ import annotations
@@ -48,25 +48,25 @@ def build(
 ) -> Path:
     """Build a pack for ``FaceAnalysis(name=NAME, root=ROOT)``, and check it as a user would load it.
 
-    What can fail at once does so before the exports take their time. Steps and the time they take are logged.
+    Everything that can fail early does so before the slow exports. Steps and their times are logged.
 
     Args:
         recognition: a network; what :func:`~insightface_kprpe.weights.sources.load_published` loads; or an ONNX file:
             of this package, with or without keypoints, or any other ArcFace model.
         detector: an ONNX file in SCRFD's layout with landmarks; a folder with one; the name of an InsightFace pack,
-            which InsightFace's own downloader fetches where it is not installed; or "dfa": the aligner, for pictures
+            which InsightFace's own downloader fetches if it is not installed; or "dfa": the aligner, for images
             of one face.
         aligner: a DFA, by an exported ONNX file or by what ``load_published`` loads; it refines the landmarks for users
-            of ``register()``. None: the one inside the network, if it has one.
+            of ``register()``. None: the network's built-in one, if any.
         name: of the pack.
         root: InsightFace's root folder; the pack goes to ``root/models/name``, replacing one of that name.
         precision: of the recognition files, see :func:`~insightface_kprpe.deployment.precision.lower_precision`.
-        evaluate: verification set (.bin) to measure them on, unmirrored; None: no thresholds.
-        extra_tasks: models to take over from ``extra_pack``, see :func:`~.pack_sources.find_extras`.
+        evaluate: verification set (.bin) to measure them on, without flip; None: no thresholds.
+        extra_tasks: models to include from ``extra_pack``, see :func:`~.pack_sources.find_extras`.
         extra_pack: name of an InsightFace pack, or a folder.
         licence: of the recognition weights; None: what their source says.
         detector_licence: None: what its source says.
-        network: name of the backbone, where the weights do not tell it.
+        network: name of the backbone, if the weights do not determine it.
         cache: where downloads from the Hub are kept.
         offline: download nothing.
 
@@ -74,17 +74,19 @@ def build(
         The pack's folder.
 
     Raises:
-        PackError: a part does not fit, or InsightFace would take it for something else; nothing was published.
+        PackError: a part does not fit, or InsightFace would load it as something else; nothing was published.
         PrecisionError: a lower precision changes too much.
         FileNotFoundError, ImportError, RuntimeError, ValueError: see ``load_published``, ``export_onnx``.
     """
     check_precision(precision)
     folder = check_folder(name, root)
     if bool(extra_tasks) != (extra_pack is not None):
-        raise PackError("extra_tasks (--with) and extra_pack (--from) go together: what to take over, and from where")
+        raise PackError(
+            "extra_tasks (--with) and extra_pack (--from) go together: which models to include, and from which pack"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
-        with _step("checking the detector, the verification set and other parts"):
+        with _step("checking the detector, the verification set and other inputs"):
             pairs = None if evaluate is None else _open_pairs(evaluate)
             extras = find_extras(extra_tasks, extra_pack, root, offline) if extra_pack is not None else {}
             found = None if detector == DFA_AS_DETECTOR else find_detector(detector, root, offline, detector_licence)
@@ -103,13 +105,13 @@ def build(
         else:
             files[DETECTION] = found
             files |= {} if finder is None else {ALIGNER: finder}
-        with _step(f"trying every file as InsightFace loads it, and installing them as {folder}"):
+        with _step(f"testing every file as InsightFace loads it, and installing them as {folder}"):
             return install(name, folder, files | extras)
 
 
 @contextmanager
 def _step(title: str) -> Iterator[None]:
-    """Say what is being done, and how long it took."""
+    """Log what is being done, and how long it took."""
     logger.info(title)
     started = time.perf_counter()
     yield
@@ -117,9 +119,9 @@ def _step(title: str) -> Iterator[None]:
 
 
 def _open_pairs(evaluate: str | Path) -> VerificationPairs:
-    """A verification set of which every image has been read."""
+    """A verification set, after reading every image of it."""
     if Path(evaluate).suffix != ".bin" or not Path(evaluate).is_file():
-        raise PackError(f"evaluate must be a verification set (a .bin file), {evaluate} is none or does not exist")
+        raise PackError(f"evaluate must be an existing verification set (a .bin file), got {evaluate}")
     pairs = open_verification(str(evaluate))
     try:
         check_pairs(pairs)
@@ -129,11 +131,11 @@ def _open_pairs(evaluate: str | Path) -> VerificationPairs:
 
 
 def _check_recognition(source: LoadedNetwork | FoundFile, precision: PackPrecision) -> bool:
-    """Refuse what cannot be exported or installed; whether there will be a form with keypoints."""
+    """Refuse what cannot be exported or installed; returns whether there will be a version with keypoints."""
     if isinstance(source, FoundFile):
         already = read_metadata(source.path).get("precision", "fp32")
         if precision != "fp32" and already != "fp32":
-            raise PackError(f"precision must be fp32 for {source.path}, which is {already} already; give the fp32 file")
+            raise PackError(f"precision must be fp32 for {source.path}, which is already {already}; give the fp32 file")
         return check_recognition(source.path)
     check_exportable(source.net)
     return source.net.needs_keypoints
@@ -147,7 +149,7 @@ def _aligner_of(
     cache: str | Path | None,
     offline: bool,
 ) -> LoadedNetwork | FoundFile | None:
-    """The aligner that was asked for, or the one inside the network."""
+    """The requested aligner, or the network's built-in one."""
     as_detector = detector == DFA_AS_DETECTOR
     if aligner is not None:
         if not with_keypoints and not as_detector:
@@ -157,7 +159,7 @@ def _aligner_of(
         facts = {key: value for key, value in source.facts.items() if key != "architecture"}
         return LoadedNetwork(source.net.dfa, facts, source.licence)
     if as_detector:
-        raise PackError("detector dfa needs the DFA: give it with --aligner, or a network with a DFA inside")
+        raise PackError("detector dfa needs a DFA: give one with --aligner, or use a network with a built-in DFA")
     return None
 
 
@@ -174,7 +176,7 @@ def _recognition_files(
     precision: PackPrecision,
     pairs: VerificationPairs | None,
 ) -> dict[str, FoundFile]:
-    """The recognition model in the forms that a pack holds, of which the network is exported to one."""
+    """The versions of the recognition model that a pack holds; the network is exported once."""
     first = scratch / "recognition.onnx"
     if isinstance(source, LoadedNetwork):
         with _step(f"exporting the network{' with its keypoints' * with_keypoints} and comparing it with torch"):
@@ -187,13 +189,13 @@ def _recognition_files(
     known: dict[Path, Measurement] = {}
     if precision != "fp32":
         measured_on = pairs.name if pairs else "drawn pairs"
-        with _step(f"writing it in {precision} and comparing that with fp32 on {measured_on}"):
+        with _step(f"converting it to {precision} and comparing it with fp32 on {measured_on}"):
             change, known[first] = lower_precision(first, first, precision, pairs)
         facts = {"precision": precision, "change": json.dumps(change.in_percent()), "evaluation": None}
         add_metadata(first, facts)
     if with_keypoints:
         second = scratch / "image_only.onnx"
-        with _step("making the form without keypoints, and comparing it with the one with"):
+        with _step("deriving the version without keypoints and comparing it with the one with keypoints"):
             net = source.net if isinstance(source, LoadedNetwork) and source.net.finds_keypoints else None
             write_image_only(first, second, net)
         files[RECOGNITION] = FoundFile(second, origin, source.licence)
@@ -206,6 +208,6 @@ def _recognition_files(
 
 
 def _evaluation(measured: Measurement, pairs: VerificationPairs) -> str:
-    """What a file made of a verification set, as JSON."""
+    """A file's results on a verification set, for JSON."""
     found = {"set": pairs.name, "pairs": len(pairs.is_same), "keypoints": pairs.keypoint_source}
     return json.dumps(found | {"accuracy": 100 * measured.accuracy, "thresholds": measured.thresholds})

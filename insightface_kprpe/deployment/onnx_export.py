@@ -1,4 +1,4 @@
-"""Networks -> ONNX files that say how to feed them, checked against torch before they are published."""
+"""Networks -> ONNX files that describe their inputs, checked against torch before they appear."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MINIMAL_COSINE = 0.9999
 _MAX_BYTES = 2**31 - 2**20
 
 WITHOUT_KEYPOINTS = {
-    "dfa": "the aligner inside finds them; where its face score is below dfa_threshold, the template's are used",
+    "dfa": "found by the built-in aligner; if its face score is below dfa_threshold, the template's are used",
     "template": "faces must be aligned to the template",
     "none": "faces must be aligned to the template",
 }
@@ -50,7 +50,7 @@ class ExportReport(NamedTuple):
 
 
 class ImageOnly(nn.Module):
-    """A KPRPE network for hosts that pass images alone: every face is taken for a perfectly aligned one.
+    """A KPRPE network for hosts that pass only images: every face is assumed to be perfectly aligned.
 
     Args:
         net: ``(images, keypoints) -> embeddings``.
@@ -67,7 +67,7 @@ class ImageOnly(nn.Module):
 
 
 def keypoint_source(net: nn.Module, image_only: bool) -> str:
-    """Where the keypoints of an exported network come from: "input", "dfa", "template", or "none" are used."""
+    """Where the keypoints of an exported network come from: "input", "dfa", "template", or "none" if unused."""
     if not net.needs_keypoints:
         return "none"
     if not image_only:
@@ -84,13 +84,13 @@ def export_onnx(
 ) -> ExportReport:
     """Export a recognition network with a dynamic batch and check it in onnxruntime.
 
-    Input ``images`` is (batch, 3, 112, 112) float32 RGB in [-1, 1], ``keypoints`` (where there is one) is
-    (batch, 5, 2) float32 in [0, 1], output ``embedding`` is (batch, D) float32, not normalised.
+    Input ``images`` is (batch, 3, 112, 112) float32 RGB in [-1, 1], ``keypoints`` (if there is one) is
+    (batch, 5, 2) float32 in [0, 1], output ``embedding`` is (batch, D) float32, not normalized.
 
     Args:
         net: a backbone.
         path: where to write; appears only when all checks have passed.
-        image_only: leave the keypoints input out, so that InsightFace's stock loader takes the file. The aligner of a
+        image_only: leave the keypoints input out, so that InsightFace's stock loader accepts the file. The aligner of a
             self-aligned network then goes into the file; other KPRPE networks get the canonical template. Networks
             without keypoints are always exported so.
         licence: of the weights; stored in the file.
@@ -100,7 +100,7 @@ def export_onnx(
         What was written.
 
     Raises:
-        ValueError: the network is no backbone in float32, or is wrapped; the message says what to pass.
+        ValueError: the network is not a backbone in float32, or is wrapped; the message says what to pass.
         ExportError: the file's embeddings differ from torch's, or do not depend on the keypoints.
     """
     check_exportable(net)
@@ -127,7 +127,7 @@ def export_onnx(
 
 
 def check_exportable(net: nn.Module, kind: type[nn.Module] = Backbone) -> None:
-    """Refuse what torch's exporter would stumble over, and say what to pass.
+    """Refuse what torch's exporter cannot handle, and say what to pass.
 
     Args:
         net: what is to be exported.
@@ -150,7 +150,7 @@ def check_exportable(net: nn.Module, kind: type[nn.Module] = Backbone) -> None:
         raise ValueError(f"net must have float32 weights, got {found}; call net.float() first")
     if (size := sum(parameter.nbytes for parameter in net.parameters())) >= _MAX_BYTES:
         raise ValueError(
-            f"net must have less than 2 GiB of weights, which is what one ONNX file holds, got {size / 2**30:.1f} GiB; "
+            f"net must have less than 2 GiB of weights, the limit of one ONNX file, got {size / 2**30:.1f} GiB; "
             "use a smaller network"
         )
 
@@ -168,7 +168,7 @@ def save_graph(
 
     Args:
         module: in eval mode on the CPU.
-        example: what to trace it with; more than one image where the batch is dynamic.
+        example: what to trace it with; more than one image if the batch is dynamic.
         path: the file.
         inputs: their names.
         outputs: their names.
@@ -194,7 +194,7 @@ def save_graph(
 
 
 def example_inputs(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drawn faces, in which an aligner finds something, and keypoints that are off by a little."""
+    """Drawn faces, in which an aligner finds something, and slightly displaced keypoints."""
     generator = torch.Generator().manual_seed(batch)
     drawn = SyntheticFaces(batch, 1, size=size)
     images = torch.from_numpy(np.stack([drawn[i][0] for i in range(batch)])).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -203,7 +203,7 @@ def example_inputs(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def smallest_cosine(embeddings: np.ndarray, expected: np.ndarray) -> float:
-    """Smallest cosine between the rows of two (B, D) arrays; NaN where one has no direction."""
+    """Smallest cosine between the rows of two (B, D) arrays; NaN if one is zero."""
     norms = np.linalg.norm(embeddings, axis=1) * np.linalg.norm(expected, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(((embeddings * expected).sum(1) / norms).min())
@@ -224,7 +224,7 @@ def _check(module: nn.Module, path: Path, inputs: tuple[str, ...], size: int) ->
         cosines.append(smallest_cosine(got, expected))
     if not min(cosines) >= MINIMAL_COSINE:
         raise ExportError(
-            f"embeddings differ from torch: cosine {min(cosines):.6f}, at least {MINIMAL_COSINE} expected"
+            f"embeddings differ from torch: cosine {min(cosines):.6f}, expected at least {MINIMAL_COSINE}"
         )
     if "keypoints" in inputs:
         moved = session.run(["embedding"], {**feeds, "keypoints": feeds["keypoints"][:, ::-1].copy()})[0]
@@ -238,7 +238,7 @@ def _check(module: nn.Module, path: Path, inputs: tuple[str, ...], size: int) ->
 
 @contextlib.contextmanager
 def eval_on_cpu(net: nn.Module) -> Iterator[None]:
-    """Eval mode on the CPU, with attention written out: torch's exporter mistakes the layout of the fused kernel."""
+    """Eval mode on the CPU, with unfused attention: torch's exporter gets the layout of the fused kernel wrong."""
     device, was_training = next(net.parameters()).device, net.training
     fused = [(module, module.fused_attn) for module in net.modules() if hasattr(module, "fused_attn")]
     for module, _ in fused:

@@ -1,4 +1,4 @@
-"""The last step of building a pack: files are put where they belong, described, and tried from there."""
+"""The last step of building a pack: files are put in place, described, and tested there."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from .pack_sources import FoundFile
 logger = logging.getLogger(__name__)
 
 FORMAT = "insightface-kprpe pack"
-_LANDMARKS = "(faces, 5, 2) pixels of the picture: left eye, right eye, nose, left and right mouth corner as seen in it"
-# What the record says of a file that does not say it itself: InsightFace feeds all detectors alike.
+_LANDMARKS = "(faces, 5, 2) pixels of the image: left eye, right eye, nose, left and right mouth corner as seen in it"
+# The record of a file that does not describe itself: InsightFace feeds all detectors in the same way.
 _DETECTOR = {"colour_order": "RGB", "keypoint_convention": _LANDMARKS}
-_RECOGNISER = {key: "unknown" for key in ("architecture", "colour_order", "mean", "std", "keypoint_convention")}
+_RECOGNIZER = {key: "unknown" for key in ("architecture", "colour_order", "mean", "std", "keypoint_convention")}
 _DEFAULTS = {
     DETECTION: {"task": "detection", "architecture": "SCRFD", **_DETECTOR},
     ALIGNER: {"task": "aligner", "architecture": "DFA", **_DETECTOR},
-    RECOGNITION: {"task": "recognition", **_RECOGNISER},
-    KEYPOINT_RECOGNITION: {"task": "recognition", **_RECOGNISER},
+    RECOGNITION: {"task": "recognition", **_RECOGNIZER},
+    KEYPOINT_RECOGNITION: {"task": "recognition", **_RECOGNIZER},
 }
-_DETECTORS = {DFA_DETECTOR: "DFA", "retinaface": "RetinaFace"}  # what export_detector says, for people
+_DETECTORS = {DFA_DETECTOR: "DFA", "retinaface": "RetinaFace"}  # export_detector's metadata, as text
 _JSON_ENTRIES = ("evaluation", "change")  # that metadata hold as JSON
 # The first release whose SCRFD reads outputs with a batch dimension.
 BATCHED_SINCE = "1.0.1"
 
 
 def check_folder(name: str, root: str | Path) -> Path:
-    """Where a pack goes, if that is ours to write to.
+    """The folder of a pack, if this package may write to it.
 
     Raises:
-        PackError: the name is no folder name, the folder is of someone else's pack, or the root is no folder.
+        PackError: the name is not a folder name, the folder is a pack of another program, or the root is not a folder.
     """
     if not name or Path(name).name != name or name.startswith("."):
         raise PackError(f"name must be a plain folder name, got {name!r}")
@@ -59,7 +59,7 @@ def check_folder(name: str, root: str | Path) -> Path:
 
 
 def check_detector(path: str | Path) -> None:
-    """Refuse a file that is no face detector with landmarks, and say what hosts it needs.
+    """Refuse a file that is not a face detector with landmarks, and warn about hosts that cannot read it.
 
     Raises:
         PackError: it is none.
@@ -71,17 +71,19 @@ def check_detector(path: str | Path) -> None:
         raise PackError(
             f"detector {path} must have 9 or 15 outputs (score, box and landmarks of 3 or 5 strides), got {outputs}: "
             + (
-                "it gives no landmarks, and faces cannot be aligned"
+                "it gives no landmarks, so faces cannot be aligned"
                 if outputs >= 5
-                else "it is no SCRFD-style detector"
+                else "it is not an SCRFD-style detector"
             )
         )
-    # With weights in a second file it may not work before they are in the pack's own: the last step tries it there.
+    # With weights in a second file it may not work before they are merged into one in the pack; the last step tests it
+    # there.
     if not _in_two_files(path) and (route := stock_route(path)).task != "detection":
-        raise PackError(f"{path} must be routed as detection by insightface.model_zoo, it takes it for {route.kind}")
+        raise PackError(f"{path} must be loaded as a detector by insightface.model_zoo, got {route.kind}")
     if is_batched(graph):
         logger.warning(
-            "detector %s has outputs with a batch dimension, which insightface before %s cannot read; older hosts need "
+            "detector %s has outputs with a batch dimension, which insightface before %s cannot read; older versions "
+            "need "
             "another detector",
             path,
             BATCHED_SINCE,
@@ -94,7 +96,7 @@ def is_batched(graph: onnx.GraphProto) -> bool:
 
 
 def check_recognition(path: str | Path) -> bool:
-    """Refuse a file that is no recognition model; whether it takes keypoints.
+    """Refuse a file that is not a recognition model; returns whether it takes keypoints.
 
     Raises:
         PackError: it has other inputs or outputs.
@@ -119,7 +121,7 @@ def _graph(path: str | Path, role: str) -> onnx.GraphProto:
 
 
 def install(name: str, folder: Path, files: Mapping[str, FoundFile]) -> Path:
-    """Put files together as a pack, try every one from where it lies, and publish it.
+    """Assemble files into a pack, test every one in place, and publish it.
 
     Args:
         name: of the pack.
@@ -146,7 +148,7 @@ def install(name: str, folder: Path, files: Mapping[str, FoundFile]) -> Path:
 
 
 def copy_whole(source: Path, target: Path) -> None:
-    """Copy an ONNX file; weights that lie in a second file beside it move into the copy."""
+    """Copy an ONNX file; weights in a second file next to it are merged into the copy."""
     if _in_two_files(source):
         save_onnx(load_onnx(source, weights=True), target)
     else:
@@ -158,7 +160,7 @@ def _in_two_files(path: str | Path) -> bool:
 
 
 def _record(path: Path, target: str, found: FoundFile) -> dict[str, Any]:
-    """What the manifest says of a file: what the file itself says, completed by what is known of its kind."""
+    """The manifest's record of a file: its own metadata, completed by what is known of its kind."""
     model = load_onnx(path)
     metadata = metadata_of(model)
     if metadata.get("detector") in _DETECTORS:

@@ -28,7 +28,7 @@ from ..weights.description import Description
 from ..weights.sources import load_published
 
 INSIGHTFACE_LICENCE = "non-commercial research (InsightFace model zoo)"
-# What a pack can take over from another: everything that InsightFace knows beside what is built here.
+# What a pack can include from another: everything that InsightFace supports besides what is built here.
 EXTRA_TASKS = ("genderage", "landmark_2d_106", "landmark_3d_68")
 
 
@@ -41,7 +41,7 @@ class FoundFile(NamedTuple):
 
 
 class LoadedNetwork(NamedTuple):
-    """A network to export, and what its files are to say of it."""
+    """A network to export, and the metadata of its files."""
 
     net: nn.Module
     facts: dict[str, str]
@@ -51,7 +51,7 @@ class LoadedNetwork(NamedTuple):
 def find_detector(
     detector: str | Path, root: str | Path = "~/.insightface", offline: bool = False, licence: str | None = None
 ) -> FoundFile:
-    """The detector file that a path, or the name of an InsightFace pack, means.
+    """The detector file that a path, or the name of an InsightFace pack, refers to.
 
     Args:
         detector: an ONNX file, also on the Hub ("hf:owner/name/path.onnx"); a folder with one; or the name of a pack,
@@ -78,7 +78,7 @@ def find_detector(
         model = load_onnx(candidate)
         if metadata_of(model).get("detector") != DFA_DETECTOR and len(model.graph.output) in DETECTOR_OUTPUTS:
             return _in_pack(candidate, folder, licence)
-    raise PackError(f"{folder} holds no face detector with landmarks (an ONNX file with {DETECTOR_OUTPUTS} outputs)")
+    raise PackError(f"{folder} has no face detector with landmarks (an ONNX file with {DETECTOR_OUTPUTS} outputs)")
 
 
 def find_extras(
@@ -88,7 +88,7 @@ def find_extras(
 
     Args:
         tasks: of :data:`EXTRA_TASKS`.
-        pack: name of an InsightFace pack, fetched where it is not installed, or a folder.
+        pack: name of an InsightFace pack, downloaded if it is not installed, or a folder.
         root: InsightFace's root folder.
         offline: do not let InsightFace download a pack.
 
@@ -108,7 +108,7 @@ def find_extras(
         path = next((path for path, routed in routes.items() if routed == task), None)
         if path is None:
             there = ", ".join(sorted({str(routed) for routed in routes.values()} - {"None"})) or "none"
-            raise PackError(f"{folder} has no model for {task}; its models are for {there}")
+            raise PackError(f"{folder} has no model for {task}; it has models for {there}")
         found[path.name] = _in_pack(path, folder)
     return found
 
@@ -120,11 +120,11 @@ def open_recognition(
     offline: bool = False,
     licence: str | None = None,
 ) -> LoadedNetwork | FoundFile:
-    """The recognition network of a pack, or a file that it was exported to.
+    """The recognition network of a pack, or the file that it was exported to.
 
     Args:
         recognition: a network, an ONNX file, or what :func:`~insightface_kprpe.weights.sources.load_published` loads.
-        network: name of the backbone, where the weights do not tell it.
+        network: name of the backbone, if the weights do not determine it.
         cache: where downloads from the Hub are kept.
         offline: download nothing.
         licence: of the weights; None: what their source says.
@@ -160,13 +160,13 @@ def open_aligner(
 
     Raises:
         FileNotFoundError, ImportError, RuntimeError, ValueError: see ``load_published``.
-        PackError: it is no DFA.
+        PackError: it is not a DFA.
     """
     if str(aligner).partition("@")[0].endswith(".onnx"):
         path = local_source(aligner, cache, offline)
         if metadata_of(load_onnx(path)).get("detector") != DFA_DETECTOR:
             raise PackError(
-                f"aligner must be a DFA exported as a detector, {path} is not; write it with export_detector"
+                f"aligner must be a DFA exported as a detector, {path} is not; create it with export_detector"
             )
         return FoundFile(path, path.name, _licence(path, "unknown"))
     net, description = load_published(aligner, cache=cache, offline=offline)
@@ -187,20 +187,20 @@ def _facts(description: Description) -> dict[str, str]:
 
 
 def _licence(path: Path, default: str) -> str:
-    """What a file says of its licence."""
+    """The license in a file's metadata."""
     known = metadata_of(load_onnx(path)).get("licence", "unknown")
     return default if known == "unknown" else known
 
 
 def _in_pack(path: Path, folder: Path, licence: str | None = None) -> FoundFile:
-    """A file of someone else's pack."""
+    """A file from another pack."""
     by_name = INSIGHTFACE_LICENCE if INSIGHTFACE_PACK.fullmatch(folder.name) else "unknown"
     source = f"{folder.name}/{path.relative_to(folder).as_posix()}"
     return FoundFile(path, source, licence or _licence(path, by_name))
 
 
 def _pack_folder(pack: str | Path, root: str | Path, offline: bool, role: str) -> Path:
-    """The folder of an installed pack, of one that InsightFace fetches, or one given by its path."""
+    """The folder of an installed pack, of one that InsightFace downloads, or one given by its path."""
     path = Path(pack).expanduser()
     installed = Path(root).expanduser() / "models" / str(pack)
     if not path.is_dir() and not installed.is_dir():
@@ -212,7 +212,7 @@ def _pack_folder(pack: str | Path, root: str | Path, offline: bool, role: str) -
 
 
 def _download(name: str, root: str | Path, offline: bool, role: str) -> None:
-    """Let InsightFace fetch one of its packs."""
+    """Let InsightFace download one of its packs."""
     from insightface.utils.storage import ensure_available
 
     if offline:
@@ -220,6 +220,6 @@ def _download(name: str, root: str | Path, offline: bool, role: str) -> None:
     try:
         (Path(root).expanduser() / "models").mkdir(parents=True, exist_ok=True)
         ensure_available("models", name, root=str(root))
-    except Exception as error:  # requests, zipfile, or what else InsightFace uses
+    except Exception as error:  # requests, zipfile, or whatever else InsightFace uses
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RuntimeError(f"InsightFace could not fetch its pack {name} ({reason}); give a path instead") from error
+        raise RuntimeError(f"InsightFace could not download its pack {name} ({reason}); give a path instead") from error

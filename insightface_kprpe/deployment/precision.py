@@ -1,6 +1,6 @@
-"""ONNX recognition files in half precision or with 8-bit weights, and what verification says of them.
+"""ONNX recognition files in half precision or with 8-bit weights, checked by verification.
 
-Inputs and outputs stay float32, so that every host feeds a smaller file as it fed the large one.
+Inputs and outputs stay float32, so that every host uses the smaller file like the large one.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 PackPrecision = Literal["fp32", "fp16", "int8"]
 MINIMAL_COSINE = {"fp16": 0.999, "int8": 0.98}  # of every face, to its float32 embedding
 MAXIMAL_DROP = 0.01  # of verification accuracy
-_CHANCE = 3  # pairs that may change sides on a small set without meaning anything
+_CHANCE = 3  # pairs whose change on a small set is not significant
 FPRS = (1e-3, 1e-4, 1e-5)
 _COORDINATES = 10
 _DRAWN_PEOPLE, _DRAWN_PAIRS = 20, 40
 
 
 def check_precision(precision: str) -> None:
-    """Refuse, before anything takes time, a precision that there is not."""
+    """Refuse an unknown precision before anything takes time."""
     if precision != "fp32" and precision not in MINIMAL_COSINE:
         raise ValueError(f"precision must be fp32, fp16 or int8, got {precision!r}")
 
@@ -47,24 +47,26 @@ class PrecisionError(ValueError):
 
 
 class Measurement(NamedTuple):
-    """What a file makes of pairs of faces, embedded once and unmirrored, as FaceAnalysis does."""
+    """A file's results on pairs of faces, embedded without flip, as FaceAnalysis does."""
 
     embeddings: np.ndarray  # (2P, D)
     accuracy: float  # in [0, 1], mean of ten folds
-    thresholds: dict[float, float]  # FPR -> cosine at or above which two faces are one person; those P can tell
+    thresholds: dict[
+        float, float
+    ]  # FPR -> cosine at or above which two faces are the same person; only FPRs that P pairs can resolve
 
 
 class PrecisionChange(NamedTuple):
-    """What a lower precision changed."""
+    """Differences made by a lower precision."""
 
     minimal_cosine: float  # to the float32 embedding, of the worst face
     mean_cosine: float
     accuracy_fp32: float  # in [0, 1]
     accuracy: float  # in [0, 1]
-    pairs: str  # that it was measured on
+    pairs: str  # on which it was measured
 
     def in_percent(self) -> dict[str, Any]:
-        """The same as files have it, accuracies in percent."""
+        """The same as stored in files, accuracies in percent."""
         return self._asdict() | {key: 100 * getattr(self, key) for key in ("accuracy_fp32", "accuracy")}
 
 
@@ -92,7 +94,7 @@ def measure(path: str | Path, pairs: VerificationPairs) -> Measurement:
 
 
 def drawn_pairs() -> VerificationPairs:
-    """A few pairs of drawn faces, for when there is no verification set."""
+    """A few pairs of drawn faces, for use without a verification set."""
     drawn = verification_pairs(_DRAWN_PEOPLE, _DRAWN_PAIRS, first_identity=FIRST_UNSEEN_IDENTITY)
     images, is_same, keypoints = drawn
     return VerificationPairs(f"{_DRAWN_PAIRS} drawn pairs", images, keypoints, is_same, "as drawn")
@@ -101,13 +103,13 @@ def drawn_pairs() -> VerificationPairs:
 def lower_precision(
     source: str | Path, target: str | Path, precision: PackPrecision, pairs: VerificationPairs | None = None
 ) -> tuple[PrecisionChange, Measurement]:
-    """Write a recognition file in a lower precision, if it still tells people apart as the float32 file does.
+    """Write a recognition file in a lower precision, if it still tells people apart as well as the float32 file.
 
     Args:
         source: float32 ONNX file with one or two inputs.
         target: file to write; may be ``source``.
         precision: "fp16": weights and arithmetic in half precision; "int8": 8-bit weights of all matrix products,
-            whose activations are rounded to 8 bit as they come. The map from keypoints to attention stays float32.
+            whose activations are quantized dynamically. The map from keypoints to attention stays float32.
         pairs: to compare the two on; None: drawn ones.
 
     Returns:
@@ -128,7 +130,7 @@ def lower_precision(
         except NotFiniteError as error:
             other = "int8, whose arithmetic keeps float32's range, or fp32" if precision == "fp16" else "fp16 or fp32"
             raise PrecisionError(
-                f"{Path(source).name} in {precision}: {error}; its values overflow this precision: use {other}"
+                f"{Path(source).name} in {precision}: {error}; its values overflow in this precision; use {other}"
             ) from error
         change = _compare(before, after, pairs)
         _check(change, precision, len(pairs.is_same), Path(source).name)
@@ -137,7 +139,7 @@ def lower_precision(
 
 
 def format_change(change: dict[str, Any]) -> str:
-    """One line for people of what :meth:`PrecisionChange.in_percent` gives."""
+    """:meth:`PrecisionChange.in_percent` as one line of text."""
     return (
         f"cosine to fp32 at least {change['minimal_cosine']:.5f}, mean {change['mean_cosine']:.5f}; accuracy "
         f"{change['accuracy_fp32']:.2f} % -> {change['accuracy']:.2f} % on {change['pairs']}"
@@ -160,7 +162,7 @@ def _check(change: PrecisionChange, precision: str, count: int, name: str) -> No
 
 
 def _write(precision: str, source: Path, target: Path) -> None:
-    """Write the file, if the converters at hand can: what older exporters write is beyond those of their time."""
+    """Write the file, if the installed converters can: those of its time cannot read what an old exporter writes."""
     import onnxruntime
 
     try:
@@ -169,8 +171,9 @@ def _write(precision: str, source: Path, target: Path) -> None:
     except Exception as error:  # onnxruntime raises types of its own
         reason = str(error).splitlines()[0]
         raise PrecisionError(
-            f"{source.name} in {precision}: the installed torch and onnxruntime make no valid file ({reason}); update "
-            "them and export again, or stay with fp32"
+            f"{source.name} in {precision}: the installed torch and onnxruntime do not produce a valid file "
+            f"({reason}); update "
+            "them and export again, or use fp32"
         ) from error
 
 
@@ -203,7 +206,7 @@ def _write_int8(source: Path, target: Path) -> None:
 def _keypoint_nodes(model: onnx.ModelProto) -> list[str]:
     """The few nodes from keypoints to attention biases: small, and precise to a fraction of a pixel only in float32.
 
-    They are known by their weights, one side of which is the two coordinates of up to five keypoints.
+    They are identified by their weights, one dimension of which is the coordinates of up to five keypoints.
     """
     small = {w.name for w in model.graph.initializer if len(w.dims) == 2 and min(w.dims) <= _COORDINATES}
     return [node.name for node in model.graph.node if any(name in small for name in node.input)]

@@ -13,7 +13,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..geometry import CANONICAL_KEYPOINTS, KEYPOINT_LIMIT, similarity_transform, theta_from_similarity
+from ..geometry import (
+    CANONICAL_KEYPOINTS,
+    KEYPOINT_LIMIT,
+    sampling_grid,
+    similarity_transform,
+    theta_from_similarity,
+)
 from ..state_dict import load_weights
 from .network import RetinaFaceNet
 
@@ -53,7 +59,7 @@ class AlignedFace(NamedTuple):
 
 
 def fit_to_square(images: torch.Tensor, size: int, padding_ratio: float = 0.0) -> torch.Tensor:
-    """Pad images to a square, black and centred, and resize them (bilinear, corners on corners).
+    """Pad images to a square, black and centered, and resize them (bilinear, corners on corners).
 
     Args:
         images: (B, 3, H, W) float in [-1, 1].
@@ -151,9 +157,10 @@ def align(
     similarity = similarity_transform(points, template.to(points) * size)
     theta = theta_from_similarity(similarity, (width, height), size)
     aligned_keypoints = (points @ similarity[:, :, :2].mT + similarity[:, None, :, 2]) / size
-    grid = F.affine_grid(theta.to(images.dtype), [images.shape[0], 3, size, size], align_corners=True)
+    axis = torch.linspace(-1, 1, size, dtype=theta.dtype, device=theta.device)
+    grid = sampling_grid(theta, axis).to(images.dtype)
     # grid_sample fills with zeros: shifted by one, that is black
-    aligned = F.grid_sample(images - PADDING_VALUE, grid, padding_mode="zeros", align_corners=True) + PADDING_VALUE
+    aligned = F.grid_sample(images - PADDING_VALUE, grid, padding_mode="zeros", align_corners=True).add_(PADDING_VALUE)
     return aligned, aligned_keypoints, theta
 
 
@@ -209,7 +216,7 @@ class DFA(RetinaFaceNet):
             ValueError: the images are not (B, 3, H, W) floating point.
         """
         keypoints, score, bbox = self.locate(images)
-        images = torch.where(torch.isfinite(images), images, PADDING_VALUE)
+        images = images.nan_to_num(PADDING_VALUE, PADDING_VALUE, PADDING_VALUE)
         points = keypoints
         if self.aligned_from == "square":
             height, width = images.shape[-2:]
@@ -234,8 +241,10 @@ class DFA(RetinaFaceNet):
                 f"images must be (B, 3, H, W) float RGB in [-1, 1], got {tuple(images.shape)} {images.dtype}; "
                 "a uint8 image becomes one by permute(2, 0, 1) / 127.5 - 1"
             )
-        finite = torch.isfinite(images)
-        images = torch.where(finite, images, PADDING_VALUE)
+        # One number that is not finite leaves no finite sum.
+        precision = torch.promote_types(images.dtype, torch.float32)
+        finite = torch.isfinite(images.sum((1, 2, 3), dtype=precision))
+        images = torch.where(finite[:, None, None, None], images, PADDING_VALUE)
         height, width = images.shape[-2:]
         bgr = fit_to_square(images, self.image_size, self.padding_ratio).flip(1)
         found = super().forward(bgr)
@@ -248,7 +257,7 @@ class DFA(RetinaFaceNet):
         longer = max(width, height)
         good = plausible(_scaled(keypoints, width / longer, height / longer), self.template)
         good = good & (keypoints.abs() <= KEYPOINT_LIMIT).flatten(1).all(1)
-        good = good & torch.isfinite(bbox).all(1) & torch.isfinite(found.score) & finite.flatten(1).all(1)
+        good = good & torch.isfinite(bbox).all(1) & torch.isfinite(found.score) & finite
         canonical = canonical_keypoints(width, height, self.template).to(precise)
         keypoints = torch.where(good[:, None, None], keypoints, canonical)
         whole = (torch.arange(4, device=bbox.device) > 1).to(precise)  # 0, 0, 1, 1

@@ -1,7 +1,7 @@
 """Anchors of a single-shot face detector: where they are, and boxes and points relative to them.
 
-Everything is in [0, 1] of the network's square input. Anchors are centre x, centre y, width, height; boxes are
-x1, y1, x2, y2. A regression is the offset from the anchor's centre in units of its size, divided by a variance (SSD).
+Everything is in [0, 1] of the network's square input. Anchors are center x, center y, width, height; boxes are
+x1, y1, x2, y2. A regression is the offset from the anchor's center in units of its size, divided by a variance (SSD).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 STRIDES = (8, 16, 32)
 # Anchor sides in pixels at each stride, two per cell: they fit one face that fills a 160-pixel crop.
 DFA_ANCHOR_SIZES = ((64, 80), (96, 112), (128, 144))
-CENTRE_VARIANCE, SIZE_VARIANCE = 0.1, 0.2
+CENTER_VARIANCE, SIZE_VARIANCE = 0.1, 0.2
 
 
 def make_anchors(image_size: int, sizes: Sequence[Sequence[int]] = DFA_ANCHOR_SIZES) -> torch.Tensor:
@@ -29,37 +29,37 @@ def make_anchors(image_size: int, sizes: Sequence[Sequence[int]] = DFA_ANCHOR_SI
     levels = []
     for stride, sides in zip(STRIDES, sizes, strict=True):
         cells = -(-image_size // stride)  # a padded strided convolution rounds up
-        centres = (torch.arange(cells, dtype=torch.float64) + 0.5) * (stride / image_size)
+        centers = (torch.arange(cells, dtype=torch.float64) + 0.5) * (stride / image_size)
         side = torch.tensor(sides, dtype=torch.float64) / image_size
-        y, x, side = torch.meshgrid(centres, centres, side, indexing="ij")
+        y, x, side = torch.meshgrid(centers, centers, side, indexing="ij")
         levels.append(torch.stack([x, y, side, side], -1).reshape(-1, 4))
     return torch.cat(levels).float()
 
 
 def decode_boxes(regression: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """(..., A, 4) box regressions to (..., A, 4) boxes x1, y1, x2, y2."""
-    centre = anchors[:, :2] + regression[..., :2] * (CENTRE_VARIANCE * anchors[:, 2:])
+    center = anchors[:, :2] + regression[..., :2] * (CENTER_VARIANCE * anchors[:, 2:])
     half = anchors[:, 2:] * torch.exp(regression[..., 2:] * SIZE_VARIANCE) / 2
-    return torch.cat([centre - half, centre + half], -1)
+    return torch.cat([center - half, center + half], -1)
 
 
 def encode_boxes(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Inverse of :func:`decode_boxes`; boxes need a positive width and height."""
-    centre, size = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
-    offset = (centre - anchors[:, :2]) / (CENTRE_VARIANCE * anchors[:, 2:])
+    center, size = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
+    offset = (center - anchors[:, :2]) / (CENTER_VARIANCE * anchors[:, 2:])
     return torch.cat([offset, torch.log(size / anchors[:, 2:]) / SIZE_VARIANCE], -1)
 
 
 def decode_points(regression: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """(..., A, 2P) landmark regressions to (..., A, 2P) coordinates x0, y0, x1, y1, ..."""
-    points = regression.unflatten(-1, (-1, 2)) * (CENTRE_VARIANCE * anchors[:, None, 2:]) + anchors[:, None, :2]
+    points = regression.unflatten(-1, (-1, 2)) * (CENTER_VARIANCE * anchors[:, None, 2:]) + anchors[:, None, :2]
     return points.flatten(-2)
 
 
 def encode_points(points: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Inverse of :func:`decode_points`."""
     offset = points.unflatten(-1, (-1, 2)) - anchors[:, None, :2]
-    return (offset / (CENTRE_VARIANCE * anchors[:, None, 2:])).flatten(-2)
+    return (offset / (CENTER_VARIANCE * anchors[:, None, 2:])).flatten(-2)
 
 
 def overlap(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ class LossParts(NamedTuple):
         landmark: smooth-L1 of the matched anchors' landmarks, mean over matched anchors with landmarks.
         face_box: smooth-L1 of the aggregated box, mean over faces.
         face_score: smooth-L1 of the aggregated score, mean over images.
-        face_landmark: smooth-L1 of the aggregated landmarks, mean over labelled faces.
+        face_landmark: smooth-L1 of the aggregated landmarks, mean over labeled faces.
     """
 
     total: torch.Tensor
@@ -71,7 +71,7 @@ class DFALoss(nn.Module):
         Args:
             output: of ``RetinaFaceNet`` for B images.
             anchors: (A, 4), the network's.
-            keypoints: (B, 5, 2) xy in [0, 1] of the crop; all -1 where not labelled.
+            keypoints: (B, 5, 2) xy in [0, 1] of the crop; all -1 where not labeled.
             bbox: (B, 4) x1, y1, x2, y2 in [0, 1] of the crop; all -1 where the image shows no face.
 
         Raises:
@@ -84,19 +84,19 @@ class DFALoss(nn.Module):
                 f"and {tuple(bbox.shape)}"
             )
         is_face = (bbox != -1).any(1)
-        labelled = is_face & (keypoints != -1).flatten(1).any(1)
+        labeled = is_face & (keypoints != -1).flatten(1).any(1)
         bbox = torch.where(is_face[:, None], bbox, bbox.new_tensor([0.0, 0.0, 1.0, 1.0]))  # any box: it is masked
         points = keypoints.flatten(1)
 
         matched = self._match(bbox, anchors) & is_face[:, None]  # (B, A)
         box = _masked_smooth_l1(output.bbox_regression, encode_boxes(bbox[:, None], anchors), matched)
         landmark = _masked_smooth_l1(
-            output.landmark_regression, encode_points(points[:, None], anchors), matched & labelled[:, None]
+            output.landmark_regression, encode_points(points[:, None], anchors), matched & labeled[:, None]
         )
         score = self._mined_cross_entropy(output.class_logits, matched)
         face_box = _masked_smooth_l1(output.bbox / COORDINATE_UNIT, bbox / COORDINATE_UNIT, is_face)
         face_landmark = _masked_smooth_l1(
-            output.keypoints.flatten(1) / COORDINATE_UNIT, points / COORDINATE_UNIT, labelled
+            output.keypoints.flatten(1) / COORDINATE_UNIT, points / COORDINATE_UNIT, labeled
         )
         face_score = F.smooth_l1_loss(output.score, is_face.to(output.score))
         total = self.box_weight * box + score + landmark + self.face_weight * (face_box + face_score + face_landmark)

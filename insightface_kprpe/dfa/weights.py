@@ -75,7 +75,7 @@ def _read(source: str | Path | Mapping[str, torch.Tensor]) -> tuple[dict[str, to
     if source.is_dir():
         found = [source / name for name in _WEIGHTS if (source / name).is_file()]
         if not found:
-            raise ValueError(f"{source} is no run of train-dfa: a run has config.json and model.pt")
+            raise ValueError(f"{source} is not a run of train-dfa: a run has config.json and model.pt")
         source = found[0]
     return _read(read_state_dict(source))
 
@@ -86,7 +86,7 @@ def _checked(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     size = network["image_size"]
     if not isinstance(network["body"], str) or not isinstance(network["aggregator"], bool):
         raise ValueError(
-            f"{path}: body must be a text and aggregator true or false, got {network['body']!r:.40} and "
+            f"{path}: body must be a string and aggregator true or false, got {network['body']!r:.40} and "
             f"{network['aggregator']!r:.40}"
         )
     if not isinstance(size, int) or not MIN_SIDE <= size <= MAX_SIDE:

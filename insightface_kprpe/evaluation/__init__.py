@@ -1,4 +1,4 @@
-"""Evaluation: embeddings in, numbers out; one module a protocol. Modules are loaded when they are asked for."""
+"""Evaluation: embeddings in, numbers out; one module per protocol. Modules are loaded on first use."""
 
 from __future__ import annotations
 

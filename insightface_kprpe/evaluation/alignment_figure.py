@@ -1,4 +1,4 @@
-"""What wrong landmarks do to aligned crops, as a picture: the paper's Figures 7 and 9 for any faces."""
+"""Shows what wrong landmarks do to aligned crops: the paper's Figures 7 and 9 for any faces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CELL = 2.0  # inches
 
 
 class AlignmentError(NamedTuple):
-    """What the wrong landmarks of one face do.
+    """The effect of wrong landmarks on one face.
 
     Attributes:
         errors: (5,) distance of each predicted point from the true one / sqrt(width * height) of the crop.
@@ -52,7 +52,7 @@ def measure(truth_px: np.ndarray, predicted_px: np.ndarray, width: int, height: 
 
 
 def _with_worst(truth_px: np.ndarray, predicted_px: np.ndarray) -> np.ndarray:
-    """The true landmarks, but for the one whose prediction is worst."""
+    """The true landmarks, except for the one whose prediction is worst."""
     worst = np.linalg.norm(predicted_px - truth_px, axis=1).argmax()
     points = truth_px.copy()
     points[worst] = predicted_px[worst]
@@ -60,7 +60,7 @@ def _with_worst(truth_px: np.ndarray, predicted_px: np.ndarray) -> np.ndarray:
 
 
 def _pixels_moved(right: np.ndarray, wrong: np.ndarray) -> float:
-    """Mean distance between where two alignments put what lies at each pixel of the first one's crop."""
+    """Mean distance between the positions that two alignments give each pixel of the first one's crop."""
     inverse = np.linalg.inv(np.vstack([right, [0, 0, 1]]))[:2]
     grid = np.stack(np.meshgrid(np.arange(SIZE), np.arange(SIZE)), -1).reshape(-1, 2) + 0.0
     return float(np.linalg.norm(transform_points(transform_points(grid, inverse), wrong) - grid, axis=1).mean())
@@ -74,14 +74,14 @@ def alignment_figure(truth: FigureFaces, predicted: np.ndarray) -> tuple[Any, li
         predicted: (n, 5, 2) predicted ones, in [0, 1] of the crops.
 
     Returns:
-        The matplotlib figure, a face a row, and what was measured of each.
+        The matplotlib figure, one face per row, and the measurements of each.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: the faces have no true keypoints.
     """
     if truth.keypoints is None:
-        raise ValueError("the faces must have true landmarks; name their file or a model with --truth")
+        raise ValueError("the faces must have true landmarks; give their file or a model with --truth")
     count = len(truth.images)
     figure = new_figure((_CELL * len(_COLUMNS), _CELL * 1.15 * count + 0.3))
     axes = figure.subplots(count, len(_COLUMNS), squeeze=False)
@@ -108,7 +108,7 @@ def _draw_row(
     _draw_points(row[0], truth, predicted, error)
     for cell, matrix in zip(row[1:3], matrices[:2], strict=True):
         _draw_points(cell, transform_points(truth, matrix), transform_points(predicted, matrix), error)
-        # Where an aligned face has its eyes, and where this one has them.
+        # Where an aligned face has its eyes, and where they are here.
         eyes = transform_points(truth[:2], matrix)
         cell.axhline(transform_points(truth[:2], matrices[0])[:, 1].mean(), color="white", linewidth=0.7, linestyle=":")
         cell.plot(*eyes.T, color="white", linewidth=1.0)
@@ -119,6 +119,6 @@ def _draw_row(
 
 
 def _draw_points(cell: Any, truth: np.ndarray, predicted: np.ndarray, error: AlignmentError) -> None:
-    colours = ["red" if value > LIMIT else "yellow" for value in error.errors]
+    colors = ["red" if value > LIMIT else "yellow" for value in error.errors]
     cell.scatter(*truth.T, s=18, color="#2060ff", edgecolors="white", linewidths=0.5)
-    cell.scatter(*predicted.T, s=14, c=colours, edgecolors="black", linewidths=0.5)
+    cell.scatter(*predicted.T, s=14, c=colors, edgecolors="black", linewidths=0.5)

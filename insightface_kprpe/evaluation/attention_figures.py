@@ -1,4 +1,4 @@
-"""What keypoints do to attention, as pictures: the paper's Figures 12 and 13 for any KPRPE network and any face."""
+"""Shows what keypoints do to attention: the paper's Figures 12 and 13 for any KPRPE network and any face."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class AttentionMaps:
 
     Args:
         net: a ViT, plain or with KPRPE.
-        faces: of a figure; those without landmarks are taken for aligned ones.
+        faces: of a figure; those without landmarks are assumed to be aligned.
 
     Attributes:
         images: (S, S, 3) uint8 RGB each, as the network sees them.
@@ -37,7 +37,7 @@ class AttentionMaps:
         seen: side of the part that whole patches cover, as a fraction of the crop's.
 
     Raises:
-        ValueError: the network is no ViT, has iRPE, or is one with KPRPE that has learnt nothing.
+        ValueError: the network is not a ViT, has iRPE, or has an untrained KPRPE.
     """
 
     def __init__(self, net: VisionTransformer, faces: FigureFaces) -> None:
@@ -56,7 +56,9 @@ class AttentionMaps:
         self.biases = [term.bias.numpy() for term in terms]
         self.attention = [(term.similarity + term.bias).softmax(-1).numpy() for term in terms]
         if net.position == "kprpe" and not any(bias.any() for bias in self.biases):
-            raise ValueError("the network's keypoint_linear is all zeros (it was not trained): there is nothing to see")
+            raise ValueError(
+                "the network's keypoint_linear is all zeros (it was not trained), so there is nothing to draw"
+            )
 
     def patch_of(self, query: Sequence[float]) -> int:
         """The patch in which a point (x, y) in [0, 1] of the crop lies, or the nearest one."""
@@ -64,14 +66,14 @@ class AttentionMaps:
         return row * self.grid + column
 
     def map_of(self, layers: Sequence[np.ndarray], face: int, depth: int, query: Sequence[float], head: int | None):
-        """(n, n) what the patch of ``query`` gives every other patch; head None: the mean of all heads."""
+        """(n, n) attention of the patch of ``query`` to every patch; head None: the mean of all heads."""
         row = layers[depth][face, :, self.patch_of(query)]  # (H or 1, N)
         row = row.mean(0) if head is None else row[min(head, len(row) - 1)]
         return row.reshape(self.grid, self.grid)
 
 
 def depths_figure(maps: AttentionMaps, queries: Sequence[Sequence[float]], depths: Sequence[int], head: int) -> Any:
-    """Fig. 12: B_ij of one face, a query a row, a depth a column."""
+    """Fig. 12: B_ij of one face; rows are queries, columns are depths."""
     figure, axes = _sheet(len(queries), 1 + len(depths), f"KPRPE offsets B_ij, head {head}")
     for row, query in zip(axes, queries, strict=True):
         _draw_face(row[0], maps, 0, query, "query")
@@ -83,7 +85,7 @@ def depths_figure(maps: AttentionMaps, queries: Sequence[Sequence[float]], depth
 def faces_figure(
     maps: AttentionMaps, names: Sequence[str], queries: Sequence[Sequence[float]], depth: int, head: int
 ) -> Any:
-    """Fig. 13: B_ij of several faces, a face a column, a query a row, at one depth and head."""
+    """Fig. 13: B_ij of several faces at one depth and head; columns are faces, rows are queries."""
     figure, axes = _sheet(1 + len(queries), len(names), f"KPRPE offsets B_ij, depth {depth}, head {head}")
     for face, name in enumerate(names):
         _draw_face(axes[0, face], maps, face, None, f"face {name}")
@@ -93,7 +95,7 @@ def faces_figure(
 
 
 def heads_figure(maps: AttentionMaps, query: Sequence[float], depths: Sequence[int]) -> Any:
-    """All heads on one sheet: B_ij of one face and query, a depth a row, a head a column."""
+    """All heads on one sheet: B_ij of one face and query; rows are depths, columns are heads."""
     heads = maps.biases[0].shape[1]
     figure, axes = _sheet(len(depths), 1 + heads, "KPRPE offsets B_ij of all heads")
     for row, depth in zip(axes, depths, strict=True):
@@ -104,7 +106,7 @@ def heads_figure(maps: AttentionMaps, query: Sequence[float], depths: Sequence[i
 
 
 def attention_figure(models: dict[str, AttentionMaps], query: Sequence[float], depths: dict[str, Sequence[int]]) -> Any:
-    """The whole attention of several networks (mean of the heads) from one query, a network a row, a depth a column.
+    """The full attention of several networks (mean over heads) from one query; rows are networks, columns are depths.
 
     Args:
         models: by name.
@@ -112,7 +114,7 @@ def attention_figure(models: dict[str, AttentionMaps], query: Sequence[float], d
         depths: of each model, by name.
     """
     columns = max(len(chosen) for chosen in depths.values())
-    figure, axes = _sheet(len(models), 1 + columns, "attention of the query's patch, mean of all heads")
+    figure, axes = _sheet(len(models), 1 + columns, "attention of the query's patch, mean over heads")
     for row, (name, maps) in zip(axes, models.items(), strict=True):
         _draw_face(row[0], maps, 0, query, name)
         for cell, depth in zip(row[1:], depths[name], strict=False):
@@ -133,14 +135,14 @@ def write_figures(
     """Draw all figures of a network.
 
     Args:
-        folder: made where missing.
+        folder: created if missing.
         net: with KPRPE.
         faces: the first is the one of the figures that show one face.
         queries: (x, y) in [0, 1] each; None: the first face's left eye, nose and left mouth corner.
-        depths: of the figures that show several; those that the network does not have are left out.
+        depths: of the figures that show several; those that the network lacks are ignored.
         head: of the figures that show one.
-        depth: of the figure that shows several faces; the last, where the network has fewer.
-        against: a ViT without KPRPE, whose attention is drawn beside the network's.
+        depth: of the figure that shows several faces; the last, if the network has fewer.
+        against: a ViT without KPRPE, whose attention is drawn next to the network's.
 
     Returns:
         The files.

@@ -1,4 +1,4 @@
-"""Is the model fed RGB as it should be? A sample of pairs, embedded again with red and blue swapped, tells."""
+"""Checks that a model gets the channel order it expects, by embedding a sample of pairs with red and blue swapped."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Swapped(Sequence):
 def warn_of_swapped_channels(
     embed: Embedder, pairs: VerificationPairs, options: EmbedOptions, measured: np.ndarray, scores: np.ndarray
 ) -> None:
-    """Log a warning where a sample of the pairs is verified clearly better with red and blue swapped.
+    """Log a warning if a sample of the pairs is verified clearly better with red and blue swapped.
 
     Args:
         embed: the model.
@@ -58,5 +58,5 @@ def warn_of_swapped_channels(
 
 
 def pair_cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(P,) float64 cosines of rows, equal where they are so mathematically."""
+    """(P,) float64 cosines of rows, equal where they are mathematically equal."""
     return np.round(np.einsum("pd,pd->p", unit_rows(first), unit_rows(second)), SCORE_DECIMALS)

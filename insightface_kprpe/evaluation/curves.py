@@ -13,8 +13,8 @@ from .metrics import split_scores
 from .result import Result
 from .search import Matches, rank_k
 
-CURVE_POINTS = 2000  # more than a picture can show
-# Readable on white, in grey, and by people who do not see red and green (Okabe and Ito, without yellow).
+CURVE_POINTS = 2000  # more than a figure can show
+# Readable on white, in grayscale, and with red-green color blindness (Okabe and Ito, without yellow).
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 _LINES = ("-", "--", ":", "-.")
 # The legend of a ROC gives the TPR at the first of these that was measured.
@@ -61,7 +61,7 @@ def thinned(fpr: np.ndarray, tpr: np.ndarray, count: int = CURVE_POINTS) -> tupl
     if len(fpr) <= count:
         return fpr, tpr
     smallest = fpr[fpr > 0].min(initial=1.0)
-    # The last point at or below each step: of those at one FPR, the one with the highest TPR.
+    # The last point at or below each step: of those with the same FPR, the one with the highest TPR.
     steps = np.append(fpr[0], np.geomspace(smallest, fpr[-1], count - 3))
     chosen = np.searchsorted(fpr, steps, side="right") - 1
     chosen = np.unique(np.concatenate([[0], chosen, [len(fpr) - 1]]))
@@ -69,14 +69,14 @@ def thinned(fpr: np.ndarray, tpr: np.ndarray, count: int = CURVE_POINTS) -> tupl
 
 
 def equal_error_rate(fpr: np.ndarray, tpr: np.ndarray) -> float:
-    """The rate at which as many impostors are accepted as genuine pairs rejected: at the nearest point of the curve."""
+    """The equal error rate, at the nearest point of the curve."""
     fpr, fnr = np.asarray(fpr), 1 - np.asarray(tpr)
     nearest = int(np.abs(fpr - fnr).argmin())
     return float((fpr[nearest] + fnr[nearest]) / 2)
 
 
 def new_figure(inches: tuple[float, float]) -> Any:
-    """An empty matplotlib figure of this width and height, made without touching what pyplot shows.
+    """An empty matplotlib figure of this width and height, made without touching pyplot's state.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -98,7 +98,7 @@ def plot_roc(results: Sequence[Result], path: str | Path, title: str = "") -> No
     """Draw true over false positive rates of the results that have a ROC, the latter on a logarithmic axis.
 
     Args:
-        results: what ``Result.roc`` is set of.
+        results: those with ``Result.roc``.
         path: the PNG to write.
         title: above the axes.
 
@@ -122,7 +122,7 @@ def plot_det(results: Sequence[Result], path: str | Path, title: str = "") -> No
     """Draw false negative over false positive rates, both logarithmic, with the equal error rate of each result.
 
     Args:
-        results: what ``Result.roc`` is set of.
+        results: those with ``Result.roc``.
         path: the PNG to write.
         title: above the axes.
 
@@ -147,7 +147,7 @@ def plot_cmc(results: Sequence[Result], path: str | Path, title: str = "") -> No
     """Draw the identification rate over the rank.
 
     Args:
-        results: what ``Result.cmc`` is set of.
+        results: those with ``Result.cmc``.
         path: the PNG to write.
         title: above the axes.
 
@@ -167,7 +167,7 @@ def plot_cmc(results: Sequence[Result], path: str | Path, title: str = "") -> No
 
 
 def _axes(results: Sequence[Result], title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
-    figure = new_figure((6.5, 4.8 + 0.19 * len(results)))  # a line of the legend for each
+    figure = new_figure((6.5, 4.8 + 0.19 * len(results)))  # one line of the legend each
     axes = figure.subplots()
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3, which="major")
@@ -175,7 +175,7 @@ def _axes(results: Sequence[Result], title: str, xlabel: str, ylabel: str) -> tu
 
 
 def _styled(results: Sequence[Result]) -> list[tuple[Result, dict]]:
-    """Each result with a color and a kind of line of its own, so that also curves that coincide are both seen."""
+    """Each result with its own color and line style, so that both of two coinciding curves can be seen."""
     return [
         (result, {"color": _COLORS[i % len(_COLORS)], "linestyle": _LINES[i % len(_LINES)], "linewidth": 1.4})
         for i, result in enumerate(results)

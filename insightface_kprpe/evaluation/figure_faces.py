@@ -1,4 +1,4 @@
-"""A few faces for a figure, with landmarks from wherever they are."""
+"""Reads a few faces for a figure, with landmarks from any source."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..inference.predicted_landmarks import locate_in
 
 DRAWN = "synthetic"
 _DRAWN_PEOPLE = 64
-_LABELLED_SIZE = 160  # pixels of the crops around labelled boxes
+_LABELED_SIZE = 160  # pixels of the crops around labeled boxes
 
 
 class FigureFaces(NamedTuple):
@@ -27,7 +27,7 @@ class FigureFaces(NamedTuple):
     Attributes:
         names: for captions: the numbers of the faces in their set.
         images: (H, W, 3) uint8 RGB each.
-        keypoints: (n, 5, 2) float32, xy in [0, 1] of the crops; None where nothing tells them.
+        keypoints: (n, 5, 2) float32, xy in [0, 1] of the crops; None if unknown.
     """
 
     names: list[str]
@@ -43,7 +43,7 @@ def read_faces(source: str | Path, indices: Sequence[int], landmarks: str | Path
             faces in loose crops.
         indices: which ones, from 0.
         landmarks: where their points come from: a landmark file (.csv) of the set, or a DFA by weights file or output
-            folder; None: the set's own (labels, or ``ldmk_5points.csv`` beside it).
+            folder; None: the set's own (labels, or ``ldmk_5points.csv`` next to it).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -69,10 +69,10 @@ def _open(source: str | Path) -> tuple[Crops, np.ndarray | None]:
         points = np.stack([drawn[index][2] for index in range(len(drawn))])
         return Crops(len(drawn), lambda index: drawn[index][0], Path(LANDMARK_FILE)), points
     if (Path(source) / "label.txt").is_file():
-        labelled = LandmarkDataset(source, _LABELLED_SIZE, labelled_only=True)
-        points = np.stack([labelled[index].keypoints.numpy() for index in range(len(labelled))])
-        read = lambda index: labelled[index].image.permute(1, 2, 0).numpy()  # noqa: E731
-        return Crops(len(labelled), read, Path(source) / LANDMARK_FILE), points
+        labeled = LandmarkDataset(source, _LABELED_SIZE, labeled_only=True)
+        points = np.stack([labeled[index].keypoints.numpy() for index in range(len(labeled))])
+        read = lambda index: labeled[index].image.permute(1, 2, 0).numpy()  # noqa: E731
+        return Crops(len(labeled), read, Path(source) / LANDMARK_FILE), points
     crops = open_crops(source)
     own = read_landmark_csv(crops.landmark_file, crops.count)[0] if crops.landmark_file.is_file() else None
     return crops, own

@@ -1,7 +1,7 @@
 """Template fusion: how much each image of a template counts, and the pooling per media and then per template.
 
 Each method is a function that returns one weight per image, by which ``pool_templates`` multiplies the image's unit
-embedding: ones give the average, the embedding's own length gives Eq. 16, ``landmark_weights`` gives Eq. 18.
+embedding: ones give the average, the embedding's norm gives Eq. 16, ``landmark_weights`` gives Eq. 18.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FUSION_METHODS = ("average", "norm", "detector", "norm_detector", "landmark")
 
 
 def norm_weights(embeddings: np.ndarray) -> np.ndarray:
-    """Weight by the length of the embedding, the mean of raw embeddings (paper, Eq. 16).
+    """Weight by the norm of the embedding, i.e. the mean of raw embeddings (paper, Eq. 16).
 
     Args:
         embeddings: (N, D) float, as the backbone gives them.
@@ -32,7 +32,7 @@ def norm_weights(embeddings: np.ndarray) -> np.ndarray:
 
 
 def landmark_weights(keypoints: np.ndarray, score: np.ndarray, h: float = 0.2) -> np.ndarray:
-    """Weight by how well a face is aligned and how sure the aligner is of it (paper, Eq. 17 and 18).
+    """Weight by how well a face is aligned and how confident the aligner is (paper, Eq. 17 and 18).
 
     ``d = (h - min(distance, h)) / h``, weight ``d * score``. The text writes the distance as one norm over all
     coordinates; here it is, as in the authors' code, the mean over the five points of each one's distance to its
@@ -41,7 +41,7 @@ def landmark_weights(keypoints: np.ndarray, score: np.ndarray, h: float = 0.2) -
     Args:
         keypoints: (N, 5, 2) float, xy in [0, 1] of the crop, as the aligner predicts them.
         score: (N,) float in [0, 1], face score.
-        h: distance in [0, 1] of the crop from which on an image no longer counts.
+        h: distance in [0, 1] of the crop beyond which an image no longer counts.
 
     Returns:
         (N,) float64 in [0, 1].
@@ -80,12 +80,12 @@ def fusion_weights(
         (N,) float64 weights of the unit embeddings.
 
     Raises:
-        ValueError: an unknown method, or the method needs something that is absent.
+        ValueError: an unknown method, or an argument that the method needs is missing.
     """
     if method not in FUSION_METHODS:
         raise ValueError(f"method must be one of {', '.join(FUSION_METHODS)}, got {method!r}")
     if "detector" in method and detector_score is None:
-        raise ValueError(f"fusion {method!r} needs detector_score, one for each image")
+        raise ValueError(f"fusion {method!r} needs detector_score, one per image")
     if method == "landmark" and (keypoints is None or landmark_score is None):
         raise ValueError(
             "fusion 'landmark' needs keypoints and landmark_score; embed with a backbone that predicts them"
@@ -101,14 +101,14 @@ def pool_templates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One unit embedding for each template: mean over the images of a media, then sum over the medias of a template.
 
-    A template whose images all weigh nothing would have no embedding; its images are then weighted equally.
+    If all images of a template have weight 0, they are weighted equally.
 
     Args:
         embeddings: (N, D) float as the backbone gives them; may be a memory map.
         templates: (N,) int, template of each image.
         medias: (N,) int, media of each image (all frames of one video share it), counted within its template.
-        weights: (N,) float >= 0, multiplies the unit embedding. None leaves embeddings as they are, so that they weigh
-            by their length (Eq. 16).
+        weights: (N,) float >= 0, multiplies the unit embedding. None uses raw embeddings, i.e. weights by their norm
+            (Eq. 16).
 
     Returns:
         (T, D) float64 unit embeddings (a zero row where all images of a template are zero), and (T,) the templates in
@@ -122,7 +122,7 @@ def pool_templates(
     count = len(inverse)
     if templates.shape != (count,) or medias.shape != (count,) or not count:
         raise ValueError(
-            f"templates and medias must be ({count},), one for each embedding, got {templates.shape}, {medias.shape}"
+            f"templates and medias must be ({count},), one per embedding, got {templates.shape}, {medias.shape}"
         )
     coefficients = np.ones(count) if weights is None else inverse * _checked(weights, count)
 
@@ -141,7 +141,11 @@ def pool_templates(
             own, weightless = equal[start:end] * inverse[images], weightless + 1
         pooled[row] = own @ embeddings[images].astype(np.float64)
     if weightless:
-        logger.warning("%d of %d templates have no image with a weight above 0: averaged", weightless, len(starts))
+        logger.warning(
+            "%d of %d templates have no image with a positive weight; using their plain average",
+            weightless,
+            len(starts),
+        )
     pooled *= inverse_norms(pooled)[:, None]
     return pooled, templates[order[starts]]
 
@@ -149,7 +153,7 @@ def pool_templates(
 def _checked(weights: np.ndarray, count: int) -> np.ndarray:
     weights = to_numpy(weights).astype(np.float64)
     if weights.shape != (count,):
-        raise ValueError(f"weights must be ({count},), one for each embedding, got shape {weights.shape}")
+        raise ValueError(f"weights must be ({count},), one per embedding, got shape {weights.shape}")
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
-        raise ValueError("weights must be finite and not negative; look at the scores they were made of")
+        raise ValueError("weights must be finite and not negative; check the scores they were computed from")
     return weights

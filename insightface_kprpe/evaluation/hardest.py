@@ -13,19 +13,19 @@ from .metrics import split_scores, to_numpy
 
 
 class HardestPairs(NamedTuple):
-    """Places of pairs among those that were scored, the worst first."""
+    """Indices of pairs among those that were scored, the worst first."""
 
     false_accepts: np.ndarray  # (up to count,) int, different people with the highest cosines
     false_rejects: np.ndarray  # (up to count,) int, the same person with the lowest cosines
 
 
 def hardest_pairs(scores: np.ndarray, is_same: np.ndarray, count: int) -> HardestPairs:
-    """Find the pairs of different people that are most alike, and those of one person that are least alike.
+    """Find the most similar pairs of different people, and the least similar pairs of the same person.
 
     Args:
         scores: (P,) cosines.
         is_same: (P,) bool or 0/1.
-        count: how many of each kind; all, where there are fewer. Pairs that tie come in their order.
+        count: how many of each kind; all, if there are fewer. Tied pairs keep their order.
 
     Raises:
         ValueError: count is below 1, shapes differ, scores are not finite, or pairs are of one kind only.
@@ -39,7 +39,7 @@ def hardest_pairs(scores: np.ndarray, is_same: np.ndarray, count: int) -> Hardes
 
 
 def _lowest(values: np.ndarray, count: int) -> np.ndarray:
-    """Where the ``count`` lowest values are, in ascending order, the first of equals first; sorts only those."""
+    """Where the ``count`` lowest values are, in ascending order, ties in their order; sorts only those."""
     count = min(count, len(values))
     limit = np.partition(values, count - 1)[count - 1]
     candidates = np.flatnonzero(values <= limit)
@@ -72,11 +72,11 @@ def write_hardest_pairs(
         The pairs shown.
 
     Raises:
-        ValueError: as for ``hardest_pairs``, or pairs do not fit to scores.
+        ValueError: as for ``hardest_pairs``, or pairs do not match scores.
     """
     pairs = np.asarray(pairs)
     if pairs.shape != (len(scores), 2):
-        raise ValueError(f"pairs must be ({len(scores)}, 2), two images for each score, got {pairs.shape}")
+        raise ValueError(f"pairs must be ({len(scores)}, 2), two images per score, got {pairs.shape}")
     read = read if callable(read) else read.__getitem__
     hardest = hardest_pairs(scores, is_same, count)
     width = 2 * columns * CELL

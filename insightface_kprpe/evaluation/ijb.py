@@ -38,9 +38,9 @@ def verification_scores(
 ) -> np.ndarray:
     """Cosine of each pair of templates; arguments and errors are those of ``verification``.
 
-    Scores that are equal mathematically, as those of duplicate images, are equal here: they are rounded to
-    ``metrics.SCORE_DECIMALS``. InsightFace's scripts tell some of them apart by the last bits, that is by the order in
-    which numbers were added, and so do their rates.
+    Scores that are mathematically equal, such as those of duplicate images, are equal here: they are rounded to
+    ``metrics.SCORE_DECIMALS``. In InsightFace's scripts some of them differ in the last bits, depending on the order of
+    summation, which affects their rates.
 
     Returns:
         (pairs,) float64.
@@ -48,7 +48,7 @@ def verification_scores(
     pooled, known = pool_templates(embeddings, templates, medias, weights)
     first, second = positions(known, p1, "p1"), positions(known, p2, "p2")
     if first.shape != second.shape or not len(first):
-        raise ValueError(f"p1 and p2 must have one length above 0, got {len(first)} and {len(second)}")
+        raise ValueError(f"p1 and p2 must have the same length above 0, got {len(first)} and {len(second)}")
     return pair_scores(pooled, first, second)
 
 
@@ -71,13 +71,13 @@ def verification(
         p1: (pairs,) int, first template of each pair.
         p2: (pairs,) int, second template.
         label: (pairs,) bool or 0/1, the same person.
-        weights: (N,) float from ``fusion``, multiplies each unit embedding. None leaves embeddings as they are, so that
-            they weigh by their length (Eq. 16).
+        weights: (N,) float from ``fusion``, multiplies each unit embedding. None uses raw embeddings, i.e. weights by
+            their norm (Eq. 16).
         fprs: false positive rates.
 
     Returns:
         ``tpr_at_fpr_1e-06``, a fraction, and ``thresh_at_fpr_1e-06``, a cosine, and so on for each rate, at the point
-        of the ROC that InsightFace takes (``metrics.tpr_at_fpr`` with ``rule="insightface"``). Where that point accepts
+        of the ROC that InsightFace takes (``metrics.tpr_at_fpr`` with ``rule="insightface"``). If that point accepts
         nobody, the threshold is infinite and the TPR 0.
 
     Raises:
@@ -102,21 +102,21 @@ def identification(
     ranks: Sequence[int] = (1, 5, 10),
     fars: Sequence[float] = (0.01, 0.1),
 ) -> dict[str, float]:
-    """1:N identification as InsightFace's ``ijb_1n.py`` and AdaFace's helper measure it: in one gallery of all.
+    """1:N identification as InsightFace's ``ijb_1n.py`` and AdaFace's helper measure it: in one merged gallery.
 
     Args:
         embeddings, templates, medias, weights: as for ``verification``.
         probe: templates to identify and who they are. A probe whose subject no gallery holds is left out.
-        galleries: name -> templates to search in and who they are; they are joined.
+        galleries: name -> templates to search in and who they are; they are merged.
         ranks: for rank-k.
-        fars: false alarms a probe, see ``search.tpir_at_far``.
+        fars: false alarms per probe, see ``search.tpir_at_far``.
 
     Returns:
         Fractions ``rank_1`` and so on, ``tpir_at_far_0.01`` and so on, and the cosines ``thresh_at_far_0.01`` above
         which a template is accepted.
 
     Raises:
-        ValueError: as for ``verification``, and where no probe's subject is in a gallery.
+        ValueError: as for ``verification``, or no probe's subject is in a gallery.
     """
     pooled = pool_templates(embeddings, templates, medias, weights)
     joined = {"joined": Subjects(*(np.concatenate(columns) for columns in zip(*galleries.values(), strict=True)))}
@@ -153,7 +153,7 @@ def nist_identification(
         For each gallery, and for ``mean`` over them: fractions ``rank_1`` and so on, ``tpir_at_fpir_0.01`` and so on.
 
     Raises:
-        ValueError: as for ``verification``, and where a gallery holds no probe's subject or all of them.
+        ValueError: as for ``verification``, or a gallery holds no probe's subject, or all of them.
     """
     pooled = pool_templates(embeddings, templates, medias, weights)
     return identification_rates(_search(pooled, probe, galleries), ranks, fpirs)

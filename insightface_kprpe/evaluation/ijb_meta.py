@@ -1,4 +1,4 @@
-"""The protocol files of IJB-B and IJB-C in the layout of InsightFace's scripts: ``meta/`` beside ``loose_crop/``."""
+"""The protocol files of IJB-B and IJB-C in the layout of InsightFace's scripts: ``meta/`` next to ``loose_crop/``."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class SubjectLists(NamedTuple):
     """The lists of 1:N.
 
     Attributes:
-        probe: who is searched for; None where there is nothing to measure.
+        probe: who is searched for; None if there is nothing to measure.
         galleries: name -> who is searched in.
-        absent: what is missing and leaves 1:N unmeasured; empty where nothing is.
+        absent: what is missing for 1:N; empty if nothing is.
     """
 
     probe: Subjects | None
@@ -58,7 +58,8 @@ def read_meta(folder: str | Path, target: str = "IJBC") -> IJBMeta:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is cut off or malformed (file and line are named), or two files do not list the same images.
+        ValueError: a file is truncated or malformed (file and line are named), or two files do not list the same
+            images.
     """
     prefix = str(Path(folder) / "meta" / target.lower())
     media_path, image_path = Path(f"{prefix}_face_tid_mid.txt"), Path(f"{prefix}_name_5pts_score.txt")
@@ -77,7 +78,7 @@ def read_meta(folder: str | Path, target: str = "IJBC") -> IJBMeta:
 
 
 def read_subject_lists(folder: str | Path, target: str = "IJBC") -> SubjectLists:
-    """Read the 1:N protocol where its files are in ``meta``: ``ijbc_1N_probe_mixed.csv`` and ``ijbc_1N_gallery_*.csv``.
+    """Read the 1:N protocol, if its files are in ``meta``: ``ijbc_1N_probe_mixed.csv`` and ``ijbc_1N_gallery_*.csv``.
 
     Args:
         folder, target: as for ``read_meta``.
@@ -147,7 +148,7 @@ def _load(
 
 
 def _first_fault(lines: Iterable[str], columns: int, dtype: type, delimiter: str | None) -> tuple[int, str]:
-    """Place and beginning of the first line that is no row of the table; the end where there are no rows."""
+    """Position and beginning of the first line that is not a row of the table; the end if there are no rows."""
     place = -1
     for place, line in enumerate(lines):
         try:

@@ -1,26 +1,27 @@
 """IJB-S: identification of people in surveillance video, closed set and open set, from plain CSV files.
 
-The official protocol comes with pickled tables, which may run code when they are loaded and are therefore not read
-here. Convert them once, where you trust them, to these files (UTF-8, comma-separated, one header line each)::
+The official protocol comes with pickled tables, which can run code when they are loaded and are therefore not read
+here. Convert them once, on a machine where you trust them, to these files (UTF-8, comma-separated, one header line
+each)::
 
-    images.csv                          one line an image: a frame's face, or a still
+    images.csv                          one line per image: a frame's face, or a still
         path,media,subject,x1,y1,x2,y2,x3,y3,x4,y4,x5,y5,score
-    surveillance_to_single/             one folder a protocol, of those in PROTOCOLS that are wanted
+    surveillance_to_single/             one folder for each of the PROTOCOLS to run
         probe.csv                       one line for each media of each template
             template,subject,media
-        gallery_G1.csv                  the same; one file a gallery, gallery_NAME.csv
+        gallery_G1.csv                  the same; one file per gallery, gallery_NAME.csv
         gallery_G2.csv
 
 - ``path``: image file, relative to ``images.csv``.
 - ``media``: whole number of the clip (one subject in one stretch of a video) or of the still. An image has one media;
-  a template is made of whole medias, and a media may be in templates of any protocol, so that its images are embedded
-  once. Images weigh within their media, medias within their template (``fusion.pool_templates``).
-- ``subject``: whole number of the person. That of a template must be that of its images.
+  a template consists of whole medias, and a media may be in templates of any protocol, so that its images are embedded
+  once. Images are weighted within their media, medias within their template (``fusion.pool_templates``).
+- ``subject``: whole number of the person. A template's must match that of its images.
 - ``x1`` ... ``y5``: left eye, right eye, nose, left and right mouth corner as seen in the image, pixels of the image.
-- ``score``: of the face detector, 0 or more; 1 where there is none.
+- ``score``: of the face detector, 0 or more; 1 if there is none.
 
 IJB-S has two galleries of different people, so that the probes of the one are the unknown people of the other; numbers
-are given for each and as their mean. With galleries that hold all people there is no open set, only ranks.
+are given for each and as their mean. If a gallery holds all people, there is no open set, only ranks.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def identification(
         on unless some gallery holds the subjects of all probes.
 
     Raises:
-        ValueError: as for ``search_protocol``, and where a gallery holds no probe's subject.
+        ValueError: as for ``search_protocol``, or a gallery holds no probe's subject.
     """
     matches = search_protocol(embeddings, medias, protocol, weights)
     is_open = all((found.rank == 0).any() for found in matches.values())
@@ -113,11 +114,11 @@ def search_protocol(
     """Search the probe templates in each gallery.
 
     Args:
-        embeddings: (N, D) float as the backbone gives them; may be a memory map, of which few rows are read at once.
+        embeddings: (N, D) float as the backbone gives them; may be a memory map, read a few rows at a time.
         medias: (N,) int, media of each image.
         protocol: who is searched where.
-        weights: (N,) float from ``fusion``, multiplies each unit embedding. None leaves embeddings as they are, so that
-            they weigh by their length (Eq. 16).
+        weights: (N,) float from ``fusion``, multiplies each unit embedding. None uses raw embeddings, i.e. weights by
+            their norm (Eq. 16).
 
     Returns:
         What was found, by gallery.
@@ -129,7 +130,7 @@ def search_protocol(
     weights = None if weights is None else to_numpy(weights)
     if medias.shape != (len(embeddings),) or (weights is not None and np.shape(weights) != medias.shape):
         got = f"{medias.shape} and {None if weights is None else np.shape(weights)}"
-        raise ValueError(f"medias and weights must be ({len(embeddings)},), one for each embedding, got {got}")
+        raise ValueError(f"medias and weights must be ({len(embeddings)},), one per embedding, got {got}")
     images = _Images(medias)
     probe, probe_subjects = _pool(embeddings, images, protocol.probe, "probe", weights)
     matches = {}
@@ -147,7 +148,7 @@ class _Images:
         self.medias, self.starts, self.counts = np.unique(medias[self.order], return_index=True, return_counts=True)
 
     def of(self, medias: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Place of the first image of each of these medias in ``order``, and how many follow."""
+        """Position of the first image of each of these medias in ``order``, and how many follow."""
         place = np.minimum(np.searchsorted(self.medias, medias), len(self.medias) - 1)
         unknown = np.unique(medias[self.medias[place] != medias])
         if len(unknown):
@@ -166,7 +167,7 @@ def _pool(
     pooled = np.empty((len(templates), embeddings.shape[1]), dtype=np.float32)
     images_before = np.append(0, counts.cumsum())[np.append(first, len(order))]  # (T + 1,)
     begin = 0
-    while begin < len(templates):  # as many templates as fit, one at least
+    while begin < len(templates):  # as many templates as fit, at least one
         end = max(begin + 1, int(np.searchsorted(images_before, images_before[begin] + IMAGES_AT_ONCE, "right")) - 1)
         part = slice(first[begin], first[end] if end < len(first) else None)
         of_row = np.repeat(np.arange(len(order))[part], counts[part])
@@ -183,7 +184,7 @@ def _pool(
 
 
 def read_ijbs(folder: str | Path) -> IJBSSet:
-    """Read the images and the protocols of a folder in the form that this module describes.
+    """Read the images and the protocols of a folder in the format that this module describes.
 
     Args:
         folder: holds ``images.csv`` and a folder for each protocol.
@@ -210,7 +211,9 @@ def read_ijbs(folder: str | Path) -> IJBSSet:
             if not np.isin(probe.subjects, rows.subjects).any():
                 raise ValueError(f"{files[key]} holds no subject of {folder / name / 'probe.csv'}")
     if not protocols:
-        raise FileNotFoundError(f"{folder} must hold a folder for a protocol, one of {', '.join(PROTOCOLS)}; got none")
+        raise FileNotFoundError(
+            f"{folder} must hold a folder for at least one protocol of {', '.join(PROTOCOLS)}; got none"
+        )
     return IJBSSet(paths, numbers[:, :10].reshape(-1, 5, 2), numbers[:, 10], medias, subjects, protocols)
 
 
@@ -266,7 +269,7 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]
                     )
                 yield reader.line_num, row
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: after line {reader.line_num}: no UTF-8; save the file as UTF-8") from error
+            raise ValueError(f"{path}: after line {reader.line_num}: not UTF-8; save the file as UTF-8") from error
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{path}: {error}") from error
     if reader.line_num <= 1:

@@ -1,4 +1,4 @@
-"""Landmark accuracy: normalised mean error (NME), failure rate, cumulative error curve, robustness.
+"""Landmark accuracy: normalized mean error (NME), failure rate, cumulative error curve, robustness.
 
 NME is the mean over the five points of their distance to the truth, divided by the square root of the area of the
 ground-truth box: "KeyPoint Relative Position Encoding for Face Recognition" (CVPR 2024), supplementary section 3.1.
@@ -24,7 +24,7 @@ from .curves import new_figure, save_figure
 from .metrics import to_numpy
 
 POINT_NAMES = ("left eye", "right eye", "nose", "left mouth", "right mouth")
-FAILURE_THRESHOLD = 0.1  # an image above this NME has failed; the curve ends there, as in the paper's Fig. 8
+FAILURE_THRESHOLD = 0.1  # an image above this NME counts as a failure; the curve ends there, as in the paper's Fig. 8
 CURVE_THRESHOLDS = np.linspace(0, FAILURE_THRESHOLD, 101)
 
 # (B, 3, S, S) float RGB in [-1, 1] -> keypoints (B, 5, 2) in [0, 1] of the crop, score (B,)
@@ -38,7 +38,7 @@ class LandmarkResult(NamedTuple):
     Attributes:
         nme: mean over images and points.
         failure_rate: fraction of images whose mean error exceeds ``FAILURE_THRESHOLD``.
-        auc: area under the cumulative curve up to that threshold, a fraction of the whole.
+        auc: normalized area under the cumulative curve up to that threshold.
         point_errors: (5,) mean error of each of ``POINT_NAMES``.
         curve: (101,) fraction of images with at most each of ``CURVE_THRESHOLDS``.
         score: mean face score.
@@ -61,11 +61,11 @@ class LandmarkResult(NamedTuple):
 
 
 def nme(keypoints: np.ndarray, truth: np.ndarray, bbox: np.ndarray) -> np.ndarray:
-    """Error of every point of every face, normalised; ``.mean()`` of it is the NME.
+    """Error of every point of every face, normalized; ``.mean()`` of it is the NME.
 
     Args:
-        keypoints: (N, 5, 2) predicted, in any unit that is the same for x and y, as of a square crop.
-        truth: (N, 5, 2) labelled, same unit.
+        keypoints: (N, 5, 2) predicted, in any unit that is the same for x and y, as in a square crop.
+        truth: (N, 5, 2) labeled, same unit.
         bbox: (N, 4) ground-truth boxes x1, y1, x2, y2, same unit.
 
     Returns:
@@ -118,12 +118,12 @@ def evaluate_landmarks(
 
     Args:
         predict: e.g. ``lambda images: dfa(images)[:2]``; may return tensors or arrays.
-        dataset: made with ``labelled_only=True``.
+        dataset: made with ``labeled_only=True``.
         degrade: applied to the (B, 3, S, S) images in [-1, 1] first.
-        batch_size: faces a batch.
+        batch_size: faces per batch.
         device: where ``predict`` wants its images.
         workers: processes that read images.
-        description: what the progress bar says.
+        description: of the progress bar.
     """
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, worker_init_fn=start_worker)
     errors, scores = [], []
@@ -140,11 +140,11 @@ def robustness(predict: Predict, dataset: LandmarkDataset, **options) -> dict[st
     """Measure one model under degraded images and displaced crops.
 
     Blur (Gaussian, pixels of the crop) and down-sampling (to n x n pixels and back) change the image; rotation
-    (degrees) and shift (fraction of the crop's side) cut another crop out of the picture.
+    (degrees) and shift (fraction of the crop's side) take another crop of the image.
 
     Args:
         predict: see ``evaluate_landmarks``.
-        dataset: made with ``labelled_only=True``.
+        dataset: made with ``labeled_only=True``.
         **options: passed to ``evaluate_landmarks``.
 
     Returns:
@@ -174,14 +174,14 @@ def write_report(
 
     Args:
         results: by model.
-        folder: made where missing.
+        folder: created if missing.
         conditions: ``robustness`` of each model, by the same names.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     document = {
-        "unit": "errors are fractions of sqrt(box width * box height); rates and curves are percent of images",
+        "unit": "errors are fractions of sqrt(box width * box height); rates and curves are in percent of images",
         "curve_thresholds": CURVE_THRESHOLDS.tolist(),
         "models": {name: result.as_dict() for name, result in results.items()},
         "robustness": {

@@ -1,4 +1,4 @@
-"""The numbers of 1:1 verification, each one exact and none of it knowing files or models; ``search`` has those of 1:N.
+"""Metrics of 1:1 verification, exact and independent of files and models; ``search`` has those of 1:N.
 
 Every rate is a fraction in [0, 1], a score is a cosine. Arrays may be torch tensors, with gradients or without.
 """
@@ -11,11 +11,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-# InsightFace tries these squared distances between unit vectors as thresholds, and the finer ones for VAL@FAR.
+# InsightFace's thresholds: squared distances between unit vectors, and finer ones for VAL@FAR.
 DISTANCE_THRESHOLDS = np.arange(0, 4, 0.01)
 FINE_DISTANCE_THRESHOLDS = np.arange(0, 4, 0.001)
-# Cosines in float64 are rounded to so many decimals: what is equal mathematically, as the scores of duplicate images,
-# is equal then, while the order of additions makes an error of about 1e-15.
+# Cosines in float64 are rounded to this many decimals, so that mathematically equal scores, such as those of duplicate
+# images, are equal; the order of summation causes errors of about 1e-15.
 SCORE_DECIMALS = 10
 
 ThresholdRule = Literal["insightface", "at_most"]
@@ -48,10 +48,10 @@ class ValidationRate(NamedTuple):
 class OperatingPoint(NamedTuple):
     """One point of a ROC (TPR at FPR) or of an open-set search (TPIR at FPIR)."""
 
-    target: float  # the false positive rate that was asked for
-    fpr: float  # the one that was reached
+    target: float  # the requested false positive rate
+    fpr: float  # the actual one
     tpr: float
-    threshold: float  # scores at or above it are accepted; infinite where that is none
+    threshold: float  # scores at or above it are accepted; infinite if none are
 
 
 class Roc(NamedTuple):
@@ -64,7 +64,7 @@ class Roc(NamedTuple):
 
 
 def to_numpy(values: np.ndarray | torch.Tensor) -> np.ndarray:
-    """Values as an array; a tensor is taken out of its graph and off its device."""
+    """Values as an array; a tensor is detached and moved to the CPU."""
     if not isinstance(values, torch.Tensor):
         return np.asarray(values)
     values = values.detach().cpu()
@@ -72,11 +72,11 @@ def to_numpy(values: np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 def unit_rows(embeddings: np.ndarray, name: str = "embeddings", dtype: type = np.float64) -> np.ndarray:
-    """Divide each row by its length; a zero row stays zero, so that it is equally unlike everything.
+    """Divide each row by its length; a zero row stays zero, and so is equally dissimilar to everything.
 
     Args:
         embeddings: (N, D) float.
-        name: what to call them in an error.
+        name: of the argument, for errors.
         dtype: of the result.
 
     Raises:
@@ -87,7 +87,7 @@ def unit_rows(embeddings: np.ndarray, name: str = "embeddings", dtype: type = np
 
 
 def inverse_norms(embeddings: np.ndarray, name: str = "embeddings") -> np.ndarray:
-    """1 / length of each row as (N,) float64, 0 for a zero row; checked and failing as ``unit_rows`` does."""
+    """1 / length of each row as (N,) float64, 0 for a zero row; checked like ``unit_rows``."""
     embeddings = to_numpy(embeddings)
     if embeddings.ndim != 2:
         raise ValueError(f"{name} must be (N, D), got shape {embeddings.shape}")
@@ -96,7 +96,7 @@ def inverse_norms(embeddings: np.ndarray, name: str = "embeddings") -> np.ndarra
         bad = np.flatnonzero(~np.isfinite(squares))
         raise ValueError(
             f"{name} must be finite, got NaN or Inf in {len(bad)} of {len(squares)} rows (first: row {bad[0]}); "
-            "look at the model's output for those images"
+            "check the model's output for those images"
         )
     norms = np.sqrt(squares)
     return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
@@ -107,7 +107,7 @@ def _as_bool(labels: np.ndarray, count: int, name: str) -> np.ndarray:
     labels = to_numpy(labels)
     truth = labels.astype(bool)
     if truth.shape != (count,) or not (labels == truth).all():
-        raise ValueError(f"{name} must be ({count},) zeros and ones, one for each pair, got shape {labels.shape}")
+        raise ValueError(f"{name} must be ({count},) zeros and ones, one per pair, got shape {labels.shape}")
     if truth.all() or not truth.any():
         kind = "positive" if truth.any() else "negative"
         raise ValueError(f"{name} must hold both same and different pairs, got {count} {kind} ones only")
@@ -122,7 +122,7 @@ def kfold_accuracy(
     Folds are consecutive pairs. The first threshold that is best on the other folds is applied to each fold.
 
     Args:
-        embeddings_a: (N, D) float, first image of each pair; need not be normalised.
+        embeddings_a: (N, D) float, first image of each pair; need not be normalized.
         embeddings_b: (N, D) float, second image.
         is_same: (N,) bool or 0/1.
         folds: number of folds, 2 to N.
@@ -149,15 +149,15 @@ def val_at_far(
     """VAL@FAR as arcface_torch's ``eval/verification.py`` (and facenet before it) defines it.
 
     The threshold of a fold is where the FAR of the other folds, drawn as a line over 4,000 thresholds, reaches ``far``:
-    between the last one that does not exceed it and the next. It is 0, and accepts nobody, where no threshold reaches
-    it. SciPy's interpolation, by which arcface_torch finds it, refuses such lines in its present versions.
+    between the last one that does not exceed it and the next. It is 0, and accepts nobody, if no threshold reaches it.
+    arcface_torch uses SciPy's interpolation, whose current versions refuse such lines.
 
     Args:
         embeddings_a, embeddings_b, is_same, folds: as for ``kfold_accuracy``.
         far: false accept rate, a fraction.
 
     Returns:
-        Means over the folds that have pairs of both kinds; NaN where there is no such fold.
+        Means over the folds that have pairs of both kinds; NaN if there is no such fold.
 
     Raises:
         ValueError: as for ``kfold_accuracy``, or the rate is outside [0, 1].
@@ -187,7 +187,7 @@ def _pairs_in_folds(
     """(N,) squared distances of unit vectors, labels, and fold of each pair; consecutive ones, the first longer."""
     a, b = unit_rows(embeddings_a, "embeddings_a"), unit_rows(embeddings_b, "embeddings_b")
     if a.shape != b.shape:
-        raise ValueError(f"embeddings_a and embeddings_b must have one shape, got {a.shape} and {b.shape}")
+        raise ValueError(f"embeddings_a and embeddings_b must have the same shape, got {a.shape} and {b.shape}")
     is_same = _as_bool(is_same, len(a), "is_same")
     if not 2 <= folds <= len(a):
         raise ValueError(f"folds must be 2 to the number of pairs ({len(a)}), got {folds}")
@@ -226,8 +226,8 @@ def tpr_at_fpr(
             scikit-learn's ``roc_curve`` keeps (the looser one of two equally near).
 
     Returns:
-        One point for each of ``fprs``. Where the rule accepts no score, as when more of the highest are tied than the
-        rate allows, its TPR is 0 and its threshold infinite.
+        One point for each of ``fprs``. If the rule accepts no score, e.g. because more of the highest are tied than the
+        rate allows, the TPR is 0 and the threshold infinite.
 
     Raises:
         ValueError: shapes differ, a score is not finite, one class is missing, a rate is outside [0, 1].
@@ -259,7 +259,7 @@ def split_scores(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _roc_head(positives: np.ndarray, negatives: np.ndarray, count: int) -> Roc:
-    """The ROC from its strict end down to about ``count`` false positives; all of it if that is all negatives.
+    """The ROC from its strict end to about ``count`` false positives; complete if that is all negatives.
 
     Reorders ``negatives`` in place.
     """
@@ -267,7 +267,7 @@ def _roc_head(positives: np.ndarray, negatives: np.ndarray, count: int) -> Roc:
     if not whole:
         negatives.partition(len(negatives) - count)
         negatives = negatives[-count:]
-        cut = negatives.min()  # of the scores equal to it some were left behind
+        cut = negatives.min()  # some scores equal to it were left out
         positives, negatives = positives[positives > cut], negatives[negatives > cut]
     scores = np.concatenate([positives, negatives])
     order = np.argsort(scores)[::-1]
@@ -279,7 +279,7 @@ def _roc_head(positives: np.ndarray, negatives: np.ndarray, count: int) -> Roc:
     is_corner = np.ones(len(last_of_equals), dtype=bool)
     is_corner[1:-1] = (np.diff(true_positives, 2) != 0) | (np.diff(false_positives, 2) != 0)
     if not whole:
-        is_corner[-1:] = False  # the step from it is not known
+        is_corner[-1:] = False  # the step from it is unknown
     return Roc(
         np.append(0, false_positives),
         np.append(0, true_positives),
@@ -289,7 +289,7 @@ def _roc_head(positives: np.ndarray, negatives: np.ndarray, count: int) -> Roc:
 
 
 def _pick(curve: Roc, target: float, positives: int, negatives: int, rule: ThresholdRule) -> OperatingPoint | None:
-    """The point of the curve that a rule takes; None where a curve that was cut off does not settle it."""
+    """The point of the curve that a rule chooses; None if a truncated curve does not determine it."""
     fpr = curve.false_positives / negatives
     whole = curve.false_positives[-1] == negatives
     if rule == "at_most":

@@ -14,15 +14,15 @@ LOOKUP_SPAN = 1 << 24
 
 
 def positions(known: np.ndarray, wanted: np.ndarray, name: str) -> np.ndarray:
-    """Where each wanted template stands among the known ones, in the smallest type that holds it.
+    """The index of each wanted template among the known ones, in the smallest dtype that holds it.
 
     Args:
         known: (T,) int, ascending.
         wanted: (N,) int.
-        name: what to call ``wanted`` in an error.
+        name: of ``wanted``, for errors.
 
     Raises:
-        ValueError: they are no whole numbers, or one is not known.
+        ValueError: they are not whole numbers, or one is not known.
     """
     wanted = to_numpy(wanted)
     if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
@@ -50,7 +50,8 @@ def pair_scores(pooled: np.ndarray, first: np.ndarray, second: np.ndarray) -> np
     """Dot products of pairs of rows, read from blocks of the matrix of all rows with all rows.
 
     Templates of the side with fewer different ones come first and each pair is turned so that its earlier template
-    gives the row. Where galleries meet probes only the galleries' rows are computed; otherwise half the matrix is.
+    gives the row. If pairs join galleries and probes, only the galleries' rows are computed; otherwise half the matrix
+    is.
 
     Args:
         pooled: (T, D) float64; is overwritten.

@@ -1,4 +1,4 @@
-"""What a protocol measured, and how it is shown: tables and curves, of several models side by side."""
+"""Tables and curves of results, several models side by side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..files import check_writable, write_atomically
 from .curves import new_figure, plot_cmc, plot_det, plot_roc, thinned
 from .result import Result
 
-REPORT_BYTES = 1 << 20  # a report with its curves has about as much
+REPORT_BYTES = 1 << 20  # about the size of a report with its curves
 
 _COLUMN_NAMES = (
     (r"tpr_at_fpr_(\S+)", r"TPR@FPR=\1"),
@@ -34,7 +34,7 @@ def format_text(results: Sequence[Result]) -> str:
     """Tables for a terminal: for each protocol one of rates, one of thresholds, and the settings behind them.
 
     Args:
-        results: of any models and protocols; those of one protocol stand in one table, in their order.
+        results: of any models and protocols; those of one protocol are in one table, in order.
     """
     blocks = []
     for protocol, group in _by_protocol(results).items():
@@ -62,7 +62,7 @@ def format_markdown(results: Sequence[Result]) -> str:
 
 
 def format_arcface_torch(results: Sequence[Result], target: str) -> str:
-    """The 1:1 results as arcface_torch's ``eval_ijbc.py`` prints them: a line a method, TPR in percent at each FPR.
+    """The 1:1 results as arcface_torch's ``eval_ijbc.py`` prints them: one line per method, TPR in percent at each FPR.
 
     Args:
         results: of any protocols; those of 1:1 are shown.
@@ -78,11 +78,11 @@ def format_arcface_torch(results: Sequence[Result], target: str) -> str:
 
 
 def grid(table: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """Cells in a frame, the first row being the head.
+    """Cells in a frame, with the first row as header.
 
     Args:
         table: rows of equally many cells.
-        text_columns: so many columns stand left in theirs, the others, numbers, right.
+        text_columns: this many columns are left-aligned; the others, numbers, right-aligned.
     """
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     rule = "+" + "+".join("-" * (width + 2) for width in widths) + "+"
@@ -94,7 +94,7 @@ def grid(table: Sequence[Sequence[str]], text_columns: int = 1) -> str:
 
 
 def check_report_folder(folder: str | Path) -> None:
-    """Make sure, before a long evaluation, that ``write_report`` will be able to write there and to draw.
+    """Check, before a long evaluation, that ``write_report`` will be able to write and draw.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -107,12 +107,12 @@ def check_report_folder(folder: str | Path) -> None:
 def write_report(results: Sequence[Result], folder: str | Path) -> list[Path]:
     """Write ``report.txt``, ``report.md``, ``report.json`` and the curves ``roc_*.png``, ``det_*.png``, ``cmc_*.png``.
 
-    Each protocol has curves of its own, with all models in one figure. ``report.json`` holds all that results hold, its
-    rates in percent but for those of the ROC.
+    Each protocol has its own curves, with all models in one figure. ``report.json`` holds everything in the results,
+    with rates in percent except for those of the ROC.
 
     Args:
         results: of any models and protocols.
-        folder: made where missing; what a previous report wrote is replaced.
+        folder: created if missing; a previous report is replaced.
 
     Returns:
         The files.
@@ -193,7 +193,7 @@ def _number(name: str, value: float | None) -> str:
 
 
 def _settings(group: Sequence[Result]) -> list[tuple[str, str]]:
-    """Each setting once where all results share it, else each of its values, after the results that it belongs to."""
+    """Each setting once if all results share it, else each of its values with the results that it belongs to."""
     one_model = len({result.model for result in group}) == 1
     lines = []
     for key in dict.fromkeys(key for result in group for key in result.settings):
@@ -223,7 +223,7 @@ def _as_json(result: Result) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: plain numbers, text for anything else; null for a number that is not finite."""
+    """A value for JSON: plain numbers, text for anything else; null for a number that is not finite."""
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, float):
         return value if math.isfinite(value) else None

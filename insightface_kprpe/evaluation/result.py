@@ -1,4 +1,4 @@
-"""What one model measured on one protocol."""
+"""The result of one model on one protocol."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Result:
-    """One model on one protocol, one way.
+    """The result of one model on one protocol, in one variant.
 
     Attributes:
         model: what tables call the model.
@@ -18,10 +18,10 @@ class Result:
         metrics: name -> value; rates as fractions (``tpr_at_fpr_0.0001``, ``rank_1``), thresholds as cosines (with
             "thresh" in their names), counts as int.
         settings: everything that is needed to get the numbers again (alignment, flip, fusion, source of the keypoints,
-            threshold rule, counts), as one reads it.
-        variant: what tells this result from others of the same model and protocol, e.g. the fusion.
-        roc: false and true positive rates, fractions, both ascending; None where the protocol has none.
-        cmc: (R,) identification rate, a fraction, at rank 1 to R; None where the protocol has none.
+            threshold rule, counts), as text.
+        variant: distinguishes this result from others of the same model and protocol, e.g. the fusion.
+        roc: false and true positive rates, fractions, both ascending; None if the protocol has none.
+        cmc: (R,) identification rate, a fraction, at rank 1 to R; None if the protocol has none.
     """
 
     model: str
@@ -34,7 +34,7 @@ class Result:
 
     @property
     def percent(self) -> dict[str, float]:
-        """The metrics as people read them, in tables and in ``report.json``: rates in percent, all else as it is."""
+        """The metrics as shown in tables and ``report.json``: rates in percent, everything else unchanged."""
         return {
             name: value if "thresh" in name or isinstance(value, int) else round(100 * value, 10)
             for name, value in self.metrics.items()

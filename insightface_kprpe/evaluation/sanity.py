@@ -1,9 +1,9 @@
-"""Warnings where numbers look as if the inputs were wrong: faces not aligned, colour channels swapped.
+"""Warnings if numbers look as if the inputs were wrong: faces not aligned, color channels swapped.
 
 ``sanity_warnings`` compares the results of each model with each other, ``channel_order_warning`` the cosines of some
-pairs with those that they have with red and blue swapped. What they return is for people to read, and a hint, never an
-error: a set that is hard, or a model that is weak on it, may look the same. Good models barely mind the order of the
-channels, so that no warning does not prove it right.
+pairs with those that they have with red and blue swapped. They return hints for humans, never errors: a hard set, or a
+model that is weak on it, may look the same. Good models are hardly affected by the order of the channels, so the
+absence of a warning does not prove that it is right.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from ..documents import json_lines
 from .metrics import to_numpy
 from .result import Result
 
-# Rank-1 below so many times what verification suggests. The suggestion is rough, as real scores are not normal: by the
-# paper's Table 7, TinyFace is at 2.4 times what 97.67 % on AgeDB suggest, and at 1.3 times what 99.06 % on CFP-FP do.
+# Warn if rank-1 is below this fraction of what verification suggests. The estimate is rough, as real scores are not
+# normal: by the paper's Table 7, TinyFace is at 2.4 times what 97.67 % on AgeDB suggest, and at 1.3 times what 99.06 %
+# on CFP-FP do.
 LEAST_RANK_1_RATIO = 0.25
-# Expectations below this say nothing: the model is weak, or the gallery is very large for it.
+# Expectations below this mean nothing: the model is weak, or the gallery is very large for it.
 LEAST_EXPECTED_RANK_1 = 0.1
-# Swapped channels must do better by this much of the ROC's area, and by so many standard errors of the difference.
+# Swapped channels must be better by this much area under the ROC, and by this many standard errors of the difference.
 CHANNEL_GAIN, CHANNEL_ERRORS = 0.01, 3.0
 _NORMAL = NormalDist()
 _FPRS = ("0.001", "0.01", "0.0001")
 
 
 def sanity_warnings(results: Sequence[Result]) -> list[str]:
-    """Sentences about results that do not fit to each other.
+    """Sentences about results that contradict each other.
 
     The best verification of each model (a metric ``accuracy`` or ``tpr_at_fpr_0.001``) gives the rank-1 rate to expect
     in a gallery as large as ``settings["gallery"]``, a number of entries. A rank-1 below ``LEAST_RANK_1_RATIO`` of it
-    is worth a warning. Results without these say nothing and are passed over.
+    is worth a warning. Results without these are skipped.
 
     Args:
         results: of one model or several.
@@ -54,18 +55,18 @@ def sanity_warnings(results: Sequence[Result]) -> list[str]:
         expected, rank_1 = expected_rank_1(separation, gallery), result.metrics["rank_1"]
         if expected >= LEAST_EXPECTED_RANK_1 and rank_1 < LEAST_RANK_1_RATIO * expected:
             warnings.append(
-                f"{result.name} on {result.protocol}: rank-1 is {100 * rank_1:.1f} %, where its verification on "
+                f"{result.name} on {result.protocol}: rank-1 is {100 * rank_1:.1f} %, while its verification on "
                 f"{protocol} suggests about {100 * expected:.0f} % among {gallery}; the images look unaligned, or "
-                "their keypoints or identities belong to other images: look at a few crops"
+                "their keypoints or identities belong to other images; look at a few crops"
             )
     return warnings
 
 
 def results_of_training(model: str, path: str | Path) -> list[Result]:
-    """What a training run measured last on each of its verification sets; empty for what is no training run.
+    """The last results of a training run on each of its verification sets; empty if it is not a training run.
 
     Args:
-        model: what the other results call it.
+        model: its name in the other results.
         path: of the model; a run has ``metrics.jsonl`` in its folder.
     """
     file = Path(path) / "metrics.jsonl"
@@ -80,7 +81,7 @@ def results_of_training(model: str, path: str | Path) -> list[Result]:
 
 
 def verification_separation(metrics: dict[str, float]) -> float | None:
-    """How far apart the scores of same and different pairs are, in standard deviations, both taken as normal.
+    """The separation of the scores of same and different pairs, in standard deviations, assuming normal distributions.
 
     Args:
         metrics: fractions; ``accuracy`` at a balanced threshold, or ``tpr_at_fpr_0.001``, ``_0.01``, ``_0.0001``.
@@ -146,10 +147,10 @@ def channel_order_warning(scores: np.ndarray, swapped: np.ndarray, is_same: np.n
         return None
     return (
         f"with red and blue swapped this model verifies better (area under the ROC {swapped_wins.mean():.3f} instead "
-        f"of {wins.mean():.3f}): the channel order looks wrong; models of InsightFace take RGB"
+        f"of {wins.mean():.3f}): the channel order looks wrong; InsightFace's models take RGB"
     )
 
 
 def _wins(same: np.ndarray, different: np.ndarray) -> np.ndarray:
-    """(same, different) 1 where the same pair scores higher, 0.5 where both are equal; its mean is the area."""
+    """(same, different) 1 where the same pair scores higher, 0.5 where both are equal; the mean is the area."""
     return (same[:, None] > different) + 0.5 * (same[:, None] == different)

@@ -1,6 +1,6 @@
 """1:N search: probes against a gallery, in blocks that fit into memory, without sorting, and the rates that follow.
 
-In the terms of NIST, comparisons of one person are mated, all others nonmated. Every rate is a fraction in [0, 1].
+In the terms of NIST, comparisons of the same person are mated, all others nonmated. Every rate is a fraction in [0, 1].
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from .metrics import SCORE_DECIMALS, OperatingPoint, inverse_norms, to_numpy, un
 
 
 class Matches(NamedTuple):
-    """What a 1:N search says of each of P probes."""
+    """The result of a 1:N search for each of P probes."""
 
-    mated_score: np.ndarray  # (P,) float, the best mated score; -inf where the probe has no mate in the gallery
-    nonmated_score: np.ndarray  # (P,) float, the best nonmated score; -inf where all entries are mates
+    mated_score: np.ndarray  # (P,) float, the best mated score; -inf if the probe has no mate in the gallery
+    nonmated_score: np.ndarray  # (P,) float, the best nonmated score; -inf if all entries are mates
     rank: np.ndarray  # (P,) int, 1 + number of nonmated scores at least as high as the best mated one; 0 without mate
     highest_nonmated: np.ndarray = np.empty(0)  # (n,) float, the highest of all probes' nonmated scores, descending
 
@@ -26,13 +26,13 @@ class Matches(NamedTuple):
 def match_scores(scores: np.ndarray, is_mate: np.ndarray, highest: int = 0) -> Matches:
     """Reduce a score matrix to a mated score, a nonmated score and a rank for each probe.
 
-    A nonmated score that ties with the mated one ranks before it, so that a model whose scores are all equal recognises
+    A nonmated score that ties with the mated one ranks before it, so that a model whose scores are all equal recognizes
     nobody.
 
     Args:
         scores: (P, G) float, probes against gallery.
         is_mate: (P, G) bool, same identity.
-        highest: so many nonmated scores of all are kept (all, where there are fewer).
+        highest: keep this many of the highest nonmated scores (all, if there are fewer).
 
     Raises:
         ValueError: shapes differ or scores are not finite.
@@ -57,15 +57,14 @@ def search(
 ) -> Matches:
     """Cosine search of probes in a gallery by matrix products in blocks of probes.
 
-    Products are of float64 where both sides are, and cosines that are equal mathematically are then equal; else they
-    are of float32.
+    Products are float64 if both sides are, and mathematically equal cosines are then equal; otherwise float32.
 
     Args:
-        probe: (P, D) float, need not be normalised.
+        probe: (P, D) float, need not be normalized.
         gallery: (G, D) float, several entries may share an identity.
         probe_ids: (P,) identities, integers or strings.
         gallery_ids: (G,) identities of the same kind; a distractor is an entry whose identity no probe has.
-        highest: so many nonmated scores of all are kept (all, where there are fewer).
+        highest: keep this many of the highest nonmated scores (all, if there are fewer).
         block_bytes: size of one block of scores.
 
     Raises:
@@ -153,10 +152,10 @@ def tpir_at_fpir(matches: Matches, fpirs: Sequence[float] = (0.01, 0.1), rank: i
     Args:
         matches: result of ``search`` or ``match_scores``.
         fpirs: false positive identification rates.
-        rank: how far down the list the mate may stand.
+        rank: the worst rank at which the mate counts.
 
     Raises:
-        ValueError: a rate is outside [0, 1], or probes with a mate or without one are missing.
+        ValueError: a rate is outside [0, 1], or there are no probes with a mate, or none without one.
     """
     has_mate = matches.rank > 0
     impostors = np.sort(matches.nonmated_score[~has_mate])[::-1]
@@ -178,19 +177,19 @@ def tpir_at_fpir(matches: Matches, fpirs: Sequence[float] = (0.01, 0.1), rank: i
 
 
 def count_for_far(probes: int, far: float) -> int:
-    """The place of the nonmated score that ``tpir_at_far`` takes as its threshold: ``ceil(probes * far)``."""
+    """The rank of the nonmated score that ``tpir_at_far`` uses as threshold: ``ceil(probes * far)``."""
     return math.ceil(probes * far)
 
 
 def tpir_at_far(matches: Matches, fars: Sequence[float] = (0.01, 0.1)) -> list[OperatingPoint]:
     """Identification above a threshold as InsightFace's ``ijb_1n.py`` measures it: how many mated scores exceed it.
 
-    The threshold is the ceil(P * FAR)-th highest of all nonmated scores. So "FAR" counts false alarms a probe, of which
-    one probe may set off many, and the mate need not be the first: this is neither an FPIR nor a false accept rate.
+    The threshold is the ceil(P * FAR)-th highest of all nonmated scores. So "FAR" counts false alarms per probe, of
+    which one probe can cause many, and the mate need not be first: this is neither an FPIR nor a false accept rate.
 
     Args:
-        matches: of P probes that all have a mate, with as many ``highest_nonmated`` as ``count_for_far`` tells.
-        fars: false alarms a probe, above 0.
+        matches: of P probes that all have a mate, with at least ``count_for_far`` of ``highest_nonmated``.
+        fars: false alarms per probe, above 0.
 
     Returns:
         One point for each of ``fars``; ``fpr`` is the number of nonmated scores above the threshold over P, and only

@@ -55,14 +55,14 @@ def identification(
     """Closed-set identification by cosine: is one of the probe's images among the first k of the gallery?
 
     Args:
-        probe: (P, D) float, need not be normalised.
+        probe: (P, D) float, need not be normalized.
         gallery: (G, D) float, matches and distractors.
         probe_ids: (P,) identities, integers or strings; a probe whose identity is not in the gallery is left out.
         gallery_ids: (G,) identities; a distractor has one that no probe has.
         ranks: the k.
 
     Returns:
-        ``rank_1`` and so on, fractions of the probes. An other image that ties with the right one ranks before it.
+        ``rank_1`` and so on, fractions of the probes. Another image that ties with the right one ranks before it.
 
     Raises:
         ValueError: shapes do not fit, values are not finite, or no probe is in the gallery.
@@ -74,7 +74,7 @@ def identification(
 def read_tinyface(folder: str | Path) -> TinyFaceSet:
     """List the images of a TinyFace test set.
 
-    Identities come from the official lists ``probe_img_ID_pairs.mat`` and ``gallery_match_img_ID_pairs.mat`` where they
+    Identities come from the official lists ``probe_img_ID_pairs.mat`` and ``gallery_match_img_ID_pairs.mat`` if they
     are in the folder, else from the file names (``ID_n.png``).
 
     Args:
@@ -119,12 +119,12 @@ def _read_mat_list(path: Path, names_key: str, ids_key: str) -> tuple[list[str],
 
     Args:
         path: the ``.mat`` file.
-        names_key: variable with a cell of text for each image.
+        names_key: variable with a cell array, one text per image.
         ids_key: variable with a whole number for each image.
     """
     if importlib.util.find_spec("scipy") is None:
         raise ImportError(f"{path} needs: pip install 'insightface-kprpe[tinyface]'")
-    # In a process of its own, which SciPy can bring down when the file is damaged.
+    # In a separate process, as SciPy can crash on a damaged file.
     command = [sys.executable, "-c", _PRINT_MAT, str(path), names_key, ids_key]
     try:
         done = subprocess.run(
@@ -141,11 +141,11 @@ def _read_mat_list(path: Path, names_key: str, ids_key: str) -> tuple[list[str],
             raise ValueError(f"{' and '.join(missing)} not found in it")
         names, ids = variables[names_key], np.array(variables[ids_key])
         if not all(isinstance(name, list) and len(name) == 1 and isinstance(name[0], str) for name in names):
-            raise ValueError(f"{names_key} must be a cell of text for each image")
+            raise ValueError(f"{names_key} must be a cell array with one text per image")
         if ids.ndim != 1 or ids.dtype.kind not in "iuf" or not (np.isfinite(ids) & (ids == np.rint(ids))).all():
             raise ValueError(f"{ids_key} must be whole numbers")
         if len(names) != len(ids) or not len(names):
-            raise ValueError(f"there must be one identity for each image, got {len(ids)} for {len(names)}")
+            raise ValueError(f"there must be one identity per image, got {len(ids)} for {len(names)}")
     except ValueError as error:
         raise ValueError(f"{path} is not a list in MATLAB's format (version 5 to 7): {error}") from error
     return [nfc(name) for (name,) in names], ids.astype(np.int64)
@@ -155,6 +155,6 @@ def _identity(path: Path) -> int:
     identity = path.stem.split("_")[0]
     if not identity.isdigit():
         raise ValueError(
-            f"the name of {path} must be ID_n with a number for ID; or put the .mat lists beside {path.parent}"
+            f"the name of {path} must be ID_n with a number for ID; or put the .mat lists next to {path.parent}"
         )
     return int(identity)

@@ -1,4 +1,4 @@
-"""Long work over a set of images: cut into blocks that are done or not, read ahead, and told apart by a fingerprint."""
+"""Long computations over a set of images, in blocks that are done or not, with images read ahead."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def run_blocks(
     num_workers: int,
     label: str,
 ) -> Iterator[tuple[range, tuple[np.ndarray, ...]]]:
-    """Compute block by block; no batch reaches over the end of a block.
+    """Compute block by block; no batch crosses the end of a block.
 
     Args:
         dataset: index -> what one image is to ``compute``; read in ``num_workers`` processes, ahead of the computation.
         blocks: ranges of indices.
         compute: collated batch -> arrays with one row for each image.
-        batch_size: images a batch.
+        batch_size: images per batch.
         num_workers: processes that read; 0: this one.
-        label: what the progress bar says.
+        label: of the progress bar.
 
     Yields:
         Each block and the arrays of all its images.
@@ -43,7 +43,7 @@ def run_blocks(
     batches = [list(block[i : i + batch_size]) for block in blocks for i in range(0, len(block), batch_size)]
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=start_worker)
     results = iter(loader)
-    hidden = None if rank_and_world_size()[0] == 0 else True  # None: where the output is no terminal
+    hidden = None if rank_and_world_size()[0] == 0 else True  # None: where the output is not a terminal
     with tqdm(total=sum(map(len, blocks)), desc=label, leave=False, disable=hidden) as progress:
         for block in blocks:
             parts: list[tuple[np.ndarray, ...]] = []

@@ -1,4 +1,4 @@
-"""What image files hold, told by their bytes: so that results of a file that has changed are not taken for its own."""
+"""Hashes of image files, so that results of a file that has changed are not used."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ..files import user_file
 from .images import as_it_lies
 
 DIGEST_BYTES = 16
-_THREADS = 8  # hashing and reading go on without Python's lock
+_THREADS = 8  # hashing and reading release the GIL
 
 
 class Contents(NamedTuple):
-    """Of N files; one that is not there has zeros."""
+    """Of N files; a missing one has zeros."""
 
-    stamps: np.ndarray  # (N, 2) int64, size in bytes and time of the last change in nanoseconds
+    stamps: np.ndarray  # (N, 2) int64, size in bytes and modification time in nanoseconds
     digests: np.ndarray  # (N, DIGEST_BYTES) uint8, hash of the bytes
 
 
 def read_contents(paths: Sequence[Path], known: Contents | None = None) -> Contents:
-    """Hash files; one of the same size and time as before is taken to be the same.
+    """Hash files; one with the same size and time as before is assumed to be unchanged.
 
     Args:
         paths: of N files.
-        known: what was found the last time, in the same order.
+        known: the previous result, in the same order.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         stamps = np.array(list(pool.map(_stamp, paths)), np.int64).reshape(-1, 2)

@@ -1,6 +1,6 @@
-"""Images -> embeddings, for every protocol: in batches, shared by ranks, in memory or in a folder that can be resumed.
+"""Images -> embeddings, for every protocol: in batches, split among ranks, in memory or in a resumable folder.
 
-What maps crops to vectors is any callable; :mod:`.models` makes one of torch weights or of an ONNX file.
+Any callable may map crops to vectors; :mod:`.models` creates one from torch weights or an ONNX file.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _SHOWN = 5  # unreadable images that a warning names
 
 
 class Embeddings(NamedTuple):
-    """What is known of N images; where ``readable`` is False the other values are zeros.
+    """The results for N images; where ``readable`` is False, the other values are zeros.
 
     Attributes:
-        embeddings: (N, D) float32, not normalised; with flip test the sum of both. A memory map where it was asked for.
+        embeddings: (N, D) float32, not normalized; with flip test the sum of both. A memory map if requested.
         norms: (N,) float32, their lengths.
         keypoints: (N, 5, 2) float32 in [0, 1] of the crops: where the aligner found them, or those that were given.
-            NaN where the network keeps them to itself.
+            NaN if the network does not report them.
         scores: (N,) float32, face score of the aligner in [0, 1]; NaN where there is no aligner.
         readable: (N,) bool.
     """
@@ -53,15 +53,16 @@ class EmbedOptions:
     """How to embed, whatever the protocol.
 
     Attributes:
-        batch_size: crops a call of the model; it is called a second time for the mirrored crops.
+        batch_size: crops per call of the model; it is called a second time for the mirrored crops.
         flip: add the embedding of the mirrored crop, as InsightFace's evaluations do.
-        num_workers: processes that read images ahead, on every rank; 0: none.
+        num_workers: processes per rank that read images ahead; 0: none.
         aligner: finds the keypoints of every crop, instead of those given.
-        aligner_name: what reports call it.
+        aligner_name: its name in reports.
         missing: what to do about an image that is missing or damaged: "fail", or "skip" it and count it.
         cache: folder in which every set gets one for its embeddings, as memory maps that an interrupted run resumes;
             None: they are kept in memory.
-        all_ranks: all ranks of the process group make the same call and divide the work; False: this one is on its own.
+        all_ranks: all ranks of the process group make the same call and split the work; False: this rank does all of
+            it.
     """
 
     batch_size: int = 64
@@ -84,10 +85,10 @@ def embed_faces(
     source: str = "",
     files: Sequence[Path] | None = None,
 ) -> Embeddings:
-    """Embed crops; the one function that all protocols embed by.
+    """Embed crops; used by all protocols.
 
-    The network sees, in this order: the keypoints that it finds itself, those of ``options.aligner``, those given, the
-    canonical ones. Keypoints of an aligner whose score is below 0.5 are reported and not used.
+    The network uses the first of these keypoints: those that it finds itself, those of ``options.aligner``, those
+    given, the canonical ones. An aligner's keypoints with a score below 0.5 are reported but not used.
 
     Args:
         embed: the model.
@@ -96,9 +97,9 @@ def embed_faces(
         keypoints: (N, 5, 2) float in [0, 1] of the crops.
         options: how; None: the defaults.
         name: of the set, for the progress bar, errors and the folder in ``options.cache``.
-        source: text that tells this set of images from others; a cached result of another one is refused.
+        source: text that identifies this set of images; a cached result of another one is refused.
         files: the image files, one for each image, or the one file with all of them: those that have changed since are
-            embedded anew. None where ``source`` tells the content.
+            embedded again. None if ``source`` identifies the content.
 
     Raises:
         ValueError: shapes do not fit, an image is missing and ``options.missing`` is "fail", or the cache holds
@@ -109,7 +110,7 @@ def embed_faces(
         raise ValueError(f"missing must be 'fail' or 'skip', got {options.missing!r}")
     if not len(images) or (keypoints is not None and np.shape(keypoints) != (len(images), 5, 2)):
         raise ValueError(
-            f"{name}: keypoints must be ({len(images)}, 5, 2), one set for each image, and images at least one, got "
+            f"{name}: keypoints must be ({len(images)}, 5, 2), one set per image, and at least one image, got "
             f"{np.shape(keypoints)}"
         )
     store = _open_store(embed, len(images), keypoints, options, name, source, files)
@@ -120,11 +121,13 @@ def embed_faces(
     result = Embeddings(*store.finish())
     missing = np.flatnonzero(~result.readable)
     if len(missing) == len(images) or (len(missing) and options.missing == "fail"):
-        raise ValueError(f"{name}: {len(missing)} of {len(images)} images cannot be read (first: number {missing[0]})")
+        raise ValueError(
+            f"{name}: {len(missing)} of {len(images)} images could not be read (first: number {missing[0]})"
+        )
     if len(missing):
         shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
         logger.warning(
-            "%s: %d of %d images cannot be read and are left out: %s", name, len(missing), len(images), shown
+            "%s: %d of %d images could not be read and are left out: %s", name, len(missing), len(images), shown
         )
     return result
 
@@ -142,7 +145,7 @@ def embed_images(
 
 
 class _Crops(Dataset):
-    """Index -> (crop, index, what is wrong with it): faults travel as text, as workers garble exceptions."""
+    """Index -> (crop, index, what is wrong with it): faults are sent as text, as workers garble exceptions."""
 
     def __init__(self, images: Sequence[np.ndarray | None]) -> None:
         self.images = images
@@ -154,7 +157,7 @@ class _Crops(Dataset):
         except (ValueError, OSError) as error:
             return blank, index, str(error) or type(error).__name__
         if image is None:
-            return blank, index, "there is no such image"
+            return blank, index, "file not found"
         image = np.asarray(image)
         if image.shape != blank.shape or image.dtype != np.uint8:
             return blank, index, f"it must be (112, 112, 3) uint8 RGB, got {image.shape} {image.dtype}"
@@ -186,7 +189,7 @@ class _EmbedBatch:
             aligner = self.options.aligner
             seen = mirror_keypoints(used) if aligner is None else _trusted(*aligner.locate(mirrored)[:2])
             embeddings = embeddings + self.embed(mirrored, seen)
-        embeddings = embeddings.float().cpu().numpy().copy()  # the model may keep its own
+        embeddings = embeddings.float().cpu().numpy().copy()  # the model may not report its own
         rows = (embeddings, np.linalg.norm(embeddings, axis=1), reported, scores)
         for values in rows:
             values[faulty] = 0
@@ -205,7 +208,7 @@ class _EmbedBatch:
 
 
 def _trusted(keypoints: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """An aligner's keypoints, or the canonical ones where it does not believe in them itself."""
+    """An aligner's keypoints, or the canonical ones where its score is low."""
     canonical = torch.tensor(CANONICAL_KEYPOINTS).to(keypoints)
     return torch.where((scores >= SCORE_THRESHOLD)[:, None, None], keypoints, canonical)
 
@@ -223,7 +226,9 @@ def _open_store(
         return MemoryStore(count, options.all_ranks)
     model = embed.fingerprint()
     if model is None or not source:
-        raise ValueError("to cache embeddings, embed must come from open_model, and source must tell the images apart")
+        raise ValueError(
+            "to cache embeddings, embed must come from open_model and source must be a fingerprint of the images"
+        )
     blank = torch.zeros(1, 3, SIZE, SIZE), torch.tensor(CANONICAL_KEYPOINTS)[None]
     aligner = options.aligner
     identity = {

@@ -1,4 +1,4 @@
-"""Embeddings of a set of crops for users who want nothing else: one ``.npz`` or Parquet file."""
+"""Writes the embeddings of a set of crops to a single ``.npz`` or Parquet file."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from ..data.crops import Crops, open_crops
+from ..data.image_codec import fit_crop
 from ..data.landmark_csv import read_keypoints
 from ..data.picture_files import nfc
 from ..distributed import rank_and_world_size
 from ..files import atomic_path, check_writable
 from ..fingerprint import fingerprint
 from .embedding import Embeddings, EmbedOptions, embed_faces
-from .images import fit_crop
 from .models import Embedder
 
 SUFFIXES = (".npz", ".parquet")
@@ -22,7 +22,7 @@ _ROWS_AT_ONCE = 8192
 
 
 class _Fitted(Sequence):
-    """Crops in the size that networks take."""
+    """Crops in the input size of networks."""
 
     def __init__(self, crops: Crops) -> None:
         self.crops = crops
@@ -35,9 +35,9 @@ class _Fitted(Sequence):
 
 
 def embed_to_file(embed: Embedder, source: str | Path, out: str | Path, options: EmbedOptions) -> int:
-    """Embed a set of crops into a file, one row an image; images that cannot be read have no row.
+    """Embed a set of crops into a file, one row per image; images that cannot be read have no row.
 
-    Keypoints come from ``ldmk_5points.csv`` where the set has one.
+    Keypoints come from ``ldmk_5points.csv`` if the set has one.
 
     Args:
         embed: the model.
@@ -83,7 +83,7 @@ def _write_npz(path: Path, names: np.ndarray, found: Embeddings) -> None:
 
 
 def _write_parquet(path: Path, names: np.ndarray, found: Embeddings) -> None:
-    """Some thousand rows at a time, as the embeddings may be a memory map larger than memory."""
+    """A few thousand rows at a time, as the embeddings may be a memory map larger than memory."""
     pyarrow, parquet = _import_pyarrow()
     number = pyarrow.float32()
     schema = pyarrow.schema(

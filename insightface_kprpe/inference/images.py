@@ -1,4 +1,4 @@
-"""Crops read from files when they are asked for: cut by landmarks, or whole."""
+"""Crops read from files on demand: aligned by landmarks, or whole images."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 
+from ..data.image_codec import CROP_SIZE, fit_crop
 from ..data.landmark_csv import known_keypoints
 from ..data.picture_files import read_image_file
 from ..geometry import ARCFACE_TEMPLATE_112, CANONICAL_KEYPOINTS, align_face, distinct_landmarks, similarity_transform
 
 logger = logging.getLogger(__name__)
 
-SIZE = 112
-
 
 def as_it_lies(path: Path) -> Path:
-    """The file of this name, also where accents are composed otherwise on the disk (macOS) than in a list."""
+    """The file of this name, even if accents are composed differently on disk (macOS) than in a list."""
     if not path.exists():
         for form in ("NFC", "NFD"):
             other = Path(unicodedata.normalize(form, str(path)))
@@ -31,17 +29,17 @@ def as_it_lies(path: Path) -> Path:
 
 
 class AlignedFiles(Sequence):
-    """Faces cut out of image files and moved onto InsightFace's template, as ``norm_crop`` does.
+    """Faces from image files, aligned to InsightFace's template, as ``norm_crop`` does.
 
-    Where the five points coincide, as those of unknown landmarks do, there is nothing to align by: a warning counts
-    such faces, and they are treated like images that cannot be read. Another counts faces whose points can be none's.
+    If the five points coincide, as unknown landmarks do, a face cannot be aligned: a warning counts such faces, and
+    they are treated like unreadable images. Another counts faces whose points can be none's.
 
     Args:
         paths: of N images.
         landmarks_px: (N, 5, 2) float, pixels of each image.
 
     Attributes:
-        keypoints: (N, 5, 2) float32 in [0, 1] of the crops: where the landmarks come to lie.
+        keypoints: (N, 5, 2) float32 in [0, 1] of the crops: the aligned landmarks.
     """
 
     def __init__(self, paths: Sequence[Path], landmarks_px: np.ndarray) -> None:
@@ -49,7 +47,7 @@ class AlignedFiles(Sequence):
         points = torch.from_numpy(np.asarray(landmarks_px, dtype=np.float64))
         similarity = similarity_transform(points, torch.tensor(ARCFACE_TEMPLATE_112, dtype=torch.float64))
         moved = points @ similarity[..., :2].mT + similarity[:, None, :, 2]
-        self.keypoints = (moved / SIZE).float().numpy()
+        self.keypoints = (moved / CROP_SIZE).float().numpy()
         self.alignable = distinct_landmarks(landmarks_px)
         self.keypoints[~self.alignable] = CANONICAL_KEYPOINTS
         if not self.alignable.all():
@@ -68,8 +66,8 @@ class AlignedFiles(Sequence):
 
     def __getitem__(self, index: int) -> np.ndarray:
         if not self.alignable[index]:
-            raise ValueError(f"{self.paths[index]}: its landmarks coincide, there is nothing to align by")
-        return align_face(read_image_file(as_it_lies(self.paths[index])), self.landmarks_px[index], SIZE)[0]
+            raise ValueError(f"{self.paths[index]}: its landmarks coincide, so it cannot be aligned")
+        return align_face(read_image_file(as_it_lies(self.paths[index])), self.landmarks_px[index], CROP_SIZE)[0]
 
 
 class WholeFiles(Sequence):
@@ -87,11 +85,3 @@ class WholeFiles(Sequence):
 
     def __getitem__(self, index: int) -> np.ndarray:
         return fit_crop(read_image_file(as_it_lies(self.paths[index])))
-
-
-def fit_crop(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 -> (112, 112, 3) uint8; the whole image, averaged where it is larger, bicubic where smaller."""
-    if image.shape[:2] == (SIZE, SIZE):
-        return image
-    smooth = cv2.INTER_AREA if min(image.shape[:2]) > SIZE else cv2.INTER_CUBIC
-    return cv2.resize(image, (SIZE, SIZE), interpolation=smooth)

@@ -1,4 +1,4 @@
-"""Recognition models from whatever file they come in, each a callable that embeds a batch of crops."""
+"""Recognition models from any supported file, each a callable that embeds a batch of crops."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Embedder(ABC):
     """A model as protocols use it: images and keypoints in, embeddings out.
 
     Attributes:
-        name: what reports call it.
-        device: where it wants the images.
-        precision: that it computes in.
+        name: its name in reports.
+        device: of its input images.
+        precision: in which it computes.
         needs_keypoints: embeddings depend on the keypoints passed.
         finds_keypoints: it finds the keypoints itself.
-        locate: images -> its own keypoints (B, 5, 2) in [0, 1] and their scores (B,); None where it tells none.
+        locate: images -> its own keypoints (B, 5, 2) in [0, 1] and their scores (B,); None if it tells none.
     """
 
     name: str = "model"
@@ -54,7 +54,7 @@ class Embedder(ABC):
             keypoints: (B, 5, 2) float in [0, 1] of the crops.
 
         Returns:
-            (B, D) float, not normalised.
+            (B, D) float, not normalized.
         """
 
     @abstractmethod
@@ -62,7 +62,7 @@ class Embedder(ABC):
         """What it is, for reports."""
 
     def fingerprint(self) -> str | None:
-        """Tells this model from others; None where nothing does, so that its embeddings cannot be kept."""
+        """Identifies this model; None if that is impossible, so that its embeddings cannot be cached."""
         return None
 
 
@@ -83,7 +83,7 @@ class FunctionEmbedder(Embedder):
 
 
 def as_embedder(embed: Embedder | EmbedFunction) -> Embedder:
-    """The model itself, or a function made into one."""
+    """The model itself, or a function wrapped as one."""
     return embed if isinstance(embed, Embedder) else FunctionEmbedder(embed)
 
 
@@ -91,8 +91,8 @@ class TorchEmbedder(Embedder):
     """A network as an :class:`Embedder`: in eval mode, on its own device, without gradients.
 
     Args:
-        net: a backbone ``(images, keypoints) -> embeddings``; one that finds the keypoints itself does so.
-        name: what reports call it.
+        net: a backbone ``(images, keypoints) -> embeddings``; one that finds its keypoints itself does so.
+        name: its name in reports.
         precision: "bf16" computes in bfloat16 where that is safe.
 
     Raises:
@@ -109,7 +109,7 @@ class TorchEmbedder(Embedder):
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, keypoints: torch.Tensor) -> torch.Tensor:
-        """Embed one batch; the network is put back into the mode it was in."""
+        """Embed one batch; the network's mode is restored."""
         was_training = self.net.training
         self.net.eval()
         try:
@@ -120,7 +120,7 @@ class TorchEmbedder(Embedder):
             self.net.train(was_training)
 
     def fingerprint(self) -> str:
-        """Tells this network from others."""
+        """Identifies this network."""
         return fingerprint(type(self.net).__name__, *self.net.state_dict().values())
 
     def describe(self) -> str:
@@ -133,16 +133,16 @@ class OnnxEmbedder(Embedder):
 
     Args:
         path: a file of this package, with or without input for keypoints, or any one-input ArcFace model.
-        name: what reports call it; None: after the file.
+        name: its name in reports; None: after the file.
         device: where to compute; CUDA needs onnxruntime-gpu, without which the CPU does it.
 
     Attributes:
-        device: where an aligner had best be.
+        device: preferred for an aligner.
         mean, std: the file takes (pixel in [0, 255] - mean) / std, RGB.
-        locate: None, as a file never tells what it finds.
+        locate: None, as a file does not report its keypoints.
 
     Raises:
-        ValueError: the file is no ONNX file, or no recognition model for 112 x 112 crops.
+        ValueError: the file is not an ONNX file, or not a recognition model for 112 x 112 crops.
     """
 
     def __init__(self, path: str | Path, name: str | None = None, device: str | torch.device = "cpu") -> None:
@@ -154,12 +154,12 @@ class OnnxEmbedder(Embedder):
         gpu = ("CUDAExecutionProvider", {"device_id": self.device.index or 0})
         providers = [gpu] * cuda + ["CPUExecutionProvider"]
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()  # as many as torch's networks get
+        options.intra_op_num_threads = torch.get_num_threads()  # as many threads as torch's networks get
         asked = {"providers": providers, "sess_options": options}
         metadata = read_metadata(path)
         try:
             self.session = onnxruntime.InferenceSession(str(path), **settle_providers(asked))
-        except Exception as error:  # onnxruntime's have no class in common
+        except Exception as error:  # onnxruntime's errors have no common base class
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"{path} could not be loaded by onnxruntime ({reason}); copy or export it again"
@@ -180,7 +180,7 @@ class OnnxEmbedder(Embedder):
         return OnnxEmbedder, (self.path, self.name, self.device)  # a session is opened anew where it arrives
 
     def __call__(self, images: torch.Tensor, keypoints: torch.Tensor) -> torch.Tensor:
-        """Embed one batch, in parts where the file has a fixed batch size."""
+        """Embed one batch, in parts if the file has a fixed batch size."""
         values = [(images.cpu() * 127.5 + (127.5 - self.mean)) / self.std, keypoints.cpu()][: len(self.inputs)]
         types = [np.float16 if value.type == "tensor(float16)" else np.float32 for value in self.inputs]
         feeds = [np.ascontiguousarray(v.numpy(), dtype=t) for v, t in zip(values, types, strict=True)]
@@ -196,7 +196,7 @@ class OnnxEmbedder(Embedder):
         return self.session.run(None, dict(zip(names, feeds, strict=True)))[0][:count]
 
     def fingerprint(self) -> str:
-        """Tells this file from others."""
+        """Identifies this file."""
         beside = [self.path, self.path.with_name(f"{self.path.name}.data")]
         return fingerprint(*(path.read_bytes() for path in beside if path.is_file()))
 
@@ -207,12 +207,12 @@ class OnnxEmbedder(Embedder):
 
 
 def _input_convention(path: Path, metadata: dict[str, str]) -> tuple[float, float]:
-    """Mean and std that the file expects: what it says itself, else what InsightFace's loader makes of it."""
-    if "inputs" in metadata:  # exported by this package; in a pack others, too, say where they are from
+    """Mean and std that the file expects: from its metadata, else as InsightFace's loader guesses them."""
+    if "inputs" in metadata:  # exported by this package; in a pack, other files have metadata, too
         return input_convention(metadata, path)
     route = stock_route(path)
     if route.task != "recognition" or route.outputs != 1:
-        raise ValueError(f"{path} must be a recognition model with one output, InsightFace takes it for {route.kind}")
+        raise ValueError(f"{path} must be a recognition model with one output, InsightFace loads it as {route.kind}")
     return route.input_mean, route.input_std
 
 
@@ -231,15 +231,15 @@ def open_model(
             ``.pt`` or ``.safetensors`` file, a published model; all of them, and ``.onnx`` files, also on the Hub
             ("hf:owner/name[/path][@revision]"). Of a pack that this package built, the model with keypoints is taken
             where there is one.
-        network: name of the backbone that the weights are of, where neither the files beside them nor their shapes say.
+        network: name of the backbone of the weights, if neither the files next to them nor their shapes determine it.
         precision: "fp32" or "bf16"; ONNX files have their own.
         device: where to compute.
-        name: what reports call it; None: after the file or folder.
+        name: its name in reports; None: after the file or folder.
 
     Raises:
         FileNotFoundError: there is no such file, folder or pack.
         ImportError, RuntimeError: it is on the Hub, and huggingface_hub is not installed, or the download failed.
-        ValueError: it holds no recognition model, or nothing says which network the weights are of.
+        ValueError: it holds no recognition model, or the network of the weights is unknown.
     """
     _check_precision(precision)
     source, path = path, _find(path)
@@ -248,16 +248,16 @@ def open_model(
         path = _recognition_file(path)
     if path.suffix == ".onnx":
         if precision != "fp32" or network is not None:
-            raise ValueError(f"{path} is ONNX, which fixes network and precision; leave both options out")
+            raise ValueError(f"{path} is an ONNX file, which fixes network and precision; leave both options out")
         return OnnxEmbedder(path, name, device)
-    net, about = load_published(path, network)
-    if about.task != "recognition":
-        raise ValueError(f"model must be a recognition network, {path} holds an {about.task}")
+    net, description = load_published(path, network)
+    if description.task != "recognition":
+        raise ValueError(f"model must be a recognition network, {path} holds an {description.task}")
     return TorchEmbedder(net.to(device).eval(), name, precision)
 
 
 def default_name(path: str | Path) -> str:
-    """What reports call a model that was given no name: after its file or folder."""
+    """The name of a model in reports if none was given: that of its file or folder."""
     path = Path(path)
     return path.parent.name if path.name == "model.pt" else path.stem if path.is_file() else path.name
 
@@ -270,7 +270,7 @@ def _find(path: str | Path) -> Path:
     pack = Path(PACKS).expanduser() / str(path)
     if len(found.parts) == 1 and pack.is_dir():
         return pack
-    raise FileNotFoundError(f"model not found: {path} is no file or folder, and no pack in {PACKS}")
+    raise FileNotFoundError(f"model not found: {path} is neither a file nor a folder nor a pack in {PACKS}")
 
 
 def _recognition_file(folder: Path) -> Path:
@@ -281,7 +281,9 @@ def _recognition_file(folder: Path) -> Path:
     for path in onnx_files(folder):
         if stock_route(path).task == "recognition":
             return path
-    raise ValueError(f"{folder} is no pack with a recognition model: InsightFace takes none of its .onnx files for one")
+    raise ValueError(
+        f"{folder} is not a pack with a recognition model: InsightFace loads none of its .onnx files as one"
+    )
 
 
 def _check_precision(precision: str) -> None:

@@ -1,4 +1,4 @@
-"""Landmarks predicted for a whole set of crops: the file that lies beside it, and a contact sheet to look at."""
+"""Predicts the landmarks of a whole set of crops: the file next to it, and a contact sheet to check."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def predict_landmarks(
     num_workers: int = 0,
     device: str | torch.device = "cpu",
 ) -> Path:
-    """Write the landmarks and face scores of a set of crops as :mod:`.data.landmark_csv` has them.
+    """Write the landmarks and face scores of a set of crops in the format of :mod:`.data.landmark_csv`.
 
-    All ranks of a process group divide the work. Results are kept in a hidden folder beside the file until all are
-    there: a run that is started again with the same weights, on any number of ranks, goes on where the last one
-    stopped, and looks again at images that have changed.
+    All ranks of a process group split the work. Results are kept in a hidden folder next to the file until it is
+    complete: a run that is restarted with the same weights, on any number of ranks, resumes where the last one stopped,
+    and repeats images that have changed.
 
     Args:
         crops: what :func:`open_crops` returned.
         dfa: finds the landmarks; is put in eval mode on the device.
-        out: the file; None: where data sets and evaluators look for it.
-        batch_size: crops a forward pass.
-        num_workers: processes that read the images, on every rank.
+        out: the file; None: where training and evaluation look for it.
+        batch_size: crops per forward pass.
+        num_workers: processes per rank that read the images.
         device: where to compute.
 
     Returns:
@@ -56,7 +56,7 @@ def predict_landmarks(
     if out.exists():
         if rank_and_world_size()[0] == 0:
             _sweep(out)
-        raise ValueError(f"{out} exists already; remove it, or name another file to write to")
+        raise ValueError(f"{out} already exists; remove it, or choose another file")
     dfa.to(device).eval()
     weights = fingerprint(*dfa.state_dict().values(), dfa.anchors, dfa.input_shift)
     identity = {"aligner": weights, "padding": dfa.padding_ratio, "images": crops.count}
@@ -94,7 +94,7 @@ def _locate(
 
 
 class _Squares(Dataset):
-    """Crops as the network wants them, all of one size: (3, S, S) float RGB in [-1, 1], and their (width, height)."""
+    """Crops as network input, all of one size: (3, S, S) float RGB in [-1, 1], and their (width, height)."""
 
     def __init__(self, crops: Crops, size: int) -> None:
         self.crops, self.size = crops, size
@@ -114,13 +114,13 @@ def _row(keypoints: torch.Tensor, score: torch.Tensor, width: int, height: int) 
 
 
 def contact_sheet(crops: Crops, keypoints: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
-    """A picture of some crops, evenly spread over the set, with their points, numbers and scores.
+    """An image of some crops, evenly spread over the set, with their points, numbers and scores.
 
     Args:
         crops: the set.
         keypoints: (N, 5, 2) xy in [0, 1] of the crops.
         scores: (N,) in [0, 1].
-        count: how many to show; all, where there are fewer.
+        count: how many to show; all, if there are fewer.
 
     Returns:
         (H, W, 3) uint8 BGR.

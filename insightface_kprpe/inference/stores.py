@@ -1,4 +1,4 @@
-"""Where results of images go while they are computed: memory, or files that are resumed and read as memory maps."""
+"""Stores for the results of images: memory, or files that can be resumed and are read as memory maps."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .contents import Contents, read_contents
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 2048  # images whose results are written together; what an interrupted run loses at most, on every rank
+BLOCK = 2048  # images whose results are written together; at most this many per rank are lost by an interruption
 INDEX, DONE, CONTENTS, LOCK = "index.json", "done", "contents.npz", ".lock"
-_NAMED = 5  # changed files that a message names
+_NAMED = 5  # changed files that a message lists
 
 # Name -> shape of one image's value, and its type.
 Columns = Mapping[str, tuple[tuple[int, ...], type]]
@@ -35,7 +35,7 @@ class MemoryStore:
 
     Args:
         count: of images.
-        all_ranks: the ranks of the process group divide the blocks among them.
+        all_ranks: the ranks of the process group split the blocks.
     """
 
     def __init__(self, count: int, all_ranks: bool) -> None:
@@ -47,7 +47,7 @@ class MemoryStore:
         return _of_this_rank(cut_into_blocks(self.count, BLOCK), self.all_ranks)
 
     def write(self, block: range, rows: tuple[np.ndarray, ...]) -> None:
-        """Keep the rows of one block."""
+        """Store the rows of one block."""
         self.blocks[block.start] = rows
 
     def finish(self) -> tuple[np.ndarray, ...]:
@@ -61,24 +61,24 @@ class MemoryStore:
 
 
 class FolderStore:
-    """One ``.npy`` file a column, and a marker for every block that is in them.
+    """One ``.npy`` file per column, and a marker for every finished block.
 
     Files are written by position and not through memory maps, so that ranks on several machines can use one folder.
-    ``index.json`` says what the results are of; it is written last when a folder is made. What the images hold is
-    compared by content: results of images that have changed are computed anew.
+    ``index.json`` identifies the results; it is written last when a folder is created. Images are compared by content:
+    results of images that have changed are recomputed.
 
     Args:
-        folder: made where it is absent. A column that is damaged is made anew, with all others.
-        columns: what there is of each image.
+        folder: created if missing. If a column is damaged, all are recomputed.
+        columns: the values of each image.
         count: of images.
-        identity: what the results are of; a folder that holds those of something else is refused.
-        files: the image files, one for each image, or the one file that has all of them; None where ``identity`` tells
-            what the images are.
-        all_ranks: the ranks of the process group divide the blocks among them.
+        identity: identifies the results; a folder with other results is refused.
+        files: the image files, one for each image, or the one file that has all of them; None if ``identity``
+            identifies the images.
+        all_ranks: the ranks of the process group split the blocks.
 
     Raises:
         ValueError: the folder holds other results, or its index is damaged.
-        OSError: it cannot be written; where the disk is full, what was needed is said.
+        OSError: it cannot be written; if the disk is full, the message says how much is needed.
     """
 
     def __init__(
@@ -114,14 +114,14 @@ class FolderStore:
             for key, value in wanted.items():
                 if found.get(key) != value:
                     raise ValueError(
-                        f"{self.folder} holds results with another {key}: {found.get(key)}, wanted {value}; "
-                        "remove it, or name another cache folder"
+                        f"{self.folder} holds results for another {key}: expected {value}, got {found.get(key)}; "
+                        "remove it, or choose another cache folder"
                     )
             damaged = [self._file(name).name for name in self.columns if not self._is_whole(name)]
             if not damaged:
                 (self.folder / DONE).mkdir(exist_ok=True)
                 return
-            logger.warning("%s: %s damaged, everything is computed anew", self.folder, " and ".join(damaged))
+            logger.warning("%s: %s damaged, recomputing everything", self.folder, " and ".join(damaged))
             index.unlink()
         (self.folder / DONE).mkdir(parents=True, exist_ok=True)
         for leftover in (*(self.folder / DONE).iterdir(), *self.folder.glob(CONTENTS), *self.folder.glob(".*.tmp")):
@@ -135,13 +135,13 @@ class FolderStore:
             found = np.load(self._file(name), mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError, SyntaxError):
             return False
-        except Exception as error:  # NumPy parses headers with Python's tokenizer, which has errors of its own
+        except Exception as error:  # NumPy parses headers with Python's tokenizer, which has its own errors
             logger.debug("%s: %r", self._file(name), error)
             return False
         return (found.shape, found.dtype) == self.columns[name]
 
     def _compare_contents(self, files: Sequence[Path]) -> None:
-        """Forget the blocks of files that hold something else than when they were computed."""
+        """Discard the blocks of files whose content has changed."""
         known = self._known_contents()
         found = read_contents(files, known)
         if known is not None and found.digests.shape == known.digests.shape:
@@ -155,7 +155,7 @@ class FolderStore:
         sync_folder(self.folder / DONE)
         if forgotten:
             names = ", ".join(str(files[i]) for i in changed[:_NAMED]) + (", ..." if len(changed) > _NAMED else "")
-            logger.warning("%s: %d files have changed, computed anew: %s", self.folder, len(changed), names)
+            logger.warning("%s: %d files have changed, recomputing them: %s", self.folder, len(changed), names)
         with atomic_path(self.folder / CONTENTS) as temporary, open(temporary, "wb") as file:
             np.savez(file, **found._asdict())
 
@@ -204,7 +204,7 @@ class FolderStore:
         return self.folder / f"{name}.npy"
 
     def _explained(self, error: OSError) -> OSError:
-        """The same error; one about a full disk says how much is needed, and that the work goes on."""
+        """The same error; one about a full disk says how much is needed, and that finished work is kept."""
         if isinstance(error, FileNotFoundError):
             return FileNotFoundError(
                 error.errno, "its files are gone; does another process work on the same, and is done?", str(self.folder)
@@ -214,7 +214,8 @@ class FolderStore:
         needed = sum(dtype.itemsize * int(np.prod(shape)) for shape, dtype in self.columns.values())
         return OSError(
             error.errno,
-            f"no space left for {needed / 1e9:.2f} GB of results; make room and start again, finished blocks are kept",
+            f"no space left for {needed / 1e9:.2f} GB of results; free some space and start again; finished blocks are "
+            "kept",
             str(self.folder),
         )
 

@@ -1,1 +1,1 @@
-"""Files as they lie: what packs and ONNX files are called, say of themselves, and are taken for."""
+"""Packs and ONNX files on disk: their names, their metadata, and how they are loaded."""

@@ -1,4 +1,4 @@
-"""A FaceAnalysis model pack as it lies on the disk: names of its files, its manifest, and where packs are.
+"""A FaceAnalysis model pack on disk: names of its files, its manifest, and where packs are.
 
 ::
 
@@ -7,9 +7,9 @@
       recognition.onnx            images -> embedding; what the stock loader uses
       keypoints/recognition.onnx  images + keypoints -> embedding; used after insightface_kprpe.register()
       keypoints/dfa.onnx          a DFA that refines the detector's landmarks, in the layout of a detector; likewise
-      pack.json                   what every file is, its SHA-256, origin and licence
+      pack.json                   what every file is, its SHA-256, origin and license
 
-The stock loader does not look into ``keypoints/``, where a second detector would only be in its way.
+The stock loader does not look into ``keypoints/``; a second detector next to the first would confuse it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ..documents import read_json_object
 
 MANIFEST = "pack.json"
 DETECTION, RECOGNITION = "detection.onnx", "recognition.onnx"
-# What only this package uses lies in a sub-folder: the two-input form of the recognition model, under the same name,
-# and perhaps the aligner that refines keypoints.
+# Files that only this package uses are in a sub-folder: the two-input form of the recognition model, under the same
+# name, and perhaps the aligner that refines keypoints.
 KEYPOINT_FOLDER, ALIGNER_FILE = "keypoints", "dfa.onnx"
 KEYPOINT_RECOGNITION, ALIGNER = f"{KEYPOINT_FOLDER}/{RECOGNITION}", f"{KEYPOINT_FOLDER}/{ALIGNER_FILE}"
 DETECTOR_OUTPUTS = (9, 15)  # SCRFD with landmarks, on 3 or 5 strides
-_NUMBERS = {"evaluation", "change"}  # entries of a file in the manifest that are no text
+_NUMBERS = {"evaluation", "change"}  # entries of a file in the manifest that are not strings
 INSIGHTFACE_PACK = re.compile(r"(buffalo|antelope)\w*")  # names of packs that InsightFace publishes
 
 
 class PackError(ValueError):
-    """A file does not fit a pack; the message says which and why. Nothing was written."""
+    """A file does not fit into a pack; the message says which and why. Nothing was written."""
 
 
 def find_pack(name: str | Path, root: str | Path = "~/.insightface") -> Path:
@@ -52,7 +52,7 @@ def find_pack(name: str | Path, root: str | Path = "~/.insightface") -> Path:
     there = sorted(path.name for path in models.glob("[!.]*") if path.is_dir()) if models.is_dir() else []
     raise FileNotFoundError(
         f"pack not found: {name} is neither a folder nor a name in {root}/models, which holds "
-        f"{', '.join(there) or 'none'}; --root names another root folder"
+        f"{', '.join(there) or 'none'}; use --root for another root folder"
     )
 
 
@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """What ``pack.json`` says.
 
     Raises:
-        PackError: there is none, so the pack is someone else's, or it is damaged.
+        PackError: there is none, so another program built the pack, or it is damaged.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -89,7 +89,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Refuse a manifest that those who read it would stumble over."""
+    """Refuse a manifest that other code could not handle."""
     files = manifest.get("files")
     if not isinstance(manifest.get("name"), str) or not isinstance(files, dict):
         raise ValueError("it must have a name and an object of files")
@@ -101,14 +101,14 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
             raise ValueError(f"{name!r:.60} must have an object, got {type(record).__name__}")
         for key in {"sha256", "source", "licence"} | record.keys() - _NUMBERS:
             if not isinstance(record.get(key), str):
-                raise ValueError(f"{name!r:.60} must have a text as {key}, got {record.get(key)!r:.40}")
+                raise ValueError(f"{name!r:.60} must have a string as {key}, got {record.get(key)!r:.40}")
         for key in _NUMBERS & record.keys():
             if not _numbers_as_built(record[key], key):
                 raise ValueError(f"{name!r:.60} has a damaged {key}")
 
 
 def _numbers_as_built(values: Any, key: str) -> bool:
-    """Whether what was measured is there as :mod:`..deployment.model_pack` writes it."""
+    """Whether measurements have the form in which :mod:`..deployment.model_pack` writes them."""
     if not isinstance(values, dict):
         return False
     if key == "change":
@@ -134,7 +134,7 @@ def _is_number(text: str) -> bool:
 
 
 def load_note(path: str | Path) -> str | None:
-    """One line about a pack's file for the log of whoever loads it; None if it is not of a pack of this package."""
+    """One log line about a pack's file; None if it is not from a pack of this package."""
     path = Path(path)
     for folder in path.parents[:2]:
         if (folder / MANIFEST).is_file():

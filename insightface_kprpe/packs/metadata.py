@@ -1,4 +1,4 @@
-"""What ONNX files say of themselves: how to feed them, what they are of, their licence, and what they need to run."""
+"""The metadata of ONNX files: their input format, origin, license, and requirements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnx
 from ..files import atomic_path, user_file
 
 METADATA_PREFIX = "insightface_kprpe."
-DFA_DETECTOR = "dfa"  # what the metadata say of a detector that finds the one face of a crop
+DFA_DETECTOR = "dfa"  # metadata of a detector that finds the one face of a crop
 KEYPOINT_CONVENTION = (
     "(batch, 5, 2) float32, x y in [0, 1] of the input crop (pixel / 112): left eye, right eye, nose, left and "
     "right mouth corner as seen in the image"
@@ -25,7 +25,7 @@ def load_onnx(path: str | Path, weights: bool = False) -> onnx.ModelProto:
 
     Args:
         path: the file.
-        weights: also what lies in other files beside it.
+        weights: also load those in other files next to it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -44,7 +44,7 @@ def load_onnx(path: str | Path, weights: bool = False) -> onnx.ModelProto:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a file of this package says of itself; empty for other ONNX files.
+    """The metadata of a file of this package; empty for other ONNX files.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`load_onnx`.
@@ -74,7 +74,7 @@ def input_convention(metadata: Mapping[str, str], path: str | Path) -> tuple[flo
             return mean, std
     except (KeyError, ValueError):
         pass
-    raise ValueError(f"{path} does not say how to feed it (mean and std): export it anew")
+    raise ValueError(f"{path} does not say how to normalize its input (mean and std); export it again")
 
 
 def add_metadata(path: str | Path, entries: Mapping[str, str | None]) -> None:
@@ -99,7 +99,7 @@ def save_onnx(model: onnx.ModelProto, path: str | Path) -> None:
     """Write a model as one file, in the lowest IR version that its opset allows; older runtimes then load it."""
     model.ir_version = min(model.ir_version, onnx.helper.find_min_ir_version_for(model.opset_import, True))
     for node in model.graph.node:
-        del node.metadata_props[:]  # where in the Python code it comes from, which that IR version does not know
+        del node.metadata_props[:]  # the origin in Python code, which that IR version does not support
     with atomic_path(path) as temporary:
         onnx.save(model, str(temporary))
 
@@ -109,6 +109,8 @@ def minimal_runtime(model: onnx.ModelProto) -> str:
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
     ir_version = model.ir_version
     if any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer):
-        ir_version = max(ir_version, 9)  # 1.16 and older cannot put LayerNormalization of opset 18 together in half
+        ir_version = max(
+            ir_version, 9
+        )  # 1.16 and older do not support LayerNormalization of opset 18 in half precision
     fitting = (version for (most, ir), version in _RUNTIMES if opset <= most and ir_version <= ir)
     return next(fitting, "unknown")

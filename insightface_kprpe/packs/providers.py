@@ -1,4 +1,4 @@
-"""onnxruntime's execution providers: what was asked for, what there is, and saying so where they differ."""
+"""onnxruntime's execution providers: those requested, those available, and a message if they differ."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import onnxruntime
 
 
 def settle_providers(kwargs: Mapping[str, Any], strict: bool = False) -> dict[str, Any]:
-    """Leave only providers that this onnxruntime has, and say once what is missing.
+    """Keep only providers that this onnxruntime has, and warn once about missing ones.
 
     Args:
         kwargs: ``providers``, a list of names or (name, options) pairs, and ``provider_options``, as
-            ``onnxruntime.InferenceSession`` takes them, and anything else. Without ``providers`` nothing is asked for.
+            ``onnxruntime.InferenceSession`` takes them, and anything else. Without ``providers``, nothing is requested.
         strict: a missing provider is an error instead of a warning.
 
     Returns:
-        The same arguments with the providers that are there; the CPU where none is.
+        The same arguments with the available providers; the CPU if there are none.
 
     Raises:
         RuntimeError: ``strict``, and a provider is missing.
@@ -37,7 +37,7 @@ def settle_providers(kwargs: Mapping[str, Any], strict: bool = False) -> dict[st
             else "see insightface-kprpe doctor"
         )
         _complain(
-            f"{', '.join(missing)} asked for, but this onnxruntime {onnxruntime.__version__} has only "
+            f"{', '.join(missing)} requested, but this onnxruntime {onnxruntime.__version__} has only "
             f"{', '.join(available)} ({remedy})",
             strict,
         )
@@ -48,7 +48,7 @@ def settle_providers(kwargs: Mapping[str, Any], strict: bool = False) -> dict[st
 
 
 def check_session(session: onnxruntime.InferenceSession, asked: list | None, strict: bool = False) -> None:
-    """Say once when a session runs without a provider that was asked for and that onnxruntime claims to have.
+    """Warn once if a session runs without a requested provider that onnxruntime claims to have.
 
     Args:
         session: as created.
@@ -61,8 +61,8 @@ def check_session(session: onnxruntime.InferenceSession, asked: list | None, str
     missing = [_name(provider) for provider in asked or () if _name(provider) not in session.get_providers()]
     if missing:
         _complain(
-            f"{', '.join(missing)} asked for, but it could not be started and {', '.join(session.get_providers())} "
-            "runs instead (its libraries or driver are missing; see insightface-kprpe doctor)",
+            f"{', '.join(missing)} requested, but could not be started; {', '.join(session.get_providers())} "
+            "is used instead (libraries or driver missing? see insightface-kprpe doctor)",
             strict,
         )
 

@@ -1,4 +1,4 @@
-"""What the stock ``insightface.model_zoo`` makes of an ONNX file."""
+"""How the stock ``insightface.model_zoo`` loads an ONNX file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ stock_get_model = zoo_module.get_model
 
 
 class Route(NamedTuple):
-    """What the stock model zoo makes of an ONNX file."""
+    """How the stock model zoo loads an ONNX file."""
 
     task: str | None  # "detection", "recognition", ...; None: the file is ignored
     kind: str  # name of insightface's class
@@ -21,7 +21,7 @@ class Route(NamedTuple):
 
 
 def stock_model(path: str | Path):
-    """What the stock ``insightface.model_zoo`` makes of an ONNX file, on the CPU; None if it ignores it.
+    """How the stock ``insightface.model_zoo`` loads an ONNX file, on the CPU; None if it ignores it.
 
     Raises:
         ValueError: onnxruntime does not load it.
@@ -34,7 +34,7 @@ def stock_model(path: str | Path):
 
 
 def stock_route(path: str | Path) -> Route:
-    """Load a file through the stock ``insightface.model_zoo`` and say what it was taken for."""
+    """Load a file through the stock ``insightface.model_zoo`` and return what it was loaded as."""
     model = stock_model(path)
     if model is None:
         return Route(None, "nothing", 0.0, 0.0, 0)

@@ -1,7 +1,7 @@
 """The whole path once, on drawn faces: data -> training -> verification -> ONNX -> model pack -> FaceAnalysis.
 
 Everything it makes lies in one folder. The faces are synthetic: the numbers show that the path works, not how well a
-network recognises real people.
+network recognizes real people.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def run_quickstart(output: Path, seed: int = 0) -> dict[str, float]:
             recognition=net, detector=detector, name=PACK, root=root, licence=LICENCE, detector_licence=LICENCE
         )
         print(f"  {folder}")
-    with _step(6, "recognising faces in group photos with the stock insightface FaceAnalysis"):
-        results |= recognise(root, output)
+    with _step(6, "recognizing faces in group photos with the stock insightface FaceAnalysis"):
+        results |= recognize(root, output)
     results["seconds"] = round(time.perf_counter() - started, 1)
     write_atomically(output / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     print(
@@ -222,7 +222,7 @@ def last_accuracies(run: Path) -> dict[str, float]:
     return {key.removeprefix("accuracy/"): value / 100 for key, value in found.items() if key.startswith("accuracy/")}
 
 
-def recognise(root: Path, output: Path) -> dict[str, int]:
+def recognize(root: Path, output: Path) -> dict[str, int]:
     """Name the people of drawn group photos by portraits of them, with insightface's own ``FaceAnalysis``."""
     from insightface.app import FaceAnalysis
 
@@ -232,17 +232,17 @@ def recognise(root: Path, output: Path) -> dict[str, int]:
     people = [FIRST_UNSEEN_IDENTITY + i for i in range(6)]
     gallery = np.stack([_portrait_embedding(app, person) for person in people])
     photos = range(1, PHOTOS + 1)
-    counts = np.sum([_recognise_photo(app, gallery, people, number, output) for number in photos], 0)
+    counts = np.sum([_recognize_photo(app, gallery, people, number, output) for number in photos], 0)
     drawn, found, nobody, right = map(int, counts)
-    print(f"  {PHOTOS} photos of them, {drawn} faces: {found} found, {right} named rightly, {nobody} where nobody is")
+    print(f"  {PHOTOS} photos of them, {drawn} faces: {found} found, {right} named correctly, {nobody} where nobody is")
     return {"faces_drawn": drawn, "faces_found": found, "faces_where_nobody_is": nobody, "faces_named_rightly": right}
 
 
-def _recognise_photo(app, gallery: np.ndarray, people: list[int], number: int, output: Path) -> tuple[int, ...]:
+def _recognize_photo(app, gallery: np.ndarray, people: list[int], number: int, output: Path) -> tuple[int, ...]:
     """Name the faces of one photo; the first photo is also printed and written.
 
     Returns:
-        How many faces are drawn, how many found, how many of these are nobody's, and how many are named rightly.
+        How many faces are drawn, how many found, how many of these are nobody's, and how many are named correctly.
     """
     scene = draw_scene(people, (480, 640), face_size=(90, 150), instance=number)
     photo = np.ascontiguousarray(scene.image[..., ::-1])
@@ -280,7 +280,7 @@ def _portrait_embedding(app, person: int) -> np.ndarray:
 
 
 def _who(scene: SyntheticScene, bbox: np.ndarray) -> int | None:
-    """Whose drawn box holds the centre of a detected one."""
+    """Whose drawn box holds the center of a detected one."""
     x, y = (bbox[:2] + bbox[2:]) / 2
     inside = (scene.boxes[:, :2] <= (x, y)).all(1) & (scene.boxes[:, 2:] >= (x, y)).all(1)
     return int(scene.identities[inside.argmax()]) if inside.any() else None

@@ -25,7 +25,7 @@ _MOMENTS = {"AdamW": {"exp_avg", "exp_avg_sq", "step"}, "SGD": {"momentum_buffer
 
 
 def find(folder: str | Path) -> list[Path]:
-    """The checkpoint files in a folder, one of every rank that wrote; none: an empty list.
+    """The checkpoint files in a folder, one per rank; an empty list if there are none.
 
     Raises:
         ValueError: one is missing.
@@ -44,7 +44,7 @@ def backbone_weights(files: Sequence[Path]) -> dict[str, torch.Tensor]:
 
 
 def load_centers(files: Sequence[Path], partial_fc: PartialFC) -> bool:
-    """Copy this rank's class centers, and AdaFace's statistics; False where people or embedding size are others."""
+    """Copy this rank's class centers, and AdaFace's statistics; False if people or embedding size differ."""
     states = [_read(file)["state_dict_softmax_fc"] for file in files]
     parts = [_centers_of(state) for state in states]
     size = (sum(len(part) for part in parts), parts[0].shape[1])
@@ -59,11 +59,11 @@ def load_centers(files: Sequence[Path], partial_fc: PartialFC) -> bool:
 
 
 def resume(files: Sequence[Path], state: TrainingState, schedule: Schedule) -> int:
-    """Continue a run of arcface_torch after its last whole epoch; returns the optimizer steps done.
+    """Continue a run of arcface_torch after its last complete epoch; returns the optimizer steps done.
 
     Args:
         files: what :func:`find` returned.
-        state: of a backbone that both know, PartialFC and an optimizer of the same kind.
+        state: of a backbone that both support, PartialFC and an optimizer of the same kind.
         schedule: how long the run is.
 
     Raises:
@@ -74,8 +74,8 @@ def resume(files: Sequence[Path], state: TrainingState, schedule: Schedule) -> i
     load_weights(state.model, weights)
     if not load_centers(files, state.loss):
         raise ValueError(
-            f"{files[0].parent} has other class centers than {state.loss.num_classes} of "
-            f"{state.loss.class_centers.shape[1]}; set num_classes and embedding_size to its own, or use init_from"
+            f"{files[0].parent} does not have {state.loss.num_classes} class centers of size "
+            f"{state.loss.class_centers.shape[1]}; set num_classes and embedding_size to match it, or use init_from"
         )
     names = [f"model.{name}" for name in weights if name.rpartition(".")[2] not in _BUFFERS]
     state.restore_moments(_moments(shards, names, state))

@@ -1,4 +1,4 @@
-"""What a recognition config asks for, built: the network, the margin, and data whose labels fit."""
+"""Builds what a recognition config specifies: the network, the margin, and data whose labels fit."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def build_backbone(config: edict) -> Backbone:
     """The network of a config, with random weights.
 
     Raises:
-        ConfigError: the network cannot be built of these arguments, or not be trained in batches of one.
+        ConfigError: the network cannot be built with these arguments, or not trained in batches of one.
         ValueError: there is no such network.
     """
     try:
         net = get_model(config.network, num_features=config.embedding_size, **config.network_kwargs)
     except (ValueError, FileNotFoundError):  # these say what to do
         raise
-    except Exception as error:  # of timm and torch, which no number was meant for
+    except Exception as error:  # of timm and torch, for unexpected values
         raise ConfigError(
             f"network_kwargs must fit {config.network}, got {config.network_kwargs}: {type(error).__name__}: {error}"
         ) from error
     if config.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in net.modules()):
         raise ConfigError(
-            f"batch_size must be at least 2 for {config.network}, whose head normalises over the images of a batch "
+            f"batch_size must be at least 2 for {config.network}, whose head normalizes over the images of a batch "
             "(gradient_acc does not help), got 1"
         )
     if config.gradient_checkpointing:
@@ -44,7 +44,7 @@ def margin_loss(config: edict) -> MarginLoss:
     """The margin that the config asks for.
 
     Raises:
-        ConfigError: ``margin_list`` is none.
+        ConfigError: ``margin_list`` is invalid.
     """
     if config.loss == "adaface":
         return AdaFace(config.adaface_m, config.adaface_h, config.adaface_t_alpha, config.logit_scale)
@@ -79,5 +79,5 @@ def check_labels(faces: FaceDataset, config: edict) -> None:
             f"{config.rec}; set num_classes={highest + 1}, or 0 to count"
         )
     if config.num_image not in (0, len(faces)):
-        logger.warning("num_image is %d in the config, %s has %d", config.num_image, config.rec, len(faces))
+        logger.warning("num_image is %d in the config, but %s has %d", config.num_image, config.rec, len(faces))
     config.num_image = len(faces)

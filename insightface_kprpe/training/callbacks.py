@@ -1,4 +1,4 @@
-"""What happens beside the training steps: verification, and signals."""
+"""What happens besides the training steps: verification, and signals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Verification:
     Args:
         sets: what to verify.
         backbone: of the run, not wrapped.
-        metrics: where accuracies go.
+        metrics: receives the accuracies.
 
     Attributes:
         latest: accuracy in [0, 1] of every set, of the last verification; empty before the first.
@@ -38,7 +38,7 @@ class Verification:
         self.best: dict[str, float] = {}
 
     def __call__(self, step: int) -> float:
-        """Verify; the mean accuracy in [0, 1] over the sets. The log and the metrics have percent."""
+        """Verify; returns the mean accuracy in [0, 1] over the sets. The log and the metrics use percent."""
         embed = TorchEmbedder(self.backbone)
         accuracies = {}
         for pairs in self.sets:
@@ -56,14 +56,14 @@ class Verification:
 
 
 class StopSignal:
-    """Remembers signals that ask a run to stop in a ``with`` block: the run can save before it goes.
+    """Records signals that ask a run to stop in a ``with`` block, so that it can save first.
 
     These are SIGTERM, SIGUSR1 (SLURM's early warning), SIGHUP (the terminal is gone) and Ctrl-C; a second Ctrl-C ends
-    the process at once. All ranks learn of it at the same step, whichever of them was told. One that the process
+    the process at once. All ranks learn of it at the same step, whichever received it. One that the process
     ignores, as nohup makes it do, stays ignored.
 
     Attributes:
-        received: the signal's number; 0: none came.
+        received: the signal's number; 0: none.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
@@ -80,12 +80,14 @@ class StopSignal:
 
     def _remember(self, number: int, frame: object) -> None:
         self.received = self.received or number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the system's own: it ends a process that waits for another too
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # the system's default, which also ends a process that waits for another
         if number == signal.SIGINT:
             os.write(2, b"\nstopping after this step; Ctrl-C again ends the run at once, without saving\n")
 
     def agreed(self) -> int:
-        """The signal, on every rank, once any rank has been told; else 0."""
+        """The signal, on every rank, once any rank has received it; else 0."""
         if rank_and_world_size()[1] == 1:
             return self.received
         number = torch.tensor([self.received])  # on the CPU: goes over gloo and does not wait for the GPU

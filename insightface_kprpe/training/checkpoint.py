@@ -1,13 +1,13 @@
-"""Training checkpoints that are whole or absent, from which any number of ranks goes on.
+"""Training checkpoints that are complete or absent, from which any number of ranks can resume.
 
 ``checkpoints/`` in the run's folder holds
 
 - ``step_00001234/``: one checkpoint. Its tensors are written through ``torch.distributed.checkpoint``: what all ranks
-  share once, class centers and their moments as shards of one tensor; ``run.pt`` holds the rest. It is written under
-  another name and renamed when every rank has finished, so a folder of that name is always whole;
+  have in common once, class centers and their moments as shards of one tensor; ``run.pt`` holds the rest. It is written
+  under another name and renamed when every rank has finished, so a folder of that name is always complete;
 - ``latest``: the name of the checkpoint to resume from;
 - ``best``: the name of the one that scored best when it was validated;
-- ``scores.json``: what validation said, by step.
+- ``scores.json``: validation scores by step.
 
 All ranks must see the same folder.
 """
@@ -49,16 +49,16 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Saves the checkpoints of a run, removes old ones, and goes back to the latest.
+    """Saves the checkpoints of a run, removes old ones, and restores the latest.
 
     Args:
         output: the run's folder.
-        keep: how many newest checkpoints to leave, beside the best one.
-        every: optimizer steps between checkpoints, beside one at the end of every epoch; 0: no others.
-        asynchronous: write in the background while training goes on, from a copy in main memory; at most one at once.
+        keep: number of newest checkpoints to keep, besides the best one.
+        every: optimizer steps between checkpoints, besides one at the end of every epoch; 0: no others.
+        asynchronous: write in the background while training continues, from a copy in main memory; one at a time.
 
     Attributes:
-        scores: what validation said, by step; None where it gave no number. Of rank 0 alone.
+        scores: validation scores by step; None if there was no number. Only on rank 0.
     """
 
     def __init__(self, output: str | Path, keep: int = 2, every: int = 0, asynchronous: bool = False) -> None:
@@ -84,7 +84,7 @@ class Checkpointer:
             schedule: how long the run is.
 
         Raises:
-            TrainingError: it could not be written, or the one before, in the background.
+            TrainingError: it could not be written, or the previous one, in the background.
         """
         self.wait()
         if self.rank == 0:
@@ -93,15 +93,15 @@ class Checkpointer:
         values = {
             "step": step,
             "steps_per_epoch": schedule.steps_per_epoch,
-            "random": self._of_all_ranks(random_state()),  # no rank gets past this before rank 0 has cleared up
+            "random": self._of_all_ranks(random_state()),  # no rank gets past this before rank 0 has cleaned up
             **state.values(),
         }
         size = stored_bytes(state.tensors(), state.sharded())
 
         def write() -> None:
             last = latest_checkpoint(self.output)
-            whole = f"{last} is whole: make room and go on with resume=True"
-            hint = whole if last else "there is no earlier one; make room, or choose another output"
+            whole = f"{last} is complete: free some space and continue with resume=True"
+            hint = whole if last else "there is no earlier one; free some space, or choose another output"
             with writing(f"the checkpoint of step {step}", self.root, size, hint):
                 self._write(step, tensors, values)
 
@@ -111,15 +111,16 @@ class Checkpointer:
             write()
 
     def add_score(self, step: int, state: TrainingState, schedule: Schedule, score: float | None) -> None:
-        """Note what validation said of the checkpoint of this step, and keep it if it is the best; on rank 0.
+        """Record the validation score of the checkpoint of this step, and keep it if it is the best; on rank 0.
 
-        To be called after :meth:`wait`.
+        Call after :meth:`wait`.
 
         Args:
-            step: optimizer steps done. What was not saved, as a network before its first step, is not noted.
+            step: optimizer steps done. Scores of what was not saved, such as a network before its first step, are not
+                recorded.
             state: as it was saved.
             schedule: how long the run is.
-            score: the higher the better; None: it gave no number.
+            score: higher is better; None: no number.
 
         Raises:
             TrainingError: the files could not be written.
@@ -135,7 +136,7 @@ class Checkpointer:
             if best:
                 save_model(self.output / "best_model.pt", state.model.state_dict())
                 write_atomically(self.root / "best", f"{folder.name}\n".encode())
-                self._remove_old(folder)  # the best so far is one no more
+                self._remove_old(folder)  # the best so far no longer is
             # Last: a run that is killed before it validates again, to the same end.
             content = {"steps_per_epoch": schedule.steps_per_epoch, "scores": scores}
             write_atomically(self.root / SCORES, (json.dumps(content) + "\n").encode())
@@ -147,23 +148,23 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Return when nothing is being written any more; raises what went wrong in the background."""
+        """Wait until nothing is being written; raises what went wrong in the background."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
 
     def start(self, state: TrainingState, schedule: Schedule, resume: bool) -> int:
-        """Go back to the latest checkpoint, or begin anew; returns the optimizer steps done."""
+        """Restore the latest checkpoint, or start over; returns the optimizer steps done."""
         if self.rank == 0:
             self._clear()
         return self.resume(state, schedule) if resume else 0
 
     def resume(self, state: TrainingState, schedule: Schedule) -> int:
-        """Go back to the latest checkpoint, or else to that of arcface_torch; returns the optimizer steps done.
+        """Restore the latest checkpoint, or else that of arcface_torch; returns the optimizer steps done.
 
-        With as many ranks as wrote it, the run continues with the same bits; otherwise with the same weights, moments
-        and images, and other random numbers. Where a step takes more or fewer images than it did, the run continues
-        at the step that has seen as many.
+        With as many ranks as wrote it, the run continues bit for bit; otherwise with the same weights, moments and
+        images, but other random numbers. If a step takes more or fewer images than before, the run continues at the
+        step that has seen as many.
 
         Raises:
             ValueError: the checkpoint is damaged, or of another network or optimizer.
@@ -174,13 +175,13 @@ class Checkpointer:
         if folder is None:
             aside = sorted(path.name for path in self.output.glob("checkpoints.old*"))
             hint = f"; those of earlier runs are in its {', '.join(aside)}" if aside else ""
-            logger.info("no checkpoint in %s yet, starting from the beginning%s", self.output, hint)
+            logger.info("no checkpoint in %s yet, starting from scratch%s", self.output, hint)
             return 0
         values = read_values(folder)
         if values["optimizer"] != type(state.optimizer).__name__:
             raise ValueError(
                 f"{folder} was written with optimizer {values['optimizer']}, this run has "
-                f"{type(state.optimizer).__name__}; start with the same, or with init_from to begin anew"
+                f"{type(state.optimizer).__name__}; use the same one, or start a new run with init_from"
             )
         tensors = read_tensors(folder, state.tensors(), state.sharded(), state.optimized(), self.group)
         try:
@@ -194,7 +195,7 @@ class Checkpointer:
         if values["steps_per_epoch"] != schedule.steps_per_epoch:
             step = schedule.step_after(step, values["steps_per_epoch"])
             logger.warning(
-                "an epoch had %d steps, now %d: step %d continues as step %d",
+                "an epoch had %d steps and now has %d: step %d continues as step %d",
                 values["steps_per_epoch"], schedule.steps_per_epoch, values["step"], step,
             )  # fmt: skip
         state.go_to(step)
@@ -205,7 +206,7 @@ class Checkpointer:
         return step
 
     def _clear(self) -> None:
-        """Remove what a kill left half written."""
+        """Remove what a kill left incomplete."""
         for leftover in self.root.glob("pending_*"):
             shutil.rmtree(leftover, ignore_errors=True)
         for leftover in [*self.root.glob(".*.tmp"), *self.output.glob(".*.tmp")]:
@@ -249,14 +250,14 @@ class Checkpointer:
         self._remove_old(folder)
 
     def _remove_old(self, latest: Path) -> None:
-        """Remove what is too old, and what an earlier attempt left of this and later steps."""
+        """Remove what is too old, and left-overs of this and later steps from an earlier attempt."""
         folders = list_checkpoints(self.output)
         done = [folder for folder in folders if checkpoint_number(folder)[0] < checkpoint_number(latest)[0]]
         kept = {latest, pointed_checkpoint(self.root, "best"), *(done[1 - self.keep :] if self.keep > 1 else [])}
         for folder in folders:
             if folder not in kept:
                 trash = self.root / f"pending_removal_of_{folder.name}"
-                os.replace(folder, trash)  # a kill must not leave half a folder under its name
+                os.replace(folder, trash)  # a kill must not leave a partial folder under its name
                 shutil.rmtree(trash, ignore_errors=True)
 
 

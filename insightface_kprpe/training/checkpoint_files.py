@@ -23,13 +23,13 @@ _FOLDER = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
 
 
 def list_checkpoints(output: str | Path) -> list[Path]:
-    """Whole checkpoints of a run, by their step."""
+    """Complete checkpoints of a run, by their step."""
     folders = [path for path in (Path(output) / "checkpoints").glob("step_*") if _FOLDER.fullmatch(path.name)]
     return sorted(folders, key=checkpoint_number)
 
 
 def latest_checkpoint(output: str | Path) -> Path | None:
-    """The checkpoint to resume from, or None where there is none yet."""
+    """The checkpoint to resume from, or None if there is none yet."""
     named = pointed_checkpoint(Path(output) / "checkpoints", "latest")
     if named is not None:
         return named
@@ -38,7 +38,7 @@ def latest_checkpoint(output: str | Path) -> Path | None:
 
 
 def put_aside(output: str | Path) -> None:
-    """Make room for a new run: the checkpoints and metrics of an older become ``checkpoints.old`` (``.old.1``, ...)."""
+    """Make room for a new run: those of an older run become ``checkpoints.old`` (``.old.1``, ...)."""
     output = Path(output)
     if list_checkpoints(output):
         root = output / "checkpoints"
@@ -50,7 +50,7 @@ def put_aside(output: str | Path) -> None:
             os.replace(output / METRICS, root / METRICS)
         os.replace(root, aside)
         logger.warning(
-            "the checkpoints and metrics of an earlier run are now in %s; resume=True continues a run, and they may be "
+            "moved the checkpoints and metrics of an earlier run to %s; use resume=True to continue a run; they may be "
             "removed",
             aside,
         )
@@ -59,7 +59,7 @@ def put_aside(output: str | Path) -> None:
 
 def save_model(path: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
     """Write a backbone's weights as arcface_torch's ``model.pt``: a plain state dict, on CPU."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:  # by its name torch would name what is inside
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:  # torch would name its content by its file name
         torch.save({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, file)
 
 
@@ -77,7 +77,7 @@ def pointed_checkpoint(root: Path, pointer: str) -> Path | None:
 
 
 def read_scores(path: Path, schedule: Schedule, last: int) -> dict[int, float | None]:
-    """What validation said up to a step, by the steps of this schedule."""
+    """Validation scores up to a step, by the steps of this schedule."""
     if not path.is_file():
         return {}
     try:
@@ -89,12 +89,12 @@ def read_scores(path: Path, schedule: Schedule, last: int) -> dict[int, float | 
                 scores[step] = None if score is None else float(score)
         return scores
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
-        logger.warning("%s cannot be read (%s); the best checkpoint is found anew", path, error)
+        logger.warning("%s cannot be read (%s); looking for the best checkpoint again", path, error)
         return {}
 
 
 def read_values(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors.
+    """The content of a checkpoint besides tensors.
 
     Raises:
         ValueError: the file is damaged.

@@ -1,4 +1,4 @@
-"""The command line that every training program has: a config, ``key=value`` overrides, and the log."""
+"""The command line of the training programs: a config, ``key=value`` overrides, and the log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .config import load_config
 from .loop import EXIT_INTERRUPTED
 from .run_folder import TrainingError, writing
 
-# (config, world size, images a second of one GPU) -> text
+# (config, world size, images per second of one GPU) -> text
 Plan = Callable[[edict, int, float | None], str]
 
 
@@ -27,7 +27,7 @@ def run_command_line(
     plan: Plan | None = None,
     **description: str,
 ) -> None:
-    """Read a config and train by it; what a user can fix is one sentence and exit status 1, not a traceback.
+    """Read a config and train; an error that the user can fix is one sentence and exit status 1, not a traceback.
 
     Args:
         train: what to do with the config.
@@ -50,7 +50,7 @@ def run_command_line(
         if shows_tracebacks():
             raise
         explained = isinstance(error, ValueError | ImportError | OSError | TrainingError)
-        hint = "" if explained else f" ({VARIABLE}=1 in the environment shows where)"
+        hint = "" if explained else f" ({VARIABLE}=1 in the environment shows the traceback)"
         text = str(error) or type(error).__name__
         if not explained and not isinstance(error, RuntimeError | EOFError):
             text = f"{type(error).__name__}: {text}"
@@ -60,16 +60,20 @@ def run_command_line(
 def _parser(plans: bool, description: dict[str, str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(**description)
     parser.add_argument("config", help="a config file, or the name of one in recognition_configs/ (e.g. quickstart)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values of the config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override config values")
     if plans:
-        parser.add_argument("--plan", action="store_true", help="do not train: print what it needs (memory, steps)")
+        parser.add_argument(
+            "--plan", action="store_true", help="print the memory and steps that training needs, and exit"
+        )
         parser.add_argument("--world-size", type=int, default=1, help="with --plan: number of GPUs")
-        parser.add_argument("--images-per-second", type=float, help="with --plan: of one GPU, for the hours")
+        parser.add_argument(
+            "--images-per-second", type=float, help="with --plan: throughput of one GPU, to estimate hours"
+        )
     return parser
 
 
 def start_logging(output: Path, rank: int) -> None:
-    """Send the package's log to the console and to ``training.log``; ranks other than 0 keep to warnings."""
+    """Send the package's log to the console and to ``training.log``; other ranks than 0 log only warnings."""
     root = logging.getLogger("insightface_kprpe")
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     for handler in list(root.handlers):
@@ -87,7 +91,7 @@ def start_logging(output: Path, rank: int) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """Says once that a line could not be written, as on a full disk, and not with a traceback for each."""
+    """Reports once that a line could not be written, e.g. on a full disk, instead of a traceback for each."""
 
     failed = False
 

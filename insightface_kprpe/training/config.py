@@ -1,4 +1,4 @@
-"""Configs in arcface_torch's format: a python file with ``config = edict()``, merged over a base and checked."""
+"""Configs in arcface_torch's format: a Python file with ``config = edict()``, merged over a base and checked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..documents import read_json_object
 from ..files import read_text, write_atomically
 from . import recipes
 
-# Keys whose default is None: what else they may be.
+# Types of the keys whose default is None.
 _OPTIONAL_TYPES = dict.fromkeys(
     ("output", "precision", "init_from", "gradient_compression", "val", "suffix_run_name", "notes"), str
 )
@@ -37,7 +37,7 @@ _CHOICES = {
 
 
 class _Range(NamedTuple):
-    """What a number may be; infinite and NaN never."""
+    """The range of a number; infinite and NaN are never allowed."""
 
     low: float
     high: float = math.inf
@@ -66,7 +66,7 @@ _RANGES = {
     **dict.fromkeys(("init_min_match", "max_bad_images", "interclass_filtering_threshold"), _FRACTION),
     **dict.fromkeys(("adaface_m", "adaface_t_alpha"), _FRACTION),
     "sample_rate": _Range(0, 1, low_allowed=False, high_allowed=True),
-    "warmup_epoch": _Range(-1),  # which is none, as in some of arcface_torch's configs
+    "warmup_epoch": _Range(-1),  # which means none, as in some of arcface_torch's configs
     "seed": _Range(0, 2**32),
 }
 
@@ -86,7 +86,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: str = "ba
     Args:
         path: a config file, a run's ``config.json``, the name of a shipped config (e.g. "quickstart"), or one that
             :mod:`.recipes` knows (e.g. "wf12m_vit_b_kprpe").
-        overrides: strings ``key=value``; values are python literals, anything else is taken as a string.
+        overrides: strings ``key=value``; values are Python literals; anything else is a string.
         base: name of the config that has every key and its default: "base", or "dfa_base" to train landmarks.
 
     Returns:
@@ -113,10 +113,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: str = "ba
 
 
 def merge_config(sources: Mapping[str, Mapping[str, Any]], base: str = "base") -> edict:
-    """Put values over a base and check every key, type and choice.
+    """Merge values over a base and check every key, type and choice.
 
     Args:
-        sources: values by where they come from; later ones win.
+        sources: values by their origin; later ones win.
         base: see :func:`load_config`.
 
     Raises:
@@ -141,7 +141,7 @@ def merge_config(sources: Mapping[str, Mapping[str, Any]], base: str = "base") -
 
 
 def dump_config(config: edict, path: str | Path) -> None:
-    """Write the merged config but its secrets as JSON; :func:`load_config` reads it back for the same run."""
+    """Write the merged config without its secrets as JSON; :func:`load_config` reads it back for the same run."""
     public = {key: value for key, value in config.items() if key not in SECRETS}
     write_atomically(path, (json.dumps(public, indent=2) + "\n").encode())
 
@@ -152,7 +152,7 @@ def _find(path: str | Path) -> Path:
         if path.is_file():
             return path
         if path.is_dir() and path.parts:
-            raise ConfigError(f"config must be a file, got the folder {path}; of a run it is {path / 'config.json'}")
+            raise ConfigError(f"config must be a file, got the folder {path}; a run's is {path / 'config.json'}")
         shipped = configs_folder() / f"{path.stem}.py"
     except OSError as error:
         raise ConfigError(f"config must be a file, got {str(path)!r:.80}: {error.strerror}") from error
@@ -164,7 +164,7 @@ def _find(path: str | Path) -> Path:
     stems = {file.stem for file in configs_folder().glob("*.py")} - {"base", "dfa_base", "__init__"}
     names = ", ".join(sorted(stems))
     raise ConfigError(
-        f"config must be a python file, one of {names}, or DATASET_NETWORK or DATASET_NETWORK_LOSS such as "
+        f"config must be a Python file, one of {names}, or DATASET_NETWORK or DATASET_NETWORK_LOSS such as "
         f"wf12m_vit_b_kprpe_cosface; got {path}, which does not exist"
     )
 
@@ -182,7 +182,7 @@ def _run(path: Path) -> dict[str, Any]:
             _check_encoding(path)
         raise ConfigError(f"{path} cannot be run as a config: {type(error).__name__}: {error}") from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise ConfigError(f"{path} must define `config = edict()`, with names of keys; got {config!r:.60}")
+        raise ConfigError(f"{path} must define `config = edict()`, with strings as keys; got {config!r:.60}")
     return config
 
 
@@ -207,7 +207,7 @@ def _checked(config: edict, key: str, value: Any, where: str) -> Any:
         return None
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value) if abs(value) < _INTEGERS else math.inf
-    if expected is list:  # what older versions of EasyDict make of a tuple
+    if expected is list:  # older versions of EasyDict turn tuples into lists
         expected = tuple
     if expected is tuple and isinstance(value, list | tuple):
         return tuple(value)
@@ -215,7 +215,7 @@ def _checked(config: edict, key: str, value: Any, where: str) -> Any:
         return (value,)
     if (issubclass(expected, dict) or key == "augment") and isinstance(value, dict):
         if not all(isinstance(name, str) for name in value):
-            raise ConfigError(f"{where}: {key} must have names for keys, got {value!r:.{_SHOWN}}")
+            raise ConfigError(f"{where}: {key} must have strings as keys, got {value!r:.{_SHOWN}}")
         return dict(value)
     if key == "augment" and isinstance(value, str):
         return value
@@ -253,7 +253,7 @@ def _check_values(config: edict) -> None:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """A value, or what dicts, lists and tuples hold, however deep."""
+    """A value, or the contents of dicts, lists and tuples at any depth."""
     if not isinstance(value, dict | list | tuple):
         yield value
         return

@@ -1,4 +1,4 @@
-"""Where fine-tuning starts: weights of another network, as far as they fit, and a word on what did not."""
+"""The start of fine-tuning: weights of another network, as far as they fit, and a report on what did not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Match(NamedTuple):
     """How a network and a file compare, by the names of their tensors.
 
     Attributes:
-        matched: taken over.
+        matched: in both, and loaded.
         missing: of the network, not in the file.
         mismatched: in both, of other shapes.
         unused: of the file, not in the network.
@@ -39,7 +39,7 @@ class Match(NamedTuple):
 
     @property
     def fraction(self) -> float:
-        """Part of the network's tensors that were taken over, in [0, 1]."""
+        """Fraction of the network's tensors that were loaded, in [0, 1]."""
         return len(self.matched) / max(1, len(self.matched) + len(self.missing) + len(self.mismatched))
 
     def __str__(self) -> str:
@@ -62,9 +62,9 @@ def initialize(
     """Start a run from other weights.
 
     Args:
-        backbone: takes over every tensor of the file that has its name and shape.
-        partial_fc: takes over the class centers of a run and of arcface_torch's checkpoints, where the number of people
-            and the embedding size agree.
+        backbone: loads every tensor of the file that has its name and shape.
+        partial_fc: loads the class centers of a run or of arcface_torch's checkpoints, if the number of people and the
+            embedding size agree.
         source: a weights file, the output folder of a run or another folder with weights, also on the Hub
             ("hf:owner/name[/path][@revision]"); or a folder of arcface_torch's ``checkpoint_gpu_*.pt``.
         min_match: least fraction of the backbone's tensors that must match, in [0, 1].
@@ -90,7 +90,7 @@ def initialize(
     if match.fraction < min_match:
         raise ValueError(
             f"init_from must fit at least {min_match:.0%} of the network, {source} fits {match.fraction:.0%} "
-            f"({match}); choose the network of that file, or set init_min_match lower"
+            f"({match}); choose the network of that file, or lower init_min_match"
         )
     backbone.load_state_dict({key: state[key] for key in match.matched}, strict=False)
     run = latest_checkpoint(path) if path.is_dir() and not checkpoint else None
@@ -101,14 +101,14 @@ def initialize(
     else:
         return match
     if same_people:
-        logger.info("init_from %s: its %d class centers are taken over too", source, partial_fc.num_classes)
+        logger.info("init_from %s: its %d class centers are used too", source, partial_fc.num_classes)
     else:
-        logger.info("init_from %s: its class centers are of other people; these start anew", source)
+        logger.info("init_from %s: its class centers are of other people; these start from scratch", source)
     return match
 
 
 def _load_centers(checkpoint: Path, partial_fc: PartialFC, group: dist.ProcessGroup | None) -> bool:
-    """Copy this rank's class centers, and AdaFace's statistics; False where people or embedding size are others."""
+    """Copy this rank's class centers, and AdaFace's statistics; False if people or embedding size differ."""
     wanted = {f"loss.{key}": value for key, value in partial_fc.state_dict().items()}
     rows = {f"loss.{key}": value for key, value in partial_fc.sharded().items()}
     found = read_fitting_tensors(checkpoint, wanted, rows, group)
@@ -121,7 +121,7 @@ def _load_centers(checkpoint: Path, partial_fc: PartialFC, group: dist.ProcessGr
 
 
 def compare(net: nn.Module, state: Mapping[str, torch.Tensor]) -> Match:
-    """How weights would fit a network. An aligner that they do not have at all is not counted as missing."""
+    """How weights fit a network. An aligner that they lack completely is not counted as missing."""
     wanted = net.state_dict()
     if not any(key.startswith(ALIGNER_PREFIX) for key in state):
         wanted = {key: value for key, value in wanted.items() if not key.startswith(ALIGNER_PREFIX)}

@@ -1,4 +1,4 @@
-"""Does a KPRPE network look at its keypoints? A look at one batch, now and then."""
+"""Checks on a batch, from time to time, whether a KPRPE network uses its keypoints."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _IMAGES = 32  # of a batch; enough for means
 
 
 def keypoint_use(net: VisionTransformer, images: torch.Tensor, keypoints: torch.Tensor) -> dict[str, float]:
-    """How much a KPRPE network makes of the keypoints of some images.
+    """How much a KPRPE network uses the keypoints of some images.
 
-    Attention is the same whatever is added to all keys of a query alike, so each row's mean is left out.
+    Attention does not change if the same number is added to all keys of a query, so each row's mean is removed.
 
     Args:
         net: has ``position="kprpe"``; its mode and weights are left as they are, and no random number is drawn.
@@ -29,8 +29,8 @@ def keypoint_use(net: VisionTransformer, images: torch.Tensor, keypoints: torch.
 
     Returns:
         ``keypoints/attention_share``, mean |bias| over the sum of mean |bias| and mean |q . k|, in [0, 1], mean over
-        layers; ``keypoints/template_shift``, how far the unit embedding moves when the template's keypoints take the
-        place of the image's, mean over images, in [0, 2].
+        layers; ``keypoints/template_shift``, how far the unit embedding moves if the template's keypoints replace the
+        image's, mean over images, in [0, 2].
     """
     shares = []
     for similarity, bias in attention_terms(net, images, keypoints):
@@ -44,7 +44,7 @@ def keypoint_use(net: VisionTransformer, images: torch.Tensor, keypoints: torch.
 
 
 class KeypointWatch:
-    """Keeps a part of the latest batch, measures on it, and warns at the end of a run that ignores its keypoints.
+    """Keeps a part of the latest batch, measures on it, and warns at the end of a run if its keypoints are ignored.
 
     Args:
         net: of the run, on its device.
@@ -56,7 +56,7 @@ class KeypointWatch:
         self._batch: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def __call__(self, images: torch.Tensor, keypoints: torch.Tensor | None) -> None:
-        """Keep some of a batch: (B, 3, S, S) float in [-1, 1], and (B, 5, 2) or None: the network finds them."""
+        """Keep part of a batch: (B, 3, S, S) float in [-1, 1], and (B, 5, 2) or None: the network finds them."""
         self._batch = (images[:_IMAGES], None if keypoints is None else keypoints[:_IMAGES])
 
     def values(self) -> dict[str, float]:
@@ -71,12 +71,14 @@ class KeypointWatch:
         return {name: round(value, 6) for name, value in use.items()}
 
     def warn_if_ignored(self) -> None:
-        """One warning, if the network of the latest :meth:`values` hardly looks at its keypoints."""
+        """Warn once, if the latest :meth:`values` show that the network hardly uses its keypoints."""
         if self.shift is not None and self.shift < LEAST_SHIFT:
             logger.warning(
-                "the network ignores its keypoints: the template's in their place move its embeddings by %.1f %% of "
-                "their length (less than %.0f %%), so KPRPE does nothing. Raise position_lr_scale (30 for runs of some "
-                "thousand steps), train longer, and train on crops that are moved (augment) and have landmarks of "
+                "the network ignores its keypoints: replacing them by the template's moves its embeddings by %.1f %% "
+                "of "
+                "their length (less than %.0f %%), so KPRPE has no effect. Raise position_lr_scale (30 for runs of a "
+                "few "
+                "thousand steps), train longer, and train on augmented crops (augment) that have landmarks of "
                 "their own (ldmk_5points.csv); see docs/does_kprpe_help.md",
                 100 * self.shift,
                 100 * LEAST_SHIFT,

@@ -1,4 +1,4 @@
-"""Training the landmark network: by a config with checkpoints, under torchrun or plain, or in one call without files.
+"""Training the landmark network: from a config with checkpoints, with or without torchrun, or in one call.
 
 Paper: "KeyPoint Relative Position Encoding for Face Recognition" (CVPR 2024), supplementary section 3.
 """
@@ -41,7 +41,7 @@ T = TypeVar("T")
 def train_dfa(config: edict) -> dict[str, float]:
     """Run a config to its end.
 
-    What goes on is logged by the package's loggers, from level INFO on; :func:`main` shows it and keeps a file of it.
+    Progress is logged by the package's loggers at level INFO; :func:`main` shows it and writes it to a file.
 
     Args:
         config: what ``load_config(path, overrides, base="dfa_base")`` returned.
@@ -81,7 +81,7 @@ def train_dfa(config: edict) -> dict[str, float]:
 
 
 def _build_parts(config: edict) -> tuple[RetinaFaceNet, LandmarkDataset, DFALoss, LandmarkAugmentation]:
-    """What a config asks for; the network has the weights that it starts from."""
+    """Build what a config specifies; the network has its initial weights."""
     dataset = LandmarkDataset(config.data, config.image_size, config.padding)
     loss = _build(DFALoss, config.loss_kwargs, "loss_kwargs")
     augmentation = _build(LandmarkAugmentation, config.augmentation_kwargs, "augmentation_kwargs")
@@ -114,14 +114,14 @@ def train_landmarks(
         dataset: its items are ``FaceSample`` of the network's image size.
         loss: by default ``DFALoss()``.
         augmentation: by default none.
-        epochs: passes over the data; what does not fill the last batch of one is left out of it.
-        batch_size: faces a step.
+        epochs: passes over the data; an incomplete last batch is dropped.
+        batch_size: faces per step.
         lr: peak learning rate.
-        weight_decay: of everything but biases and norms.
+        weight_decay: of everything except biases and norms.
         warmup_epochs: epochs of linear warm-up.
         num_workers: processes that read the data.
-        seed: of the order and the augmentation; the network's weights are what they are.
-        description: what the progress bar says.
+        seed: of the order and the augmentation; the network's weights are not changed by it.
+        description: of the progress bar.
 
     Returns:
         The loss of the last step.
@@ -149,19 +149,19 @@ def train_landmarks(
 
 
 class LandmarkTraining:
-    """The steps of one run: what both ways to train share.
+    """The steps of one run, common to both ways to train.
 
     Args:
         net: on the device.
         dataset: of ``FaceSample``.
-        loss: compares what the network says with the labels.
-        augmentation: of each batch, on the device; None: images as they are.
-        config: the keys on optimisation, and ``num_workers``, are used.
+        loss: compares the network's output with the labels.
+        augmentation: of each batch, on the device; None: unchanged images.
+        config: the keys on optimization, and ``num_workers``, are used.
         device: where to compute.
 
     Attributes:
         schedule: how long the run is.
-        step_size: faces a step, over all ranks.
+        step_size: faces per step, over all ranks.
         state: everything that changes.
 
     Raises:
@@ -193,7 +193,7 @@ class LandmarkTraining:
 
         def loss_of(batch: FaceSample) -> torch.Tensor:
             with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-                output = network(batch.image.flip(1))  # the network wants BGR
+                output = network(batch.image.flip(1))  # the network takes BGR
             return loss(output, net.anchors, batch.keypoints, batch.bbox).total
 
         def take_step(step: int, batches: Sequence[FaceSample]) -> float:
@@ -211,27 +211,27 @@ class LandmarkTraining:
 
 
 class LandmarkValidation:
-    """Measures a network's landmark error on a labelled folder.
+    """Measures a network's landmark error on a labeled folder.
 
     Args:
         config: ``val``, ``image_size``, ``padding`` and ``num_workers`` are used.
         net: of the run, not wrapped.
 
     Attributes:
-        metrics: where results go; to be set before the first call.
+        metrics: receives the results; set it before the first call.
         latest: ``nme``, ``failure_rate`` (in [0, 1]) and ``score`` of the last validation; empty before the first.
     """
 
     metrics: Metrics
 
     def __init__(self, config: edict, net: RetinaFaceNet) -> None:
-        self.dataset = LandmarkDataset(config.val, config.image_size, config.padding, labelled_only=True)
+        self.dataset = LandmarkDataset(config.val, config.image_size, config.padding, labeled_only=True)
         self.net, self.workers = net, config.num_workers
         self.latest: dict[str, float] = {}
         self.best = float("inf")
 
     def __call__(self, step: int) -> float:
-        """Measure; the network is put back into the mode it was in. Returns minus the error, the higher the better."""
+        """Measure, restoring the network's mode. Returns minus the error, so that higher is better."""
         was_training = self.net.training
         self.net.eval()
         try:
@@ -245,11 +245,11 @@ class LandmarkValidation:
             step, result.images, result.nme, self.best, 100 * result.failure_rate, result.score,
         )  # fmt: skip
         self.latest = {"nme": result.nme, "failure_rate": result.failure_rate, "score": result.score}
-        self.metrics.write(step, **{**self.latest, "failure_rate": 100 * result.failure_rate})  # a file has percent
+        self.metrics.write(step, **{**self.latest, "failure_rate": 100 * result.failure_rate})  # files use percent
         return -result.nme
 
     def _predict(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found = self.net(images.flip(1))  # the network wants BGR
+        found = self.net(images.flip(1))  # the network takes BGR
         return found.keypoints, found.score
 
 
@@ -265,7 +265,7 @@ def _summary(config: edict, training: LandmarkTraining) -> str:
     return (
         f"{config.body} {'with' if config.aggregator else 'without'} aggregator ({size:,} parameters) on "
         f"{len(training.loader.dataset)} faces; {training.step_size // config.batch_size} x {training.device.type}, "
-        f"{config.precision}, {training.step_size} faces a step, {training.schedule.total_steps} steps in "
+        f"{config.precision}, {training.step_size} faces per step, {training.schedule.total_steps} steps in "
         f"{config.num_epoch} epochs; output {config.output}"
     )
 

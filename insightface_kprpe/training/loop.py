@@ -1,4 +1,4 @@
-"""The loop around every training step here: epochs in order, accumulation, checkpoints, resuming, stopping."""
+"""The training loop: epochs in order, accumulation, checkpoints, resuming, stopping."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
-EXIT_STOPPED = 128 + signal.SIGTERM  # what a shell reports for a process ended by it
+EXIT_STOPPED = 128 + signal.SIGTERM  # a shell's exit status for a process ended by it
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # and by Ctrl-C
-WORKER_GRACE = 10  # seconds that a reader process goes on after SIGTERM
+WORKER_GRACE = 10  # seconds that a reader process continues after SIGTERM
 
 Log = Callable[[int, int, float, float, float | None], None]  # step, epoch, loss, lr, loss scale of fp16
 
@@ -47,19 +47,19 @@ def run_steps(
     checkpoints: Checkpointer | None = None,
     validation: Validation | None = None,
 ) -> None:
-    """Take the steps of a run that are still to do.
+    """Take the remaining steps of a run.
 
     Args:
-        state: what ``take_step`` changes.
+        state: changed by ``take_step``.
         take_step: called with the steps done so far and the batches of this one; returns the loss (of all ranks), or
             raises ``NotFinite``.
         loader: made by :func:`build_loader`.
         schedule: how long the run is.
         step: steps done before.
         log: called after every step.
-        checkpoints: saves at the end of every epoch, as often as it was told to, before every validation, and when a
-            signal asks the run to stop; None: nothing is saved, and a signal does what it does elsewhere.
-        validation: takes place when it is due, on every rank; needs ``checkpoints``.
+        checkpoints: saves at the end of every epoch, at its own interval, before every validation, and when a signal
+            asks the run to stop; None: nothing is saved, and signals have their usual effect.
+        validation: runs when it is due, on every rank; needs ``checkpoints``.
 
     Raises:
         TrainingError: the loss or a gradient is not finite, or a checkpoint could not be written.
@@ -97,7 +97,7 @@ def run_steps(
 
 
 def remaining_steps(loader: DataLoader, schedule: Schedule, step: int) -> Iterator[tuple[Batch, ...]]:
-    """The batches of every step that is still to do, epoch by epoch."""
+    """The batches of every remaining step, epoch by epoch."""
     while step < schedule.total_steps:
         epoch, done = divmod(step, schedule.steps_per_epoch)
         loader.batch_sampler.set_position(epoch, done * schedule.batches_per_step)
@@ -107,7 +107,7 @@ def remaining_steps(loader: DataLoader, schedule: Schedule, step: int) -> Iterat
 
 
 def _stop(number: int, step: int, checkpoints: Checkpointer) -> NoReturn:
-    """End the run by a signal, once its state lies on the disk."""
+    """End the run by a signal, once its state is on disk."""
     checkpoints.wait()
     logger.warning("stopped by a signal after step %d; continue with resume=True", step)
     raise SystemExit(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED)
@@ -122,7 +122,7 @@ def broken_step(
     loader: DataLoader,
     checkpoints: Checkpointer | None,
 ) -> TrainingError:
-    """Write what a step that is not finite was made of, and say where training stood.
+    """Write the data of a step that is not finite, and report the state of training.
 
     Args:
         error: of the step.
@@ -178,7 +178,7 @@ def build_loader(
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0,
         worker_init_fn=_start_worker,
-        generator=torch.Generator().manual_seed(seed),  # else every epoch takes a number from the global one
+        generator=torch.Generator().manual_seed(seed),  # otherwise every epoch draws a number from the global one
     )
 
 
@@ -187,7 +187,7 @@ def _start_worker(worker: int) -> None:
     # A signal to the whole process group is for the rank, which may still need a batch before it saves and stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
-    # If it went by the signal, torch would raise an error in the rank, wherever that is: in the midst of saving.
+    # If it ended by the signal, torch would raise an error in the rank, perhaps in the middle of saving.
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
     for number in (signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -201,5 +201,5 @@ def grouped(batches: Iterable[Batch], size: int) -> Iterator[tuple[Batch, ...]]:
 
 
 def step_generator(*numbers: int) -> torch.Generator:
-    """A CPU generator that the same numbers (seed, step, rank) put into the same state everywhere."""
+    """A CPU generator whose state depends only on these numbers (seed, step, rank)."""
     return torch.Generator().manual_seed(seed_from(*numbers))

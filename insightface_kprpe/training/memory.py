@@ -1,4 +1,4 @@
-"""How much memory a network needs to train: its step is run on tensors that have a shape and no contents."""
+"""How much memory a network needs to train: a step is run on tensors that have a shape but no contents."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that were made in its ``with`` block and still live.
+    """Counts the bytes of all live tensors created in its ``with`` block.
 
-    Views share the bytes of what they view. Memory that an operator takes and gives back inside itself is not seen.
+    Views share the bytes of their base. Memory that an operator allocates and frees internally is not counted.
 
     Attributes:
         now: bytes alive.
-        peak: the largest number of bytes that ever were; may be set to start anew.
+        peak: largest number of bytes so far; may be set to start over.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self._note((args, kwargs), made_here=False)  # a view of an older tensor is nothing new
+        self._note((args, kwargs), made_here=False)  # a view of an older tensor is not new
         out = func(*args, **(kwargs or {}))
         self._note(out, made_here=True)
         return out
@@ -55,12 +55,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 class NetworkNeeds(NamedTuple):
-    """What one forward and backward pass of a network needs, beside its weights.
+    """Memory of one forward and backward pass of a network, besides its weights.
 
     Attributes:
         activations: bytes kept from the forward pass for the backward pass; under autocast also copies of weights.
         forward: largest number of bytes at one time in the forward pass.
-        backward: the same in the backward pass, what is left of the activations and all gradients included.
+        backward: the same in the backward pass, including the remaining activations and all gradients.
     """
 
     activations: int
@@ -110,7 +110,7 @@ def _embed(net: nn.Module, images: torch.Tensor, keypoints: torch.Tensor) -> tor
 
 @contextlib.contextmanager
 def _attention(function: Callable) -> Iterator[None]:
-    """Another ``scaled_dot_product_attention``; a function mode would not reach what checkpoints compute again."""
+    """Another ``scaled_dot_product_attention``; a function mode would not reach what checkpointing recomputes."""
     original = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = lambda q, k, v, attn_mask=None, **_: function(q, k, v, attn_mask)
     try:
@@ -124,7 +124,7 @@ def _plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: to
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps and makes what flash and memory-efficient attention do: never the weights of all pairs of patches."""
+    """Allocates what flash and memory-efficient attention do: never the weights of all pairs of patches."""
 
     @staticmethod
     def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Numbers of a run: the file of metrics, TensorBoard and Weights & Biases, and the line that tells how it goes."""
+"""Numbers of a run: the file of metrics, TensorBoard and Weights & Biases, and the progress line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Where numbers go beside the metrics file: TensorBoard, Weights & Biases."""
+    """Receives numbers besides the metrics file: TensorBoard, Weights & Biases."""
 
     name: str
 
@@ -33,18 +33,18 @@ class Sink(Protocol):
         """Record values at an optimizer step."""
 
     def close(self, finished: bool) -> None:
-        """Flush; ``finished``: the run has come to its end."""
+        """Flush; ``finished``: the run is complete."""
 
 
 class Metrics:
-    """Numbers of the run: one JSON object a line in ``metrics.jsonl``, and wherever else they are asked for.
+    """Numbers of the run: one JSON object per line in ``metrics.jsonl``, and in all other sinks.
 
-    Used as a ``with`` block. What cannot be written is said once and does not end the run.
+    Used as a ``with`` block. A write error is logged once and does not end the run.
 
     Args:
         output: the run's folder.
         from_step: steps after this one are dropped from an older file, because the run repeats them.
-        sinks: write them too; one that fails is left out from then on.
+        sinks: write them too; one that fails is disabled.
     """
 
     def __init__(self, output: Path, from_step: int = 0, sinks: Sequence[Sink] = ()) -> None:
@@ -62,7 +62,7 @@ class Metrics:
         except OSError as error:
             self.unwritten += 1
             if self.unwritten == 1:
-                logger.error("%s cannot be written, training goes on: %s", self.path, error.strerror or error)
+                logger.error("%s cannot be written, training continues: %s", self.path, error.strerror or error)
         for sink in list(self.sinks):
             self._guarded(sink, lambda sink=sink: sink.write(step, values))
 
@@ -76,10 +76,10 @@ class Metrics:
     def _guarded(self, sink: Sink, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception as error:  # whatever it is, training is worth more
+        except Exception as error:  # whatever the error, training is more important
             self.sinks.remove(sink)
             logger.error(
-                "%s failed and gets no more numbers; training and %s go on: %s: %s",
+                "%s failed and is disabled; training and %s continue: %s: %s",
                 sink.name, METRICS, type(error).__name__, error,
             )  # fmt: skip
 
@@ -115,12 +115,12 @@ def _is_up_to(step: object, last: int) -> bool:
 
 
 class SpeedLog:
-    """The line that tells how training goes, every ``frequent`` optimizer steps.
+    """Logs a progress line every ``frequent`` optimizer steps.
 
     Args:
-        metrics: where the numbers go too.
+        metrics: also receives the numbers.
         total_steps: optimizer steps of the whole run.
-        step_size: images an optimizer step, over all ranks.
+        step_size: images per optimizer step, over all ranks.
         frequent: steps between lines.
         step: steps done before.
     """
@@ -156,15 +156,15 @@ def _span(hours: float) -> str:
 def open_metrics(
     config: edict, output: Path, step: int, resume: bool
 ) -> contextlib.AbstractContextManager[Metrics | None]:
-    """On rank 0 put an older run aside, write ``config.json`` and open the metrics; on others a block without any.
+    """On rank 0, move an older run aside, write ``config.json`` and open the metrics; on other ranks, yield None.
 
-    To be called when all settings have proved right.
+    Call once all settings are known to be valid.
 
     Args:
         config: of the run.
         output: its folder.
         step: steps done before.
-        resume: go on with the run that is there.
+        resume: continue the existing run.
 
     Raises:
         ImportError: an extra that the config needs is not installed.

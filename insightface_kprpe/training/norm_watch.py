@@ -1,4 +1,4 @@
-"""Does the length of an embedding tell how good the image is? A look at some batches of the training."""
+"""Checks on training batches whether the norm of an embedding reflects image quality."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _LAPLACE = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
 
 
 class NormWatch:
-    """Statistics of embeddings' norms, of the margins that AdaFace makes of them, and their correlation with quality.
+    """Statistics of embedding norms, of AdaFace's margins based on them, and their correlation with quality.
 
-    AdaFace takes the norm for the quality of the image. For KPRPE that may be the other way round (paper's supplement,
-    section 4): a negative correlation says so.
+    AdaFace uses the norm as a proxy for image quality. For KPRPE the relation may be reversed (paper's supplement,
+    section 4), which a negative correlation shows.
 
     Args:
         margin_loss: of the run.
@@ -37,7 +37,7 @@ class NormWatch:
         Args:
             images: (B, 3, S, S) float in [-1, 1].
             keypoints: (B, 5, 2) float in [0, 1]; None: the network finds them.
-            embeddings: (B, D) float, not normalised.
+            embeddings: (B, D) float, not normalized.
         """
         self._norms.append(embeddings.float().norm(dim=1))
         self._sharpness.append(sharpness(images))
@@ -47,7 +47,7 @@ class NormWatch:
 
     @torch.no_grad()
     def values(self) -> dict[str, float]:
-        """What the batches since the last call say; what has no value, as the correlation of equal numbers, is absent.
+        """Statistics since the last call; undefined ones, such as the correlation of equal numbers, are absent.
 
         Returns:
             ``norm/mean`` and ``norm/std`` of the batches; for AdaFace also ``norm/running_mean`` and
@@ -71,7 +71,7 @@ class NormWatch:
 
 
 def sharpness(images: torch.Tensor) -> torch.Tensor:
-    """Variance of the Laplacian of the middle of each image, where the black corners of turned crops do not reach.
+    """Variance of the Laplacian of the middle of each image, where rotated crops have no black corners.
 
     Args:
         images: (B, 3, S, S) float.
@@ -81,8 +81,8 @@ def sharpness(images: torch.Tensor) -> torch.Tensor:
     """
     size = images.shape[-1]
     middle = slice(size // 4, size - size // 4)
-    grey = images[..., middle, middle].float().mean(1, keepdim=True)
-    edges = F.conv2d(grey, torch.tensor(_LAPLACE, device=grey.device)[None, None])
+    gray = images[..., middle, middle].float().mean(1, keepdim=True)
+    edges = F.conv2d(gray, torch.tensor(_LAPLACE, device=gray.device)[None, None])
     return edges.flatten(1).var(1)
 
 

@@ -1,4 +1,4 @@
-"""One optimizer step: forward passes, gradients of their union, clipping, and a look at whether all is finite."""
+"""One optimizer step: forward passes, gradients of their union, clipping, and a check that everything is finite."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..distributed import rank_and_world_size
 from .state import TrainingState
 
 AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-LOWEST_SCALE = 1.0  # fp16: gradients that overflow without any scaling are not the scaler's business
+LOWEST_SCALE = 1.0  # fp16: gradients that overflow without any scaling are not due to the scaler
 
 Batch = Any  # whatever the data set's items are, stacked
 
 
 class NotFinite(ArithmeticError):
-    """A loss or gradient is not finite, on this rank or another; the weights are as they were.
+    """A loss or gradient is not finite, on this rank or another; the weights are unchanged.
 
     Attributes:
         loss: of the step, over all ranks.
@@ -56,7 +56,7 @@ def optimize(
 
     Raises:
         NotFinite: the loss is not finite, or a gradient is not (in fp16: at a loss scale of 1; above it the step is
-            left out and the scale halved).
+            skipped and the scale halved).
     """
     total = 0.0
     for number, batch in enumerate(batches, 1):
@@ -80,7 +80,7 @@ def optimize(
 
 
 def names_of_not_finite(state: TrainingState) -> list[str]:
-    """The weights that are not finite, or where all are, the gradients that are not."""
+    """The weights that are not finite, or if all are, the gradients that are not."""
     parameters = state.named_parameters()
     names = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
     return names or [
@@ -95,7 +95,7 @@ def _gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
 
 
 def _over_ranks(loss: float, finite: bool) -> tuple[float, bool]:
-    """The mean loss, and whether all ranks say so."""
+    """The mean loss, and whether it is finite on all ranks."""
     world_size = rank_and_world_size()[1]
     if world_size == 1:
         return loss, finite
@@ -105,17 +105,17 @@ def _over_ranks(loss: float, finite: bool) -> tuple[float, bool]:
 
 
 def distributed(net: nn.Module, device: torch.device, gradient_compression: str | None = None) -> nn.Module:
-    """The network itself, or, where there are several ranks, wrapped to share its gradients with them.
+    """The network itself, or, where there are several ranks, wrapped to average its gradients.
 
     Args:
         net: on the device.
         device: of this rank.
-        gradient_compression: "bf16" sends gradients in half the bytes; None: as they are.
+        gradient_compression: "bf16" exchanges gradients in half precision; None: unchanged.
     """
     if rank_and_world_size()[1] == 1:
         return net
     network = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
     if gradient_compression == "bf16":
-        # By its own name DDP refuses the hook over gloo, which has learnt bf16 since.
+        # By its own name, DDP refuses the hook over gloo, which supports bf16 by now.
         network.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
     return network

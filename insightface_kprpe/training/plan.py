@@ -1,4 +1,4 @@
-"""What a training run will need, before any GPU is taken: parameters, GFLOPs, memory of each GPU, steps and hours."""
+"""What a training run will need, computed without a GPU: parameters, GFLOPs, memory of each GPU, steps and hours."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IMAGES = 2  # the augmented batch, and another being copied or augmented, both f
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a run needs; memory is in bytes a GPU.
+    """What a run needs; memory is in bytes per GPU.
 
     Attributes:
         config: the run's.
@@ -35,10 +35,10 @@ class TrainingPlan:
         table_parameters: of these, those of KPRPE's or iRPE's tables, which learn at a rate of their own.
         class_center_parameters: of all ranks together.
         flops: of a forward pass of the network for one image; a multiply-add counts as two.
-        memory: what is there, by name. Not all of it is there at the same time.
-        phases: bytes at the largest moment of the loss, the backward pass and the optimizer.
+        memory: by name. Not all of it is in use at the same time.
+        phases: peak bytes of the loss, the backward pass and the optimizer.
         steps_per_epoch: optimizer steps.
-        hours: of the whole run; None where no speed was given.
+        hours: of the whole run; None if no speed was given.
     """
 
     config: edict
@@ -54,12 +54,12 @@ class TrainingPlan:
 
     @property
     def peak(self) -> int:
-        """Most bytes at one time."""
+        """The peak in bytes."""
         return max(self.phases.values())
 
 
 def plan_training(config: edict, world_size: int = 1, images_per_second: float | None = None) -> TrainingPlan:
-    """Find out what a run would need; nothing is trained, and no memory of that size is taken.
+    """Find out what a run would need; nothing is trained, and no such memory is allocated.
 
     Args:
         config: what ``load_config`` returned. Where its ``num_classes`` or ``num_image`` is 0, the data are opened.
@@ -80,7 +80,8 @@ def plan_training(config: edict, world_size: int = 1, images_per_second: float |
     steps_per_epoch = config.num_image // step_images
     if not steps_per_epoch or config.num_classes < world_size:
         raise ValueError(
-            f"num_image must fill a step of {step_images} images, and num_classes be at least the world size, got "
+            f"num_image must be at least one step of {step_images} images, and num_classes at least the world size, "
+            "got "
             f"{config.num_image} images of {config.num_classes} people"
         )
 
@@ -106,20 +107,20 @@ def plan_training(config: edict, world_size: int = 1, images_per_second: float |
 def _memory(
     config: edict, world_size: int, parameters: int, trained: int, build: Callable[[], torch.nn.Module]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """What a GPU holds, and how much of it at the largest moments of a step."""
+    """The memory of a GPU, and the peaks within a step."""
     needs = network_needs(build, config.batch_size, AUTOCAST[config.precision])
-    _, local = shard_range(config.num_classes, 0, world_size)  # rank 0 has one more where it does not divide
+    _, local = shard_range(config.num_classes, 0, world_size)  # rank 0 has one more if the number is not divisible
     sampled = max(1, int(config.sample_rate * local))
     row = config.embedding_size * FLOAT
     moments = _MOMENTS[config.optimizer]
-    # A sample of the class centers is copied; the unit vectors of those that take part are kept.
+    # A sample of the class centers is copied; the unit vectors of those used are kept.
     copies = (1 + (sampled < local)) * sampled * row
     logits = config.batch_size * world_size * sampled * FLOAT
     memory = {
         "network: weights": parameters * FLOAT,
         "network: gradients": trained * FLOAT,
         "network: optimizer moments": trained * FLOAT * moments,
-        "network: buckets that ranks exchange gradients in": trained * FLOAT * (world_size > 1),
+        "network: DDP's gradient buckets": trained * FLOAT * (world_size > 1),
         "network: activations": needs.activations,
         "images": IMAGES * config.batch_size * 3 * 112 * 112 * FLOAT,
         f"class centers ({local:,})": local * row,
@@ -150,9 +151,9 @@ def format_plan(plan: TrainingPlan) -> str:
         f"{config.network}, {config.precision}, {config.optimizer}, on {plan.world_size} GPUs",
         f"  parameters        {plan.parameters / 1e6:,.1f}M in the network, "
         f"{plan.class_center_parameters / 1e6:,.1f}M in {config.num_classes:,} class centers",
-        f"  forward pass      {plan.flops / 1e9:,.2f} GFLOPs an image (a multiply-add is two)",
-        f"  steps             {plan.steps_per_epoch:,} an epoch, {steps:,} in {config.num_epoch} epochs of "
-        f"{config.num_image:,} images; {step_images:,} images a step",
+        f"  forward pass      {plan.flops / 1e9:,.2f} GFLOPs per image (a multiply-add counts as two)",
+        f"  steps             {plan.steps_per_epoch:,} per epoch, {steps:,} in {config.num_epoch} epochs of "
+        f"{config.num_image:,} images; {step_images:,} images per step",
     ]
     if plan.table_parameters:
         rate = config.lr * config.position_lr_scale
@@ -164,12 +165,9 @@ def format_plan(plan: TrainingPlan) -> str:
     if plan.hours is not None:
         speed = steps * step_images / plan.hours / 3600
         lines.append(f"  time              {plan.hours:,.1f} hours at {speed:,.0f} images/s on all GPUs")
-    lines.append("  memory of a GPU, GB")
+    lines.append("  memory per GPU, GB")
     lines += [f"    {size / GB:8.2f}  {name}" for name, size in plan.memory.items() if size]
     lines.append("  at one time, GB")
     lines += [f"    {size / GB:8.2f}  {name}" for name, size in plan.phases.items()]
-    lines.append(
-        f"    {plan.peak / GB:8.2f}  is the peak; CUDA itself, NCCL and what the allocator cannot use come on top, "
-        "1 to 3 GB"
-    )
+    lines.append(f"    {plan.peak / GB:8.2f}  is the peak; CUDA itself, NCCL and fragmentation add 1 to 3 GB")
     return "\n".join(lines)

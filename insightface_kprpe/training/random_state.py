@@ -26,7 +26,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the generators back to what :func:`random_state` returned."""
+    """Restore what :func:`random_state` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -37,7 +37,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def seed_from(*numbers: int) -> int:
-    """A seed, in [0, 2**63), that the same numbers (seed, step, rank) give everywhere."""
+    """A seed, in [0, 2**63), that depends only on these numbers (seed, step, rank)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -50,7 +50,7 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def random_numbers_of_its_own(seed: int = 0) -> Iterator[None]:
-    """Generators that start from ``seed`` in a ``with`` block; afterwards they are what they were before it."""
+    """Generators that start from ``seed`` in a ``with`` block; their state is restored afterwards."""
     before = random_state()
     seed_everything(seed)
     try:

@@ -1,7 +1,7 @@
 """The paper's training recipe (Table 6 of its supplement) for every data set, network and loss, by name.
 
-``load_config("wf42m_vit_b_irpe_cosface")`` needs no file: the name says the data set, the network, and the loss where
-it is not AdaFace. A file in ``recognition_configs/`` of such a name is there for a row of the paper's tables.
+``load_config("wf42m_vit_b_irpe_cosface")`` needs no file: the name consists of the data set, the network, and the loss
+if it is not AdaFace. Files of such names in ``recognition_configs/`` are rows of the paper's tables.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def paper(dataset: str, network: str, loss: str = "adaface", **changes: Any) -> 
 
     Args:
         dataset: a key of ``DATASETS``.
-        network: "vit_s", "vit_b" or "vit_l", with "_irpe", "_kprpe" or nothing behind it.
+        network: "vit_s", "vit_b" or "vit_l", with "_irpe", "_kprpe" or no suffix.
         loss: a key of ``LOSSES``.
         changes: keys that differ.
 
@@ -87,7 +87,7 @@ def paper(dataset: str, network: str, loss: str = "adaface", **changes: Any) -> 
     known = (dataset, DATASETS), (size, _NETWORKS), (position, POSITIONS), (loss, LOSSES)
     for name, names in known:
         if name not in names:
-            raise ValueError(f"a recipe must be made of {', '.join(filter(None, names))}; got {name!r}")
+            raise ValueError(f"a recipe name must be composed of {', '.join(filter(None, names))}; got {name!r}")
     values = {**_COMMON, **DATASETS[dataset]._asdict(), **_NETWORKS[size], **LOSSES[loss]}
     values["network"] += position
     return edict({**values, **changes})
@@ -101,7 +101,7 @@ def names() -> list[str]:
 
 
 def by_name(name: str) -> edict | None:
-    """The recipe of a name such as "wf4m_vit_l_kprpe" or "ms1mv2_vit_s_arcface"; None where it is not one."""
+    """The recipe of a name such as "wf4m_vit_l_kprpe" or "ms1mv2_vit_s_arcface"; None if it is not one."""
     if name not in names():
         return None
     dataset, _, network = name.partition("_")

@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time writes to it, and what a full disk does to it is said in words."""
+"""A run's folder: one run at a time writes to it, and a full disk is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from ..documents import read_json_object
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-NEW_RUN = ".new_run"  # there from when a new run starts until it has put an older one aside
+NEW_RUN = ".new_run"  # exists from the start of a new run until it has moved an older one aside
 _LOCK, _HOLDER = ".lock", ".lock_holder.json"
-_READERS_END = 15  # seconds after which the reader processes of a killed run have noticed, and let go of its lock
+_READERS_END = 15  # seconds until the reader processes of a killed run have noticed and released its lock
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where it stood and what to do."""
+    """Training cannot continue; the message says where it was and what to do."""
 
 
 @contextlib.contextmanager
 def open_run(output: Path, resume: bool) -> Iterator[bool]:
-    """Make a run's folder and keep other runs out of it; to be called before anything that may fail.
+    """Create a run's folder and keep other runs out of it; call it before anything that may fail.
 
-    torchrun starts a failed run again, with the same arguments. If the first attempt was a new run in the folder of an
-    older one and failed before it had put that aside, the second is a new run too.
+    torchrun restarts a failed run with the same arguments. If the first attempt was a new run in the folder of an older
+    one and failed before moving that aside, the second is a new run too.
 
     Yields:
-        Whether to go on from the last checkpoint: asked for, or this is torchrun's second attempt after a failure.
+        Whether to resume from the last checkpoint: requested, or torchrun's second attempt after a failure.
 
     Raises:
         TrainingError: another run writes to the folder, or it cannot be written to.
@@ -64,7 +64,7 @@ def _resumes(output: Path, resume: bool, rank: int) -> bool:
 
 @contextlib.contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """The folder's lock, which the system takes back when its holder is gone, however it went."""
+    """The folder's lock, which the system releases when its holder ends for any reason."""
     lock, holder = FileLock(output / _LOCK), output / _HOLDER
     _acquire(lock, holder)
     try:
@@ -89,10 +89,11 @@ def _acquire(lock: FileLock, holder: Path) -> None:
             lock.acquire(timeout=_READERS_END)
     except Timeout:
         raise TrainingError(
-            f"another run writes to {holder.parent}: {_told(holder)}; wait for it, stop it, or choose another output"
+            f"another run is writing to {holder.parent}: {_describe_holder(holder)}; wait for it, stop it, or choose "
+            "another output"
         ) from None
     except (NotImplementedError, OSError) as error:
-        logger.warning("%s cannot be locked (%s): let no second run write there", holder.parent, error)
+        logger.warning("%s cannot be locked (%s); make sure that no other run writes there", holder.parent, error)
 
 
 def _read(holder: Path) -> dict[str, Any]:
@@ -103,17 +104,17 @@ def _read(holder: Path) -> dict[str, Any]:
         return {}
 
 
-def _told(holder: Path) -> str:
-    about = _read(holder)
-    return f"process {about['pid']} on {about['host']}" if about else "a process that has just started"
+def _describe_holder(holder: Path) -> str:
+    process = _read(holder)
+    return f"process {process['pid']} on {process['host']}" if process else "a process that has just started"
 
 
-def _is_gone(about: dict[str, Any]) -> bool:
-    """Whether a process of this machine is known to run no more."""
-    if not about or about["host"] != socket.gethostname():
+def _is_gone(process: dict[str, Any]) -> bool:
+    """Whether a process of this machine is known to have ended."""
+    if not process or process["host"] != socket.gethostname():
         return False
     try:
-        os.kill(about["pid"], 0)
+        os.kill(process["pid"], 0)
     except ProcessLookupError:
         return True
     except (OSError, OverflowError):  # it is another user's, or no number of a process
@@ -123,12 +124,12 @@ def _is_gone(about: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def writing(what: str, folder: Path, size: int = 0, hint: str = "") -> Iterator[None]:
-    """Make one sentence of whatever a full disk, or a folder that may not be written to, raises in the block.
+    """Turn the errors of a full disk or an unwritable folder in the block into one sentence.
 
     Args:
         what: is written.
         folder: where to.
-        size: bytes that it takes; 0: little.
+        size: bytes needed; 0: few.
         hint: what else to know, and what to do.
 
     Raises:
@@ -143,7 +144,7 @@ def writing(what: str, folder: Path, size: int = 0, hint: str = "") -> Iterator[
         if size:
             with contextlib.suppress(OSError):
                 free = shutil.disk_usage(_existing(folder)).free
-                reason += f" (it takes {_bytes(size)}, {_bytes(free)} are free)"
+                reason += f" (it needs {_bytes(size)}, {_bytes(free)} are free)"
         raise TrainingError(f"{what} could not be written to {folder}: {reason}{hint and f'; {hint}'}") from error
 
 
@@ -152,7 +153,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _reason(error: BaseException) -> str:
-    """The system's words in a chain of errors, or else the first line of the innermost."""
+    """The system's message in a chain of errors, or else the first line of the innermost."""
     pending, seen = [error], []
     while pending:
         link = pending.pop()

@@ -1,4 +1,4 @@
-"""How a run went: curves of its metrics as PNG, and all of them in one HTML file that needs no other."""
+"""A report on a run: curves of its metrics as PNG, and all of them in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Series = dict[str, tuple[np.ndarray, np.ndarray]]  # metric: its steps and value
 
 
 class Panel(NamedTuple):
-    """One picture: which metrics it shows, and how.
+    """One figure: which metrics it shows, and how.
 
     Attributes:
         title: above the axes.
         ylabel: what the metrics are, and in what unit.
         metrics: name in the file: name in the legend.
-        smooth: draw the mean over a window too, and what it is made of faintly.
+        smooth: draw the mean over a window, and the raw values faintly.
         band: metric that is drawn as a band around another: {metric: its deviation}.
     """
 
@@ -44,7 +44,7 @@ PANELS = {
     "loss": Panel("Loss", "loss", {"loss": "mean of the logged steps"}),
     "learning_rate": Panel("Learning rate", "learning rate", {"lr": "lr"}),
     "norms": Panel(
-        "Lengths of the embeddings",
+        "Norms of the embeddings",
         "norm, +- one deviation",
         {"norm/mean": "batch", "norm/running_mean": "AdaFace's running statistics"},
         band={"norm/mean": "norm/std", "norm/running_mean": "norm/running_std"},
@@ -55,7 +55,7 @@ PANELS = {
         {"margin/mean": "margin added to the cosine", "margin/quality_mean": "quality, the factor of the margin"},
     ),
     "correlation": Panel(
-        "Does the norm tell the quality? Below 0 it is the other way round",
+        "Does the norm reflect quality? Below 0, the relation is reversed",
         "correlation with the norm",
         {
             "correlation/norm_sharpness": "sharpness of the image",
@@ -64,11 +64,11 @@ PANELS = {
         smooth=True,
     ),
     "keypoints": Panel(
-        "Does the network look at its keypoints?",
+        "Does the network use its keypoints?",
         "share",
         {
-            "keypoints/attention_share": "of attention that they decide",
-            "keypoints/template_shift": "by which the template's in their place move the embedding",
+            "keypoints/attention_share": "share of attention that they determine",
+            "keypoints/template_shift": "change of the embedding if replaced by the template's",
         },
     ),
     "speed": Panel("Speed", "images / s", {"images_per_second": "all ranks"}),
@@ -91,7 +91,7 @@ def report_run(run: str | Path, out: str | Path | None = None) -> list[Path]:
         ImportError: matplotlib is not installed.
         TrainingError: the report could not be written.
     """
-    new_figure(_SIZE)  # says what to install before anything is read or written
+    new_figure(_SIZE)  # raises before anything is read or written
     run = Path(run)
     out = run / "report" if out is None else Path(out)
     series, settings = read_metrics(run / METRICS), _read_settings(run / "config.json")
@@ -122,14 +122,14 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> Series:
-    """The metrics of a ``metrics.jsonl`` by name; what is no number, and a line that a kill cut short, is left out.
+    """The metrics of a ``metrics.jsonl`` by name, without entries that are not numbers and a line cut short by a kill.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds no metrics.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"RUN must be a training's output folder with {METRICS}, got {path.parent}")
+        raise FileNotFoundError(f"RUN must be the output folder of a training run, with {METRICS}, got {path.parent}")
     points: dict[str, dict[int, float]] = {}
     for _, row in json_lines(path):
         if not _is_number(row.get("step")):
@@ -147,7 +147,7 @@ def _is_number(value: Any) -> bool:
 
 
 def summary(series: Series) -> list[tuple[str, str]]:
-    """What to know of a run at a glance: names and values."""
+    """Summary of a run: names and values."""
     rows = [("steps logged", f"{max(int(steps[-1]) for steps, _ in series.values()):,}")]
     if "loss" in series:
         rows.append(("loss, first and last", f"{series['loss'][1][0]:.3f}, {series['loss'][1][-1]:.3f}"))

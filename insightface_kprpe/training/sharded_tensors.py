@@ -1,7 +1,7 @@
-"""Named tensors to and from a folder by ``torch.distributed.checkpoint``, whatever number of ranks reads them back.
+"""Named tensors to and from a folder by ``torch.distributed.checkpoint``, read back by any number of ranks.
 
 A tensor is either the same on all ranks, and stored once, or its rows are spread over the ranks, each of which stores
-and reads its own. Files are never unpickled freely.
+and reads its own. Files are never unpickled without restrictions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 Rows = Mapping[str, tuple[int, int]]  # tensor: (first row of this rank, rows of all ranks)
 
-# All that the index of a checkpoint of tensors consists of, beside torch's data types.
+# All classes in the index of a checkpoint of tensors, besides torch's data types.
 _INDEX = {
     "torch.distributed.checkpoint.metadata": {
         "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
@@ -71,7 +71,7 @@ def write_tensors(folder: Path, tensors: dict[str, Any], group: dist.ProcessGrou
 
 
 def stored_bytes(tensors: Mapping[str, torch.Tensor], rows: Rows) -> int:
-    """About how many bytes the tensors of all ranks take; arguments as for :func:`stage`."""
+    """Approximate size in bytes of the tensors of all ranks; arguments as for :func:`stage`."""
     total = 0
     for key, tensor in tensors.items():
         name = _owner(key, rows)
@@ -170,7 +170,7 @@ def _empty_tensors(
     rows: Rows,
     optimized: Sequence[str],
 ) -> dict[str, torch.Tensor]:
-    """What to read into: weights and buffers as they are here, moments as they are in the file."""
+    """Tensors to read into: weights and buffers with their shapes here, moments with those in the file."""
     empty, problems = {}, []
     for key, tensor in wanted.items():
         if key.startswith("optimizer."):
@@ -189,8 +189,9 @@ def _empty_tensors(
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise _OtherNetwork(
-            f"{folder} is of another network or loss: {'; '.join(problems[:5])}{more}; to train this one from those "
-            "weights, for instance on other people, start a new run in another output with init_from= that run's folder"
+            f"{folder} belongs to another network or loss: {'; '.join(problems[:5])}{more}; to start from those "
+            "weights, for instance on other people, start a new run in another output with init_from set to that run's "
+            "folder"
         )
     for key in moments:
         name, size = _parameter(key), stored[key].size
@@ -218,7 +219,7 @@ def _sharded(local: torch.Tensor, first: int, total: int, group: dist.ProcessGro
 
 
 class _SafeReader(dcp.FileSystemReader):
-    """Reads the index of a checkpoint, which is a pickle, without running anything that it may contain."""
+    """Reads the index of a checkpoint, which is a pickle, without executing anything in it."""
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
@@ -231,12 +232,12 @@ class _IndexUnpickler(pickle._Unpickler):  # in Python, see data.verification_bi
     def find_class(self, module: str, name: str) -> Any:
         if name in _INDEX.get(module, ()) or (module == "torch" and isinstance(vars(torch).get(name), torch.dtype)):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in the index of a checkpoint")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in the index of a checkpoint")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's remarks on ShardedTensor (no other tensor has shards of any size) and single processes."""
+    """Suppress torch's remarks on ShardedTensor (no other tensor has shards of any size) and single processes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)

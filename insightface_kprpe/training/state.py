@@ -1,4 +1,4 @@
-"""What changes while training runs, as named tensors and plain values, and how it is built from a config."""
+"""The state of training as named tensors and plain values, and its construction from a config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .lr_scheduler import build_scheduler
 
 
 class Schedule(NamedTuple):
-    """How long a run is; a step is one of the optimizer.
+    """The length of a run; a step is an optimizer step.
 
     Attributes:
         steps_per_epoch: at least 1.
@@ -34,7 +34,7 @@ class Schedule(NamedTuple):
         return self.steps_per_epoch * self.epochs
 
     def step_after(self, step: int, steps_per_epoch: int) -> int:
-        """The step that has seen as much of the data as ``step`` of a run with other epochs."""
+        """The step that has seen as much of the data as ``step`` of a run with another epoch length."""
         epoch, done = divmod(step, steps_per_epoch)
         return epoch * self.steps_per_epoch + round(done * self.steps_per_epoch / steps_per_epoch)
 
@@ -85,14 +85,14 @@ class TrainingState(NamedTuple):
         return tensors
 
     def values(self) -> dict[str, Any]:
-        """What is no tensor: plain python values, readable with ``weights_only=True``."""
+        """Everything that is not a tensor: plain Python values, readable with ``weights_only=True``."""
         return {
             "optimizer": type(self.optimizer).__name__,
             "scaler": self.scaler.state_dict(),
         }
 
     def restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
-        """Take over what :meth:`tensors` and :meth:`values` returned, of this rank's rows.
+        """Load what :meth:`tensors` and :meth:`values` returned, with this rank's rows.
 
         Learning rate and weight decay stay the config's, which may have changed; see :meth:`go_to`.
         """
@@ -103,7 +103,7 @@ class TrainingState(NamedTuple):
             self.scaler.load_state_dict(values["scaler"])
 
     def restore_moments(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over the optimizer's part of :meth:`tensors`."""
+        """Load the optimizer's part of :meth:`tensors`."""
         moments: dict[int, dict[str, torch.Tensor]] = {}
         parameters = self.named_parameters()
         indices = {name: index for index, name in enumerate(self.optimized())}
@@ -133,7 +133,7 @@ def _below(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Te
 def build_state(
     config: edict, net: nn.Module, loss: nn.Module, schedule: Schedule, device: torch.device
 ) -> TrainingState:
-    """What a config's ``optimizer``, ``scheduler`` and ``precision`` ask for; network and loss are on the device."""
+    """Build the state by a config's ``optimizer``, ``scheduler`` and ``precision``; the network is on the device."""
     optimizer = build_optimizer(config, net, loss)
     scheduler = build_scheduler(
         optimizer,
@@ -150,8 +150,8 @@ def build_state(
 def build_optimizer(config: edict, net: nn.Module, loss: nn.Module) -> torch.optim.Optimizer:
     """AdamW or SGD over network and loss.
 
-    Weight decay leaves biases, norms and what the network names alone. Position tables are a group of their own, whose
-    learning rate is ``position_lr_scale`` times that of the others, through the whole schedule.
+    Weight decay excludes biases, norms and what the network names. Position tables are a separate group, whose learning
+    rate is ``position_lr_scale`` times that of the others, through the whole schedule.
     """
     spared, tables = (net.no_weight_decay(), net.position_tables()) if isinstance(net, Backbone) else (set(), set())
     named = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}

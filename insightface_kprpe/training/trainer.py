@@ -42,7 +42,7 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 def train(config: edict) -> dict[str, float]:
     """Run a config to its end.
 
-    What goes on is logged by the package's loggers, from level INFO on; :func:`main` shows it and keeps a file of it.
+    Progress is logged by the package's loggers at level INFO; :func:`main` shows it and writes it to a file.
 
     Args:
         config: what :func:`~insightface_kprpe.training.config.load_config` returned.
@@ -103,7 +103,7 @@ class FaceTraining:
         # In channels-last layout the patch embedding's result is (B, N, D) as it lies in memory.
         self.backbone.to(device, memory_format=torch.channels_last)
         if config.compile:
-            self.backbone.compile()  # in place: names of weights stay what they are
+            self.backbone.compile()  # in place, so that names of weights do not change
 
         faces = open_training_set(config)
         if self.backbone.needs_keypoints and not self.backbone.finds_keypoints:
@@ -112,7 +112,9 @@ class FaceTraining:
         sampler = EpochSampler(len(faces), config.batch_size, self.rank, self.world_size, config.seed, **repeat)
         self.schedule = Schedule(len(sampler) // config.gradient_acc, config.num_epoch, config.gradient_acc)
         if not self.schedule.steps_per_epoch:
-            raise ValueError(f"gradient_acc must fit {len(sampler)} batches an epoch, got {config.gradient_acc}")
+            raise ValueError(
+                f"gradient_acc must be at most the {len(sampler)} batches of an epoch, got {config.gradient_acc}"
+            )
         loader = build_loader(ReadableFaces(faces), sampler, config.num_workers, device, config.seed)
         self.loader = DeviceFeed(loader, device, BadImages(faces, config.max_bad_images))
 
@@ -124,7 +126,7 @@ class FaceTraining:
         self.keypoints = KeypointWatch(self.backbone) if looks else None
 
     def run(self, metrics: Metrics | None, *, step: int, **options: Any) -> None:
-        """Take the steps that are still to do.
+        """Take the remaining steps.
 
         Args:
             metrics: where numbers go, on rank 0; None on the others.
@@ -171,10 +173,10 @@ class FaceTraining:
 
 
 def open_sets(config: edict) -> list[VerificationPairs]:
-    """The verification sets of a config, looked through so that none ends in an error hours later; on rank 0.
+    """The verification sets of a config, checked so that none fails hours later; on rank 0.
 
     Raises:
-        ValueError: a set is missing, damaged, or of no use.
+        ValueError: a set is missing, damaged, or unusable.
     """
     if rank_and_world_size()[0] != 0:
         return []
@@ -185,7 +187,7 @@ def open_sets(config: edict) -> list[VerificationPairs]:
             check_pairs(sets[-1])
         except ValueError as error:
             raise ValueError(
-                f"val_targets: {verification_file(target, config.rec)}: {error}; replace the file, or leave it out of "
+                f"val_targets: {verification_file(target, config.rec)}: {error}; replace the file, or remove it from "
                 "val_targets"
             ) from error
     names = [pairs.name for pairs in sets]
@@ -204,14 +206,14 @@ def train_step(
     """One optimizer step over one or more batches, as if they were one.
 
     They share the sampled class centers and the norm statistics of AdaFace, which takes a second forward pass.
-    Batch normalisation alone sees each of them by itself, as it does those of different ranks.
+    Only batch normalization sees each of them separately, as it does those of different ranks.
 
     Args:
         network: the backbone, wrapped or not.
         batches: (images float in [-1, 1], labels, keypoints), of equal size, on the device.
         state: of the backbone and of PartialFC, its loss.
         config: ``precision`` and ``clip_grad`` are used.
-        watch: is shown the batches and their embeddings.
+        watch: sees the batches and their embeddings.
 
     Returns:
         The mean loss over all batches and ranks.
@@ -239,7 +241,7 @@ def train_step(
 
 @torch.no_grad()
 def norms_of(embed: Callable[[Batch], torch.Tensor], batches: Sequence[Batch], backbone: nn.Module) -> torch.Tensor:
-    """Lengths of the embeddings that the training pass is about to make; random numbers and buffers are put back.
+    """Norms of the embeddings that the training pass will compute; random numbers and buffers are restored.
 
     Args:
         embed: batch -> embeddings, in training mode.

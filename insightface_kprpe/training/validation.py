@@ -1,4 +1,4 @@
-"""Validations of a run: when they are due, and that they neither change nor end it."""
+"""Validations of a run: when they are due, without changing or ending the run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ logger = logging.getLogger(__name__)
 
 
 class Validation:
-    """Measures a run every so many steps and at its end, each time after its state was saved.
+    """Measures a run at regular intervals and at its end, each time after its state was saved.
 
-    Training goes on with the same bits as if there had been none, also where it fails. One that is due and was not
-    done, because a signal or a kill came first, is made up when the run goes on.
+    Training continues bit for bit as if there had been none, even if it fails. One that was due but not done, because
+    of a signal or a kill, is made up for on resuming.
 
     Args:
-        measure: on rank 0, which measures: called with the number of steps done; returns a score, the higher the
-            better, or None. None on the other ranks, which wait.
+        measure: on rank 0, which measures: called with the number of steps done; returns a score (higher is better), or
+            None. None on the other ranks, which wait.
         every: steps between validations.
         state: of the run, as it is after the steps that are done.
         schedule: how long the run is.
-        checkpoints: told the score of each.
-        at_start: also before the first step that is to do.
+        checkpoints: receives the score of each.
+        at_start: also before the first step.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Validation:
         wait_for_rank_0()
 
     def start(self, step: int) -> None:
-        """Make up for what is missing where a run goes on; called as a validation is."""
+        """Make up for a missing validation when a run resumes; called like a validation."""
         if self.measure is not None:
             undone = step > 0 and self.due(step) and step not in self.checkpoints.scores
             if undone or self.at_start:
@@ -63,10 +63,10 @@ class Validation:
         wait_for_rank_0()
 
     def warn_if_failed(self) -> None:
-        """One warning at the end of a run some of whose validations failed."""
+        """Warn once at the end of a run if validations failed."""
         if self.failed:
             logger.warning(
-                "%d validations failed, after steps %s (see above); model.pt is whole and can be measured with "
+                "%d validations failed, after steps %s (see above); model.pt is complete and can be measured with "
                 "`insightface-kprpe evaluate`",
                 len(self.failed), ", ".join(map(str, self.failed)),
             )  # fmt: skip
@@ -75,7 +75,7 @@ class Validation:
         try:
             with random_numbers_of_its_own():
                 score = self.measure(step)
-        except Exception as error:  # whatever it is, training is worth more
+        except Exception as error:  # whatever the error, training is more important
             self._note(step, error)
             return
         self.checkpoints.wait()  # a checkpoint that could not be written does end the run
@@ -88,6 +88,6 @@ class Validation:
         self.failed.append(step)
         explained = isinstance(error, ValueError | OSError | TrainingError)
         logger.error(
-            "VALIDATION FAILED after step %d, training goes on: %s: %s",
+            "VALIDATION FAILED after step %d, training continues: %s: %s",
             step, type(error).__name__, error, exc_info=None if explained else error,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Weights & Biases beside the metrics file, by the keys of arcface_torch's configs; imported only where asked for."""
+"""Weights & Biases besides the metrics file, by the keys of arcface_torch's configs; imported only on request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from easydict import EasyDict as edict
 
 from .config import SECRETS
 
-RUN_ID = "wandb_run_id"  # a file in the run's folder, so that a resumed run goes on under its name
+RUN_ID = "wandb_run_id"  # a file in the run's folder, so that a resumed run continues under its name
 
 
 class WandbRun:
@@ -18,9 +18,9 @@ class WandbRun:
 
     Args:
         config: its ``wandb_key``, ``wandb_entity``, ``wandb_project``, ``wandb_resume``, ``suffix_run_name``, ``notes``
-            and ``save_artifacts`` are used; all of it but the key is sent along.
+            and ``save_artifacts`` are used; everything except the key is sent along.
         output: the run's folder, after which the run is named.
-        resumed: training goes on from a checkpoint, so that the run does too.
+        resumed: training continues from a checkpoint, and so does the wandb run.
 
     Raises:
         ImportError: wandb is not installed.
@@ -50,7 +50,7 @@ class WandbRun:
                 id=remembered.read_text().strip() if again else None,
                 resume="allow" if again else None,
             )
-        except Exception as error:  # its own kinds of error, of the network, the key or the project
+        except Exception as error:  # its own error types, for the network, the key or the project
             raise ValueError(
                 f"using_wandb must be False where Weights & Biases cannot be reached, got {type(error).__name__}: "
                 f"{error}; WANDB_MODE=offline keeps the numbers for later"
@@ -62,7 +62,7 @@ class WandbRun:
         self.run.log(dict(values), step=step)
 
     def close(self, finished: bool) -> None:
-        """End the run; upload the network of one that has finished, where ``save_artifacts`` asks for it."""
+        """End the run; upload the network of one that has finished, if ``save_artifacts`` is set."""
         try:
             if finished and self.artifact is not None:
                 artifact = self.wandb.Artifact(f"{self.artifact.parent.name}_model", type="model")

@@ -1,1 +1,1 @@
-"""Weights in: where they come from, what they are of, and the network that fits them."""
+"""Loading weights: their sources, their architecture, and the network that fits them."""

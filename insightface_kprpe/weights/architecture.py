@@ -1,4 +1,4 @@
-"""What a recognition network is, read from the shapes of its weights."""
+"""Infers the architecture of a recognition network from the shapes of its weights."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..state_dict import ALIGNER_PREFIX
 from .cvlface import ONNX_INSTEAD
 
 LANDMARK_NETWORK = "LandmarkHead.0.conv1x1.weight"  # a tensor that every landmark network has
-# Tensors that only one kind of network has, under any prefix, for saying what a file is that holds none of ours.
+# Tensors that only one kind of network has, under any prefix, to name the content of a file without one of ours.
 _OTHERS = {
-    "layer1.0.prelu.weight": "an IResNet of arcface_torch, but not r18 to r200",
-    "input_layer.0.weight": "an IResNet as AdaFace's, but none of ir_18, ir_50 and ir_101",
+    "layer1.0.prelu.weight": "an arcface_torch IResNet, but none of r18 to r200",
+    "input_layer.0.weight": "an IResNet like AdaFace's, but none of ir_18, ir_50 and ir_101",
     "conv_sep.layers.0.weight": "a MobileFaceNet, but not arcface_torch's mbf",
     LANDMARK_NETWORK: "a landmark network (DFA or RetinaFace)",
     "layers.0.blocks.0.attn.relative_position_bias_table": "a Swin transformer",
@@ -30,12 +30,12 @@ _OTHERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A ViT as its weights tell it.
+    """A ViT's architecture, as inferred from its weights.
 
     Attributes:
         embed_dim, depth, patch_size, img_size, num_features, position: as of ``VisionTransformer``.
         mlp_width: hidden width of the MLPs.
-        num_heads: None where weights do not tell: without relative positions, or with tables shared by heads.
+        num_heads: None if the weights do not determine it: without relative positions, or with tables shared by heads.
         num_keypoints: 0 without KPRPE.
         num_tables: how many tables of bucket biases KPRPE makes for all layers and heads together; 0 without it.
         with_dfa: whether the weights of an aligner are among them.
@@ -54,7 +54,7 @@ class Architecture:
     with_dfa: bool = False
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line of text."""
         kind = {None: "ViT", "irpe": "ViT with iRPE", "kprpe": "ViT with KPRPE"}[self.position]
         heads = f", {self.num_heads} heads" if self.num_heads else ""
         keypoints = f" ({self.num_keypoints} keypoints, {self.num_tables} tables)" if self.num_tables else ""
@@ -64,7 +64,7 @@ class Architecture:
         )
 
     def size(self) -> tuple[int, ...]:
-        """What named sizes differ in."""
+        """The properties in which named sizes differ."""
         return self.patch_size, self.img_size, self.embed_dim, self.depth, self.mlp_width
 
 
@@ -72,7 +72,7 @@ def read_architecture(state: Mapping[str, torch.Tensor]) -> Architecture:
     """Read the architecture from weights without prefixes.
 
     Raises:
-        ValueError: they are not those of a ViT of this package; the message says what they are, where that is known.
+        ValueError: they are not those of a ViT of this package; the message says what they are, if known.
     """
     try:
         patches = state["patch_embed.proj.weight"]
@@ -107,7 +107,7 @@ def read_architecture(state: Mapping[str, torch.Tensor]) -> Architecture:
 
 
 def _what_else(state: Mapping[str, torch.Tensor]) -> str:
-    """What weights are that are not ours, and what to do with them."""
+    """What foreign weights are, and what to do with them."""
     for name, kind in _OTHERS.items():
         found = [key for key in state if key == name or key.endswith(f".{name}")]
         if found and ("." in name or len(state) == 1):
@@ -122,10 +122,10 @@ def check_settings(settings: Mapping[str, Any], architecture: Architecture, wher
     Args:
         settings: for ``get_model``.
         architecture: of the weights.
-        where: they come from, for the message.
+        where: their origin, for the message.
 
     Raises:
-        ValueError: a size is another.
+        ValueError: a size differs.
     """
     found = {
         "depth": architecture.depth,
@@ -137,12 +137,10 @@ def check_settings(settings: Mapping[str, Any], architecture: Architecture, wher
     }
     for key in found.keys() & settings.keys():
         value, there = settings[key], found[key]
-        if key == "img_size" and isinstance(value, int) and 0 < value < 4096:  # a last part of a patch is not seen
+        if key == "img_size" and isinstance(value, int) and 0 < value < 4096:  # an incomplete last patch is not seen
             value, there = value // architecture.patch_size, there // architecture.patch_size
         if value != there:
-            raise ValueError(
-                f"{where}: {key} is said to be {settings[key]!r:.40}, but of the weights it is {found[key]}"
-            )
+            raise ValueError(f"{where}: {key} is {settings[key]!r:.40}, but the weights have {found[key]}")
     heads, ratio = settings.get("num_heads", 1), settings.get("mlp_ratio", 1.0)
     if not isinstance(heads, int) or not 1 <= heads <= architecture.embed_dim:
         raise ValueError(f"{where}: num_heads must be 1 to {architecture.embed_dim}, the width, got {heads!r:.40}")
@@ -150,13 +148,13 @@ def check_settings(settings: Mapping[str, Any], architecture: Architecture, wher
         not isinstance(ratio, int | float) or abs(ratio * architecture.embed_dim - architecture.mlp_width) >= 1
     ):
         fitting = architecture.mlp_width / architecture.embed_dim
-        raise ValueError(f"{where}: mlp_ratio is said to be {ratio!r:.40}, but of the weights it is {fitting:g}")
+        raise ValueError(f"{where}: mlp_ratio is {ratio!r:.40}, but the weights have {fitting:g}")
 
 
 def named_network(architecture: Architecture) -> tuple[str, dict[str, Any]] | None:
     """The registered network of this architecture.
 
-    Weights do not always tell the number of heads; the named sizes do.
+    Weights do not always determine the number of heads; the named sizes do.
 
     Returns:
         Its name and the arguments that differ from the name's own, both for ``get_model``; None if there is none.
@@ -179,13 +177,13 @@ def named_network(architecture: Architecture) -> tuple[str, dict[str, Any]] | No
 
 
 def check_network(name: str, settings: Mapping[str, Any], architecture: Architecture, where: str) -> None:
-    """Compare what is said of weights with what they are.
+    """Compare the description of weights with the weights.
 
     Args:
-        name: of the network that they are said to be of.
-        settings: of it, both for ``get_model``.
-        architecture: what they are.
-        where: they come from, for the message.
+        name: of the network according to the description.
+        settings: of that network, both for ``get_model``.
+        architecture: of the weights.
+        where: their origin, for the message.
 
     Raises:
         ValueError: it is another network; the message says which.
@@ -193,7 +191,7 @@ def check_network(name: str, settings: Mapping[str, Any], architecture: Architec
     plain = {key: value for key, value in settings.items() if not key.startswith("dfa_")}
     sizes = {
         key: value for key, value in plain.items() if key != "num_features"
-    }  # the comparison below says that better
+    }  # the comparison below has a better message
     check_settings(sizes, architecture, where)
     try:
         with torch.device("meta"):
@@ -208,9 +206,7 @@ def check_network(name: str, settings: Mapping[str, Any], architecture: Architec
     found = named_network(architecture)
     changes = "".join(f", {key}={value!r}" for key, value in found[1].items()) if found else ""
     known = f"; that is {found[0]}{changes}" if found else ""
-    raise ValueError(
-        f"{where} is said to be {name}, a {claimed.describe()}, but it is a {architecture.describe()}{known}"
-    )
+    raise ValueError(f"{where} claims to be {name}, a {claimed.describe()}, but is a {architecture.describe()}{known}")
 
 
 def _sharing(num_tables: int, depth: int, num_heads: int) -> str | None:
@@ -222,20 +218,20 @@ def _sharing(num_tables: int, depth: int, num_heads: int) -> str | None:
 def names_by_tensors(state: Mapping[str, torch.Tensor]) -> list[str]:
     """The registered networks, ViTs of this package aside, that have tensors of just these names.
 
-    There is more than one where published weights of one network differ in what they take (RGB or BGR).
+    There is more than one if published weights of a network differ in their input (RGB or BGR).
     """
     return _registered(tuple(list_models())).by_tensors.get(_tensor_names(state), [])
 
 
 def embedding_length(net: Backbone, state: Mapping[str, torch.Tensor]) -> int:
-    """The length of embeddings that weights make.
+    """The embedding size of weights.
 
     Args:
         net: of their kind, perhaps with another length.
         state: the weights.
 
     Returns:
-        What the last tensor tells, where it is as long as the network's embeddings; else the network's own length.
+        The length of the last tensor, if it is one number per embedding entry; else the network's own.
     """
     last, value = [(key, value) for key, value in net.state_dict().items() if value.ndim][-1]
     known = len(value) == net.num_features and last in state and state[last].ndim == value.ndim
@@ -243,14 +239,14 @@ def embedding_length(net: Backbone, state: Mapping[str, torch.Tensor]) -> int:
 
 
 class _Registered(NamedTuple):
-    """What is known of the registered networks from their shapes."""
+    """Lookup tables of the registered networks by their shapes."""
 
     sizes: dict[tuple[int, ...], tuple[str, int]]  # of plain ViTs -> name and number of heads
     by_tensors: dict[frozenset[str], list[str]]  # names of the tensors of others -> names
 
 
 def _tensor_names(state: Mapping[str, torch.Tensor]) -> frozenset[str]:
-    """Names of tensors but for the counters of batch normalisation, which files may lack."""
+    """Names of tensors except for the counters of batch normalization, which files may lack."""
     return frozenset(key for key in state if not key.endswith("num_batches_tracked"))
 
 

@@ -1,4 +1,4 @@
-"""CVLface's ``model.yaml``: which network a folder says it holds."""
+"""CVLface's ``model.yaml``, which describes the network in a folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHARINGS = {
 }
 # What to do with a network that this package does not have.
 ONNX_INSTEAD = (
-    "export it to ONNX where it was trained (arcface_torch: torch2onnx.py): evaluate, embed, recognize and pack take "
+    "export it to ONNX where it was trained (arcface_torch: torch2onnx.py); evaluate, embed, recognize and pack accept "
     "any ArcFace ONNX file"
 )
 _DFA = "differentiable_face_aligner"
@@ -33,7 +33,7 @@ _BODIES = {"mobile0.25": "mobilenet0.25", "resnet50": "resnet50"}
 
 
 def config_of_yaml(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """What a ``model.yaml`` says, in the words of this package's ``config.json``.
+    """The content of a ``model.yaml``, in the terms of this package's ``config.json``.
 
     Args:
         content: of the file.
@@ -59,7 +59,8 @@ def config_of_yaml(content: Mapping[str, Any], path: str | Path) -> dict[str, An
     if name not in _SIZES:
         what = f"an {name} of {_family(content)}" if _family(content) in _OTHER_FAMILIES else f"name {name!r:.40}"
         raise ValueError(
-            f"{path} describes {what}; of CVLface, this package has the ViTs (name small or base, of vit, vit_irpe or "
+            f"{path} describes {what}; of CVLface's networks, this package has the ViTs (name small or base, of vit, "
+            "vit_irpe or "
             f"vit_kprpe), the IResNets (ir18, ir50, ir101) and the DFA; {ONNX_INSTEAD}"
         )
     rpe = content.get("rpe_config") or {}

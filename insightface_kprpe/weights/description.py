@@ -1,4 +1,4 @@
-"""What weights are, and where they came from, for manifests and for people."""
+"""Describes weights and their origin, for manifests and as text."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Description:
-    """What a network is, and where it came from.
+    """A network and its origin.
 
     Attributes:
         source: file or folder, or "hf:owner/name@commit".
         format: of the source.
         task: "recognition" or "aligner".
-        architecture: for people.
+        architecture: as text.
         config: what ``load_run`` (or ``load_dfa``) needs to build the network.
         color_order: of the images that the network takes.
         keypoint_convention: of the keypoints that it takes, or finds.
@@ -35,7 +35,7 @@ class Description:
     licence: str = "unknown"
 
     def text(self) -> str:
-        """Several lines for people."""
+        """Several lines of text."""
         return "\n".join(
             f"{name:<12} {value}"
             for name, value in (

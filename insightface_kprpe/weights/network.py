@@ -1,4 +1,4 @@
-"""Networks that are built for the weights they get: of a training run, or of a file and a name."""
+"""Builds networks for given weights: of a training run, or of a file and a name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..hub import is_hub_source
 from ..state_dict import ALIGNER_PREFIX, check_fit, load_weights, read_state_dict, strip_prefixes
 from .architecture import check_settings, read_architecture
 
-# What a config.json may hold, and up to which size.
+# Types and limits of the entries of a config.json.
 _TYPES = {"network": str, "network_kwargs": dict, "embedding_size": int, "body": str, "aggregator": bool}
 _LARGEST = 65_536
 _LIMITS = {"embedding_size": 65_536, "image_size": 2_048}
@@ -32,18 +32,18 @@ def load_run(folder: str | Path) -> nn.Module:
         raise ValueError(f"model must be the output folder of a training run (config.json and model.pt), got {folder}")
     config = read_json_object(folder / "config.json")
     if missing := {"network", "network_kwargs", "embedding_size"} - set(config):
-        raise ValueError(f"{folder} is no run of a recognition network: its config.json has no {sorted(missing)[0]}")
+        raise ValueError(f"{folder} is not a run of a recognition network: its config.json has no {sorted(missing)[0]}")
     check_config(config, folder / "config.json")
     settings = {"num_features": config["embedding_size"], **config["network_kwargs"]}
     return load_network(folder / "model.pt", config["network"], **settings)
 
 
 def check_config(config: Mapping[str, Any], where: str | Path) -> None:
-    """Refuse a ``config.json`` whose entries on the network are of other types, or absurdly large.
+    """Refuse a ``config.json`` whose network entries have wrong types, or are absurdly large.
 
     Args:
         config: its content.
-        where: it comes from, for the message.
+        where: its origin, for the message.
 
     Raises:
         ValueError: an entry is not what it must be.
@@ -82,7 +82,7 @@ def load_network(weights: str | Path | Mapping[str, torch.Tensor], network: str,
     Args:
         weights: what :func:`read_state_dict` reads, or a state dict.
         network: a registered name, see :func:`~insightface_kprpe.backbones.list_models`.
-        **settings: of the network; the length of embeddings is that of the weights where it is not among them.
+        **settings: of the network; the embedding size is that of the weights if it is not given.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -94,7 +94,7 @@ def load_network(weights: str | Path | Mapping[str, torch.Tensor], network: str,
     if last is not None:
         settings.setdefault("num_features", last.shape[0])
     aligner = {key[len(ALIGNER_PREFIX) :]: value for key, value in state.items() if key.startswith(ALIGNER_PREFIX)}
-    if aligner:  # the file that training took it from may be gone
+    if aligner:  # the file that training read it from may be gone
         settings["dfa_weights"] = aligner
     elif is_hub_source(settings.get("dfa_weights") or ""):
         raise ValueError(f"{where}: settings of weights may not name others on the Hub, got {settings['dfa_weights']}")

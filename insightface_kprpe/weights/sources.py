@@ -1,7 +1,7 @@
 """Networks from published weights: arcface_torch's, CVLface's, and CVLface's on the Hugging Face Hub.
 
-What a folder says of its network (``model.yaml``, ``config.json``) is checked against the tensors. Nothing is executed:
-YAML and JSON are read as data, weights as tensors.
+A folder's description of its network (``model.yaml``, ``config.json``) is checked against the tensors. Nothing is
+executed: YAML and JSON are read as data, weights as tensors.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def load_published(
     offline: bool = False,
     licence: str | None = None,
 ) -> tuple[nn.Module, Description]:
-    """Load a network, whoever published it, in eval mode.
+    """Load a published network in eval mode.
 
     Args:
         source: arcface_torch's ``model.pt``; a CVLface folder (``model.pt``, ``model.yaml``); a snapshot of a CVLface
@@ -60,7 +60,7 @@ def load_published(
             "hf:owner/name[/path][@revision]";
             what :func:`convert` wrote; an output folder of this package's training. All of them by the folder, or by
             the weights file in it.
-        network: name of the backbone; None: what lies beside the weights says, else their shapes do.
+        network: name of the backbone; None: from the description next to the weights, else from their shapes.
         cache: where downloads are kept; None: ``huggingface_hub``'s own place.
         offline: download nothing.
         licence: of the weights; None: what the source says.
@@ -72,8 +72,8 @@ def load_published(
         FileNotFoundError: there is no such file or folder.
         ImportError: the source is on the Hub and ``huggingface_hub`` is not installed.
         RuntimeError: the download failed.
-        ValueError: the weights are damaged, are not those of a network of this package, or are not what the folder
-            says; the message tells what they are.
+        ValueError: the weights are damaged, are not those of a network of this package, or do not match the folder's
+            description; the message says what they are.
     """
     name, card = str(source), None
     if is_hub_source(source):
@@ -88,14 +88,14 @@ def load_published(
     elif "network" not in config and (by_tensors := _name_by_tensors(found, weights)):
         config, kind = config | {"network": by_tensors}, "AdaFace" if by_tensors.startswith("ir_") else kind
     before = config.get("published", {})  # what it was before convert()
-    build = _build_aligner if LANDMARK_NETWORK in state else _build_recogniser
+    build = _build_aligner if LANDMARK_NETWORK in state else _build_recognizer
     try:
         net, facts = build(state, config, f"{weights} ({kind})")
     except ValueError as error:
         raise ValueError(str(error).replace("state dict", str(weights), 1)) from error
     check_turned_once(net, content, str(weights))
     if str(content.get("color_space")).upper() == "BGR":
-        facts["color_order"] += " (the first layer was turned from BGR)"
+        facts["color_order"] += " (the first layer was converted from BGR)"
     return net, Description(
         source=f"{name}, converted from {before['source']}" if "source" in before else name,
         format=kind,
@@ -107,7 +107,7 @@ def load_published(
 
 
 def _network_in(state: dict[str, torch.Tensor], weights: Path) -> FoundWeights:
-    """The network's tensors in a file; what else is there is named."""
+    """The network's tensors in a file; everything else is logged."""
     try:
         found = find_weights(state)
     except ValueError as error:
@@ -123,15 +123,15 @@ def _is_of_adaface(found: FoundWeights) -> bool:
 
 
 def _name_by_tensors(found: FoundWeights, weights: Path) -> str | None:
-    """The registered network that is no ViT of this package and has these tensors; None: there is none."""
+    """The registered network, ViTs of this package aside, that has these tensors; None if there is none."""
     names = names_by_tensors(found.tensors)
     if len(names) > 1 and _is_of_adaface(found):
         names = [name for name in names if name.startswith("ir_")]
     if len(names) > 1:
         raise ValueError(
-            f"{weights} holds the weights of {' or '.join(names)}, which differ in what they take, not in their "
-            "tensors, and nothing says which; give network=NAME (--network NAME): ir_18 to ir_101 are for AdaFace's "
-            "weights, which are for BGR, cvlface_ir18 to cvlface_ir101 for CVLface's, which are for RGB"
+            f"{weights} holds the weights of {' or '.join(names)}, which have the same tensors and differ only in "
+            "their input; specify which with network=NAME (--network NAME): ir_18 to ir_101 are for AdaFace's weights "
+            "(BGR), cvlface_ir18 to cvlface_ir101 for CVLface's (RGB)"
         )
     return names[0] if names else None
 
@@ -143,7 +143,8 @@ def convert(net: nn.Module, description: Description, out: str | Path) -> Path:
         net: what :func:`load_published` returned.
         description: likewise.
         out: "NAME.safetensors" for one file that also holds the description; else a folder with arcface_torch's
-            ``model.pt`` and a ``config.json``, as training leaves it, which ``export``, ``evaluate`` and ``pack`` take.
+            ``model.pt`` and a ``config.json``, as training leaves it, which ``export``, ``evaluate`` and ``pack``
+            accept.
 
     Returns:
         ``out``.
@@ -168,7 +169,7 @@ def convert(net: nn.Module, description: Description, out: str | Path) -> Path:
     if out.exists():
         raise ValueError(f"OUT must not exist yet, {out} does; choose another name or remove it")
     if not description.config:
-        raise ValueError("RetinaFace's own weights have no training run's config.json; choose OUT.safetensors")
+        raise ValueError("RetinaFace's own weights cannot be written as a training run; choose OUT.safetensors")
     with atomic_folder(out) as temporary:
         try:
             torch.save(state, temporary / "model.pt")
@@ -187,11 +188,13 @@ def locate_weights(source: Path) -> tuple[Path, Path]:
     """
     source = source.expanduser()
     if source.suffix == ".onnx":
-        raise ValueError(f"{source} is an ONNX file, not weights; evaluate, embed, recognize and pack take it as it is")
+        raise ValueError(
+            f"{source} is an ONNX file, not weights; evaluate, embed, recognize and pack accept it directly"
+        )
     if source.is_file():
         return (source.parent.parent if source.parent.name == "pretrained_model" else source.parent), source
     if not source.is_dir():
-        raise FileNotFoundError(f"weights not found: {source} is no file or folder (on the Hub: {FORM})")
+        raise FileNotFoundError(f"weights not found: {source} is neither a file nor a folder (on the Hub: {FORM})")
     for folder in (source, source / "pretrained_model"):
         for name in WEIGHTS:
             if (folder / name).is_file():
@@ -204,7 +207,7 @@ def locate_weights(source: Path) -> tuple[Path, Path]:
 
 
 def _read_config(content: dict[str, Any], beside: Path | None) -> tuple[dict[str, Any], str]:
-    """What is said of the network, in the words of this package's ``config.json``, and what kind of source says so."""
+    """The description of the network, in the terms of this package's ``config.json``, and its kind of source."""
     if beside is None:
         return {}, "weights alone"
     converted = beside.suffix == ".safetensors"  # its own header
@@ -214,7 +217,7 @@ def _read_config(content: dict[str, Any], beside: Path | None) -> tuple[dict[str
         if not isinstance(before, dict) or not all(
             isinstance(before.get(key, ""), str) for key in ("source", "licence")
         ):
-            raise ValueError(f"{beside}: published must be an object with texts, got {before!r:.40}")
+            raise ValueError(f"{beside}: published must be an object of strings, got {before!r:.40}")
         return (
             content,
             "converted by this package" if converted else "a training run of this package",
@@ -225,10 +228,10 @@ def _read_config(content: dict[str, Any], beside: Path | None) -> tuple[dict[str
     return config, "CVLface on Hugging Face" if on_hub else "CVLface"
 
 
-def _build_recogniser(
+def _build_recognizer(
     state: dict[str, torch.Tensor], config: dict[str, Any], where: str
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The recognition network, and what to say of it."""
+    """The recognition network, and its description."""
     try:
         architecture = read_architecture(state)
     except ValueError as error:
@@ -236,13 +239,14 @@ def _build_recogniser(
             raise ValueError(f"{where}: {error}") from error
         return _build_by_name(state, config)
     if "aggregator" in config:
-        raise ValueError(f"{where} is said to be an aligner, but it is a {architecture.describe()}")
+        raise ValueError(f"{where} claims to be an aligner, but is a {architecture.describe()}")
     if "network" not in config:
         found = named_network(architecture)
         if found is None:
             raise ValueError(
-                f"{where} holds a {architecture.describe()}, which is no named size, and weights alone do not tell "
-                f"all of it; put a config.json beside it: {_config_for(architecture)}, with the nearest name that "
+                f"{where} holds a {architecture.describe()}, which is not a named size, and weights alone do not "
+                "determine "
+                f"all of it; put a config.json next to it: {_config_for(architecture)}, with the closest name that "
                 "`insightface-kprpe models` lists"
             )
         config = {"network": found[0], "network_kwargs": found[1]}
@@ -254,7 +258,7 @@ def _build_recogniser(
 
 
 def _config_for(architecture: Architecture) -> str:
-    """The ``config.json`` of a network of no named size, with what weights do not tell in capitals."""
+    """The ``config.json`` of a network without a named size, with what weights do not determine in capitals."""
     sizes = {key: getattr(architecture, key) for key in ("depth", "embed_dim", "patch_size")}
     sizes |= {
         "num_heads": architecture.num_heads or "HEADS",
@@ -264,7 +268,7 @@ def _config_for(architecture: Architecture) -> str:
 
 
 def _is_custom(network: str | None) -> bool:
-    """Whether a name is that of a registered network that is no ViT of this package."""
+    """Whether a name is that of a registered network other than a ViT of this package."""
     if network not in list_models():
         return False
     with torch.device("meta"):
@@ -272,13 +276,13 @@ def _is_custom(network: str | None) -> bool:
 
 
 def _build_by_name(state: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[Backbone, dict[str, Any]]:
-    """A network that is no ViT of this package, as its registered name builds it, and what to say of it."""
+    """A network other than a ViT of this package, as its registered name builds it, and its description."""
     changes = config.get("network_kwargs", {})
     length = config.get("embedding_size") or embedding_length(sketch(config["network"], changes, "state dict"), state)
     net = load_network(state, config["network"], **{"num_features": length, **changes})
     facts = _recognition_facts(net, f"{type(net).__name__}, embedding {net.num_features}", config["network"], changes)
     if net.bgr:
-        facts["color_order"] += " (the network turns them to BGR, which its weights are for)"
+        facts["color_order"] += " (the network converts them to BGR for its weights)"
     return net, facts
 
 
@@ -296,15 +300,15 @@ def _recognition_facts(net: Backbone, architecture: str, network: str, changes: 
 def _build_aligner(
     state: dict[str, torch.Tensor], config: dict[str, Any], where: str
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The landmark network, and what to say of it."""
+    """The landmark network, and its description."""
     if "network" in config:
-        raise ValueError(f"{where} is said to be a {config['network']}, but it is a landmark network (DFA)")
+        raise ValueError(f"{where} claims to be a {config['network']}, but is a landmark network (DFA)")
     network = network_of(state)
     claimed = {key: config[key] for key in _ALIGNER_KEYS if key in config}
     found = {"body": network["body"], "aggregator": network.get("aggregator", True)}
     if wrong := [key for key in found if key in claimed and claimed[key] != found[key]]:
         raise ValueError(
-            f"{where} is said to have {wrong[0]} {claimed[wrong[0]]}, but it is a landmark network with body "
+            f"{where} claims {wrong[0]} {claimed[wrong[0]]}, but is a landmark network with body "
             f"{found['body']} and {'an' if found['aggregator'] else 'no'} aggregator"
         )
     try:
@@ -322,7 +326,7 @@ def _build_aligner(
 
 
 def _licence(folder: Path) -> str | None:
-    """What the front matter of a model card says."""
+    """The license in the front matter of a model card."""
     card = folder / "README.md"
     if card.is_file() and (text := card.read_text(errors="replace")).startswith("---"):
         found = re.search(r"^license: *([\w.-]+) *$", text.split("---")[1], re.MULTILINE)

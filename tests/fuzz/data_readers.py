@@ -14,8 +14,10 @@ from fuzz.harness import Reader
 from fuzz.mutator import mutate
 from insightface_kprpe.app.gallery import Content, Gallery
 from insightface_kprpe.data.face_dataset import open_faces
+from insightface_kprpe.data.face_list import ListedFace, format_faces, read_faces
 from insightface_kprpe.data.landmark_csv import read_keypoints, write_landmark_csv
 from insightface_kprpe.data.landmark_dataset import LandmarkDataset
+from insightface_kprpe.data.pair_lists import read_pair_list
 from insightface_kprpe.data.picture_files import read_image_file, readable_suffixes
 from insightface_kprpe.data.record_inspection import inspect_records
 from insightface_kprpe.data.record_writer import write_face_records
@@ -40,6 +42,18 @@ def _read_records(folder: Path) -> None:
     faces = open_faces(folder)
     for i in range(len(faces)):
         faces[i]
+
+
+def _make_list(folder: Path) -> None:
+    points = CANONICAL_KEYPOINTS
+    face = ListedFace("a/1.jpg", (1, 2), "a/1.jpg", "", True, 0.5, np.arange(4.0), 100 * points, points)
+    other = ListedFace("a/2.jpg", (1, 2), left_out="no face found")
+    (folder / "faces.csv").write_text(format_faces([face, other]))
+
+
+def _make_pairs(folder: Path) -> None:
+    (folder / "pairs.txt").write_text("2\t1\nAnn\t1\t2\nAnn\t3\tBob\t1\nBob\t1\t2\nBob\t2\tCid\t1\n")
+    (folder / "pairs.csv").write_text("first,second,is_same\na/1.jpg,a/2.jpg,1\na/1.jpg,b/1.jpg,0\n")
 
 
 def _make_bin(folder: Path) -> None:
@@ -107,13 +121,16 @@ DATA_READERS = {
     "ldmk_5points.csv": Reader(_make_records, "ldmk_5points.csv", lambda f: read_keypoints(f / "ldmk_5points.csv", 6)),
     "property": Reader(_make_records, "property", lambda folder: inspect_records(folder), heals=True),
     "rec inspect": Reader(_make_records, "train.rec", lambda folder: inspect_records(folder, None)),
+    "faces.csv": Reader(_make_list, "faces.csv", lambda f: read_faces(f / "faces.csv")),
+    "pairs.txt": Reader(_make_pairs, "pairs.txt", lambda f: read_pair_list(f / "pairs.txt")),
+    "pairs.csv": Reader(_make_pairs, "pairs.csv", lambda f: read_pair_list(f / "pairs.csv")),
     "pairs.bin": Reader(_make_bin, "pairs.bin", _read_bin),
     "label.txt": Reader(_make_labels, "label.txt", _read_labels),
     "gallery": Reader(_make_gallery, "people.npz", _read_gallery),
     "gallery array": Reader(_make_gallery, "people.npz", _read_gallery, _mutate_member),
     "text": Reader(lambda f: (f / "a.txt").write_text("Zoë\n1 2"), "a.txt", lambda f: read_text(f / "a.txt")),
     **{
-        f"picture {suffix}": _picture(suffix)
+        f"image {suffix}": _picture(suffix)
         for suffix in (".jpg", ".png", ".bmp", ".webp", ".tif", ".gif", ".avif")
         if suffix in readable_suffixes()
     },

@@ -15,23 +15,23 @@ _error_function = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def anchors(image_size: int, sizes: Sequence[Sequence[int]] = ANCHOR_SIZES) -> np.ndarray:
-    """(A, 4) centre x, centre y, width, height in [0, 1]: levels, rows, columns, sizes, from the outer to the inner."""
+    """(A, 4) center x, center y, width, height in [0, 1]: levels, rows, columns, sizes, from the outer to the inner."""
     found = []
     for stride, sides in zip((8, 16, 32), sizes, strict=True):
         cells = math.ceil(image_size / stride)
         for row in range(cells):
             for column in range(cells):
                 for side in sides:
-                    centre = (column + 0.5) * stride / image_size, (row + 0.5) * stride / image_size
-                    found.append((*centre, side / image_size, side / image_size))
+                    center = (column + 0.5) * stride / image_size, (row + 0.5) * stride / image_size
+                    found.append((*center, side / image_size, side / image_size))
     return np.array(found)
 
 
 def decode_box(regression: np.ndarray, anchor: np.ndarray) -> np.ndarray:
-    """(4,) x1, y1, x2, y2 from the four numbers of one anchor; variances 0.1 of the centre, 0.2 of the size."""
-    centre = anchor[:2] + 0.1 * regression[:2] * anchor[2:]
+    """(4,) x1, y1, x2, y2 from the four numbers of one anchor; variances 0.1 of the center, 0.2 of the size."""
+    center = anchor[:2] + 0.1 * regression[:2] * anchor[2:]
     size = anchor[2:] * np.exp(0.2 * regression[2:])
-    return np.concatenate([centre - size / 2, centre + size / 2])
+    return np.concatenate([center - size / 2, center + size / 2])
 
 
 def decode_points(regression: np.ndarray, anchor: np.ndarray) -> np.ndarray:
@@ -104,7 +104,7 @@ def body(state: Mapping, x: np.ndarray, slope: float) -> list[np.ndarray]:
 
 
 def grow(x: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """Nearest neighbours to the size of ``like``."""
+    """Nearest neighbors to the size of ``like``."""
     rows = np.arange(like.shape[1]) * x.shape[1] // like.shape[1]
     columns = np.arange(like.shape[2]) * x.shape[2] // like.shape[2]
     return x[:, rows][:, :, columns]

@@ -16,7 +16,7 @@ def smooth_l1(difference: np.ndarray) -> float:
 
 
 def overlap(box: np.ndarray, anchor: np.ndarray) -> float:
-    """Intersection over union of x1, y1, x2, y2 and centre x, centre y, width, height."""
+    """Intersection over union of x1, y1, x2, y2 and center x, center y, width, height."""
     x, y, w, h = anchor
     wide = min(box[2], x + w / 2) - max(box[0], x - w / 2)
     high = min(box[3], y + h / 2) - max(box[1], y - h / 2)
@@ -49,22 +49,22 @@ def loss_parts(
     Args:
         output: (B, ...) arrays by the names of ``NetworkOutput``.
         anchors: (A, 4).
-        keypoints: (B, 5, 2), -1 where not labelled.
+        keypoints: (B, 5, 2), -1 where not labeled.
         bbox: (B, 4), -1 where there is no face.
         threshold: overlap from which an anchor is matched; the best one always is.
         ratio: background anchors for each matched one, the hardest first.
     """
     sums = dict.fromkeys(("box", "score", "landmark", "face_box", "face_score", "face_landmark"), 0.0)
-    matches = labelled_matches = faces = labelled_faces = 0
+    matches = labeled_matches = faces = labeled_faces = 0
     for i, (box, points) in enumerate(zip(bbox, keypoints, strict=True)):
-        face, labelled = box[0] != -1, points[0, 0] != -1
+        face, labeled = box[0] != -1, points[0, 0] != -1
         positive = set()
         if face:
             overlaps = [overlap(box, anchor) for anchor in anchors]
             positive = {j for j, value in enumerate(overlaps) if value >= threshold} | {overlaps.index(max(overlaps))}
         for j in positive:
             sums["box"] += smooth_l1(output["bbox_regression"][i, j] - encode_box(box, anchors[j]))
-            if labelled:
+            if labeled:
                 sums["landmark"] += smooth_l1(output["landmark_regression"][i, j] - encode_points(points, anchors[j]))
         background = []
         for j, (zero, one) in enumerate(output["class_logits"][i]):
@@ -77,9 +77,9 @@ def loss_parts(
         sums["face_score"] += smooth_l1(output["score"][i] - face)
         if face:
             sums["face_box"] += smooth_l1((output["bbox"][i] - box) / UNIT)
-        if labelled:
+        if labeled:
             sums["face_landmark"] += smooth_l1((output["keypoints"][i] - points) / UNIT)
-        matches, labelled_matches = matches + len(positive), labelled_matches + len(positive) * labelled
-        faces, labelled_faces = faces + face, labelled_faces + labelled
-    counts = [matches, matches, labelled_matches, faces, len(bbox), labelled_faces]
+        matches, labeled_matches = matches + len(positive), labeled_matches + len(positive) * labeled
+        faces, labeled_faces = faces + face, labeled_faces + labeled
+    counts = [matches, matches, labeled_matches, faces, len(bbox), labeled_faces]
     return {name: total / max(count, 1) for (name, total), count in zip(sums.items(), counts, strict=True)}

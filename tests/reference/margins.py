@@ -86,8 +86,8 @@ def softmax_loss(embeddings: np.ndarray, centers: np.ndarray, labels: np.ndarray
     """Mean cross-entropy of a batch over all class centers.
 
     Args:
-        embeddings: (B, D), not normalised.
-        centers: (C, D), not normalised.
+        embeddings: (B, D), not normalized.
+        centers: (C, D), not normalized.
         labels: (B,) in [0, C).
         margin: one of this module's.
     """

@@ -137,7 +137,7 @@ def published(golden):
 
 
 def test_plain_form_gives_the_reference_output(published):
-    """The form itself against the authors' implementation, where its vectors are at hand."""
+    """The form itself against the authors' implementation, where its vectors are available."""
     state, file = published
     found = dfa.run(state, np.float64(file["image"][0])[::-1])
     np.testing.assert_allclose(found["bbox_regression"], file["bbox_regression"][0], atol=1e-5)

@@ -90,7 +90,7 @@ def test_align_face_reads_every_pixel_where_the_matrix_says():
     for row, column in np.ndindex(size, size):
         expected[row, column] = geometry.read(channels, *(back @ [column, row, 1]), outside=0.0)
     assert (expected[0] == 0).all() and (expected > 0).mean() > 0.7
-    # OpenCV's places are good to 1/32 of a pixel, which counts where the picture ends.
+    # OpenCV's places are good to 1/32 of a pixel, which counts where the image ends.
     assert np.abs(crop - expected).mean() < 0.5 and np.quantile(np.abs(crop - expected), 0.98) < 3
     moved = (landmarks @ matrix[:, :2].T + matrix[:, 2]) / size
     np.testing.assert_allclose(keypoints, moved, atol=1e-5)
@@ -98,7 +98,7 @@ def test_align_face_reads_every_pixel_where_the_matrix_says():
 
 @pytest.mark.parametrize("scale", [0.15, 0.5, 0.69, 0.9, 1.6])
 def test_warp_smoothly_leaves_a_ramp_a_ramp(scale):
-    """Averaging must not move the picture, not even by half a pixel."""
+    """Averaging must not move the image, not even by half a pixel."""
     height, width, size = 200, 300, 40
     y, x = np.mgrid[:height, :width]
     picture = np.repeat((20 + 0.5 * x + 0.25 * y)[..., None], 3, axis=2).round().astype(np.uint8)
@@ -145,7 +145,7 @@ def test_align():
 
 
 def test_plain_forms_are_the_reference_ones(golden):
-    """The forms themselves against the authors' implementation, where its vectors are at hand."""
+    """The forms themselves against the authors' implementation, where its vectors are available."""
     file, aligned = golden("dfa_preprocess.npz"), golden("dfa_align.npz")
     image = np.float64(file["image"][0])
     found = geometry.fit_to_square(image, 160, float(file["padding_ratio"]))

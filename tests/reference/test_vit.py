@@ -178,7 +178,7 @@ def test_plain_buckets_are_the_reference_ones(golden, n):
 
 @pytest.mark.parametrize("name", ["vit", "vit_irpe", "kprpe_vit"])
 def test_plain_form_gives_the_reference_embeddings(golden, name):
-    """The form itself against the authors' implementation, where its vectors are at hand."""
+    """The form itself against the authors' implementation, where its vectors are available."""
     file, inputs = golden(f"{name}.npz"), golden("kprpe_vit.npz")
     state = {key.removeprefix("state."): np.float64(value) for key, value in file.items() if key.startswith("state.")}
     position = {"vit": None, "vit_irpe": "irpe", "kprpe_vit": "kprpe"}[name]

@@ -119,7 +119,7 @@ def run_tokens(
     sharing: str,
     keep,
 ) -> np.ndarray:
-    """(N, D) normalised tokens of one image; those not in ``keep`` are the mask token."""
+    """(N, D) normalized tokens of one image; those not in ``keep`` are the mask token."""
     kernel = state["patch_embed.proj.weight"]  # (D, 3, P, P)
     size = kernel.shape[-1]
     n = image.shape[-1] // size
@@ -174,7 +174,7 @@ def embed(
         position: None, "irpe" or "kprpe".
         sharing: what shares one KPRPE table.
         keep: (B, M) patches that the blocks see, in any order; None: all.
-        training: normalise the head by the statistics of the batch.
+        training: normalize the head by the statistics of the batch.
     """
     tokens = [
         run_tokens(

@@ -1,4 +1,4 @@
-"""The protocols from images to results: which crops to embed, how to fuse and score them, and what to say about it.
+"""The protocols from images to results: which crops to embed, how to fuse and score them, how to describe it.
 
 Models are what ``inference.models.open_model`` returns, or a ``TorchEmbedder``.
 """

@@ -1,4 +1,4 @@
-"""What all protocols say about how they embedded, and which rank says it."""
+"""Settings that all protocols report, and the rank that reports them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def common_settings(
     """Settings of a ``Result`` that do not depend on the protocol.
 
     Args:
-        embed, options: that were used.
-        found: what came of it.
-        given: where the keypoints of the set come from.
+        embed, options: as used.
+        found: the embeddings.
+        given: source of the set's keypoints.
         names: of the N images.
     """
     if embed.finds_keypoints:
@@ -59,7 +59,7 @@ def metrics_of(points: Sequence[OperatingPoint]) -> dict[str, float]:
 
 
 def unreached(points: Sequence[OperatingPoint]) -> dict[str, str]:
-    """A setting that says where no threshold accepts anybody; none where all do."""
+    """A setting that lists rates at which no threshold accepts anybody; none if all do."""
     fprs = ", ".join(f"{point.target:g}" for point in points if np.isinf(point.threshold))
-    why = "the highest scores are of different people, or tied with theirs: nobody is accepted"
+    why = "the highest scores are those of different people, or tie with them: nobody is accepted"
     return {"no threshold": f"at FPR {fprs}: {why}"} if fprs else {}

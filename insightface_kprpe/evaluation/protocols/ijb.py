@@ -27,17 +27,17 @@ from .templates import ALIGNED, gallery_results, ranked_result, readable, weight
 logger = logging.getLogger(__name__)
 
 INSIGHTFACE_1N = (
-    "InsightFace's ijb_1n.py: all galleries joined; FAR: false alarms a probe, the threshold is the "
-    "ceil(FAR x probes)-th highest score of different people; accepted is what exceeds it, at any rank"
+    "InsightFace's ijb_1n.py: all galleries merged; FAR: false alarms per probe; the threshold is the "
+    "ceil(FAR x probes)-th highest score of different people; scores above it are accepted, at any rank"
 )
 NIST_1N = (
-    "NIST's: each gallery alone, probes of the other are unknown people; FPIR: share of these that set off an alarm; "
-    "rank 1 and at or above the threshold; mean of the galleries"
+    "NIST's: each gallery on its own, probes of the other are unknown people; FPIR: fraction of these that raise an "
+    "alarm; rank 1 and at or above the threshold; mean of the galleries"
 )
 
 
 class _Images(NamedTuple):
-    """The readable images of a set, and the lists without what has no image left."""
+    """The readable images of a set, and the lists without entries that have no image left."""
 
     embeddings: np.ndarray  # (N, D)
     templates: np.ndarray  # (N,)
@@ -58,15 +58,15 @@ def run_ijb(
     options: EmbedOptions,
     sheets: Path | None = None,
 ) -> list[Result]:
-    """IJB-B or IJB-C in InsightFace's layout: 1:1, and 1:N where its lists are in ``meta``.
+    """IJB-B or IJB-C in InsightFace's layout: 1:1, and 1:N if its lists are in ``meta``.
 
     Args:
         embed: the model.
         folder: holds ``meta`` and ``loose_crop``.
         target: ``IJBB`` or ``IJBC``.
         fusions: of ``fusion.FUSION_METHODS``.
-        options: how to embed. Where images are skipped, so are templates without any left, and their pairs.
-        sheets: folder for a picture of the hardest pairs by the first fusion; one image stands for each template.
+        options: how to embed. If images are skipped, so are templates without any left, and their pairs.
+        sheets: folder for an image of the hardest pairs by the first fusion; one image stands for each template.
 
     Returns:
         For each fusion one result of 1:1, one of 1:N as InsightFace measures it, and those of 1:N as NIST does, for
@@ -79,7 +79,7 @@ def run_ijb(
     lists = read_subject_lists(folder, target)
     _check(meta, lists)
     if lists.absent:
-        logger.warning("1:N is not measured: %s", lists.absent)
+        logger.warning("skipping 1:N: %s", lists.absent)
     crops = AlignedFiles([folder / "loose_crop" / name for name in meta.names], meta.landmarks_px)
     source = fingerprint("\n".join(meta.names), meta.landmarks_px)
     found = embed_faces(embed, crops, crops.keypoints, options, name=target.lower(), source=source, files=crops.paths)
@@ -103,13 +103,13 @@ def run_ijb(
         results.append(_verified(blank, scores, images))
         try:
             results += _identified(blank, weights, images)
-        except ValueError as error:  # of lists that skipped images have emptied; 1:1 stands
+        except ValueError as error:  # of lists emptied by skipped images; 1:1 remains
             logger.warning("%s, %s: 1:N could not be measured: %s", embed.name, fusion, error)
     return results
 
 
 def _check(meta: ijb.IJBMeta, lists: SubjectLists) -> None:
-    """Find out before hours of embedding what would be an error after them."""
+    """Raise before hours of embedding what would be an error afterwards."""
     known = np.unique(meta.templates)
     for name, templates in (("p1", meta.p1), ("p2", meta.p2)):
         positions(known, templates, name)
@@ -120,14 +120,14 @@ def _check(meta: ijb.IJBMeta, lists: SubjectLists) -> None:
     for name, gallery in lists.galleries.items():
         positions(known, gallery.templates, f"gallery {name}")
         if not np.isin(lists.probe.subjects, gallery.subjects).any():
-            raise ValueError(f"gallery {name} holds no subject of the probes; are the lists of one set?")
+            raise ValueError(f"gallery {name} holds none of the probes' subjects; are the lists from the same set?")
 
 
 def _readable(found: Embeddings, meta: ijb.IJBMeta, lists: SubjectLists) -> _Images:
     kept = found.readable
     templates, medias = meta.templates[kept], meta.medias[kept]
     lost = np.setdiff1d(meta.templates, templates)
-    # A pair of a template that the set never had is an error nevertheless.
+    # A pair with a template that the set never had is still an error.
     known = ~(np.isin(meta.p1, lost) | np.isin(meta.p2, lost)) if len(lost) else slice(None)
     p1, p2, label = (column[known] for column in (meta.p1, meta.p2, meta.label))
     if len(lost) and lists.probe is not None:
@@ -145,13 +145,13 @@ def _verified(blank: Result, scores: np.ndarray, images: _Images) -> Result:
     points = tpr_at_fpr(scores, images.label, ijb.FPRS, rule="insightface")
     settings = {
         **blank.settings,
-        "pairs": f"{len(images.label)}, {int(images.label.sum())} of them of one person",
+        "pairs": f"{len(images.label)}, {int(images.label.sum())} of them of the same person",
         "templates": len(np.unique(images.templates)),
-        "threshold rule": "the point of the ROC nearest to the FPR, as InsightFace's IJB scripts",
+        "threshold rule": "the point of the ROC nearest to the FPR, as in InsightFace's IJB scripts",
         **unreached(points),
     }
     if images.pairs_left_out:
-        settings["pairs left out"] = f"{images.pairs_left_out}, a template has no image left"
+        settings["pairs left out"] = f"{images.pairs_left_out}: a template has no image left"
     if images.lists.absent:
         settings["1:N"] = f"not measured: {images.lists.absent}"
     curve = roc_points(scores, images.label)
@@ -159,7 +159,7 @@ def _verified(blank: Result, scores: np.ndarray, images: _Images) -> Result:
 
 
 def _identified(blank: Result, weights: np.ndarray, images: _Images) -> list[Result]:
-    """1:N in both forms; none without lists."""
+    """1:N in both versions; none without lists."""
     if images.lists.probe is None:
         return []
     probe, galleries = images.lists.probe, images.lists.galleries
@@ -172,9 +172,9 @@ def _identified(blank: Result, weights: np.ndarray, images: _Images) -> list[Res
         settings = {**blank.settings, "1:N rule": rule}
         return Result(blank.model, f"{blank.protocol} 1:N, {name}", {}, settings, blank.variant)
 
-    about = {"probes": mates, "gallery": sum(sizes.values())}
-    joined = ranked_result(form("InsightFace", INSIGHTFACE_1N), ijb.identification(*pooled, **arguments), about)
-    # Where a gallery holds everybody there is no unknown person, and no open set.
+    counts = {"probes": mates, "gallery": sum(sizes.values())}
+    joined = ranked_result(form("InsightFace", INSIGHTFACE_1N), ijb.identification(*pooled, **arguments), counts)
+    # If a gallery holds everybody, there is no unknown person, and no open set.
     is_open = all(not np.isin(probe.subjects, gallery.subjects).all() for gallery in galleries.values())
     nist = ijb.nist_identification(*pooled, **arguments, **({} if is_open else {"fpirs": ()}))
     return [joined, *gallery_results(form("NIST", NIST_1N), nist, sizes, len(probe.templates))]

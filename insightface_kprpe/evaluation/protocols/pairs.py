@@ -1,4 +1,4 @@
-"""Verification of a ``.bin`` set."""
+"""Verification of a set of pairs: a ``.bin`` file, or a folder with ``pairs.txt``."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ FPRS = (1e-4, 1e-3)
 def run_pairs(
     embed: Embedder, pairs: VerificationPairs, options: EmbedOptions, sheets: Path | None = None
 ) -> list[Result]:
-    """Verification of a ``.bin`` set: accuracy over ten folds, arcface_torch's VAL@FAR, and TPR at FPR over all pairs.
+    """Verification of a set: accuracy over its folds (ten in a ``.bin``), VAL@FAR, and TPR at FPR over all pairs.
 
-    A sample of the pairs is also embedded with red and blue swapped; where that is better, a warning says so.
+    A sample of the pairs is also embedded with red and blue swapped; if that is better, a warning says so.
 
     Args:
         embed: the model.
-        pairs: what to verify. A pair of which an image cannot be read is left out, if the options permit it.
+        pairs: what to verify. A pair with an unreadable image is left out, if the options permit it.
         options: how to embed.
-        sheets: folder for a picture of the hardest pairs.
+        sheets: folder for an image of the hardest pairs.
 
     Returns:
         One result; none on ranks other than the first, if they share the work.
 
     Raises:
-        ValueError: there are fewer than ten pairs, pairs of one kind only, or an image cannot be read.
+        ValueError: there are fewer pairs than folds, pairs of one kind only, or an image cannot be read.
     """
     try:
-        check_kinds(pairs.is_same)
+        check_kinds(pairs.is_same, pairs.folds)
     except ValueError as error:
         raise ValueError(f"{pairs.name}: {error}") from error
     found = embed_faces(embed, pairs.images, pairs.keypoints, options, name=pairs.name, source=pairs.source)
@@ -47,7 +47,8 @@ def run_pairs(
         return []
     whole = found.readable[0::2] & found.readable[1::2]
     first, second, is_same = found.embeddings[0::2][whole], found.embeddings[1::2][whole], pairs.is_same[whole]
-    folds, validation = kfold_accuracy(first, second, is_same), val_at_far(first, second, is_same)
+    folds = kfold_accuracy(first, second, is_same, pairs.folds)
+    validation = val_at_far(first, second, is_same, folds=pairs.folds)
     scores = pair_cosines(first, second)
     kept = np.flatnonzero(whole)
     warn_of_swapped_channels(embed, pairs, options, kept, scores)
@@ -59,10 +60,11 @@ def run_pairs(
     metrics |= {f"val_at_far_{validation.target}": validation.val, "val_std": validation.std} | metrics_of(points)
     settings = {
         **common_settings(embed, options, found, pairs.keypoint_source, [f"image {i}" for i in range(2 * len(whole))]),
-        "alignment": "crops as they are in the set",
-        "pairs": f"{len(is_same)}, {int(is_same.sum())} of them of one person",
+        "alignment": "the set's own crops",
+        "pairs": f"{len(is_same)}, {int(is_same.sum())} of them of the same person",
         "threshold rule": (
-            "accuracy: best on the other nine folds; VAL (arcface_torch): their FAR, interpolated, is the target; "
+            f"accuracy: best on the other {pairs.folds - 1} of {pairs.folds} folds; "
+            "VAL (arcface_torch): where their interpolated FAR is the target; "
             "TPR: the highest whose FPR is at most the target"
         ),
         **unreached(points),

@@ -16,10 +16,10 @@ from .common import CMC_RANKS
 RANKS = (1, 5, 10)
 ALIGNED = "InsightFace's template (112 x 112), by the landmarks of the set"
 _FUSIONS = {
-    "average": "unit embeddings alike",
-    "norm": "embeddings by their length (Eq. 16)",
+    "average": "unit embeddings, equally",
+    "norm": "embeddings by their norm (Eq. 16)",
     "detector": "unit embeddings by the detector's score",
-    "norm_detector": "embeddings by their length times the detector's score (InsightFace's default)",
+    "norm_detector": "embeddings by their norm times the detector's score (InsightFace's default)",
     "landmark": "unit embeddings by the alignment and score (Eq. 17, 18) of the ",
 }
 
@@ -40,7 +40,7 @@ def choose_fusions(name: str) -> tuple[str, ...]:
 def weights_of(
     fusion: str, found: Embeddings, keypoints: np.ndarray, detector_scores: np.ndarray
 ) -> tuple[np.ndarray, str]:
-    """Weights of the readable images, and a phrase about them. Without an aligner its part falls to the detector.
+    """Weights of the readable images, and a phrase about them. Without an aligner, the detector's are used.
 
     Args:
         fusion: of ``FUSION_METHODS``.
@@ -59,7 +59,7 @@ def weights_of(
 
 
 def readable(found: Embeddings) -> np.ndarray:
-    """Embeddings of the readable images; no copy where all are."""
+    """Embeddings of the readable images; no copy if all are."""
     return found.embeddings if found.readable.all() else found.embeddings[found.readable]
 
 

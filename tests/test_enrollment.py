@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 import insightface_kprpe as ik
 from insightface_kprpe import cli
-from insightface_kprpe.app import enrolment, recognition
-from insightface_kprpe.app.enrolment import enrol, people_of_folder, vanished
+from insightface_kprpe.app import enrollment, recognition
+from insightface_kprpe.app.enrollment import enroll, people_of_folder, vanished
 from insightface_kprpe.app.gallery import Gallery
 
 
@@ -48,7 +48,7 @@ def people(tmp_path):
 @pytest.fixture
 def gallery(app, people):
     gallery = Gallery()
-    enrol(app, gallery, people_of_folder(people))
+    enroll(app, gallery, people_of_folder(people))
     return gallery
 
 
@@ -61,7 +61,7 @@ def test_a_changed_file_is_embedded_anew(app, gallery, people, tmp_path):
     path = people / "Ann" / "0.png"
     before = gallery.embeddings[row_of(gallery, path)].copy()
     write(path, photo((22, 22), seed=5))
-    result = enrol(app, gallery, people_of_folder(people), tmp_path / "saved.npz")
+    result = enroll(app, gallery, people_of_folder(people), tmp_path / "saved.npz")
     assert result.changed == [path] and result.added == 1 and len(result.passed_over) == 2
     assert gallery.people() == {"Ann": 2, "Bob": 1}
     after = gallery.embeddings[row_of(gallery, path)]
@@ -69,18 +69,18 @@ def test_a_changed_file_is_embedded_anew(app, gallery, people, tmp_path):
     np.testing.assert_allclose(after, face.embedding / np.linalg.norm(face.embedding), atol=1e-5)
     assert np.abs(after - before).max() > 0.01
     saved = Gallery.load(tmp_path / "saved.npz")
-    assert enrol(app, saved, people_of_folder(people)).added == 0
+    assert enroll(app, saved, people_of_folder(people)).added == 0
 
 
 def test_the_same_size_and_time_is_not_read_again_but_a_new_time_is(app, gallery, people, monkeypatch):
     read = []
-    content_of = enrolment.Content.of.__func__
+    content_of = enrollment.Content.of.__func__
     monkeypatch.setattr("insightface_kprpe.app.gallery.file_sha256", lambda path: read.append(path) or "other")
-    assert enrol(app, gallery, people_of_folder(people)).added == 0 and not read
+    assert enroll(app, gallery, people_of_folder(people)).added == 0 and not read
     path = people / "Ann" / "1.png"
     os.utime(path, ns=(1, 1))
     monkeypatch.undo()
-    result = enrol(app, gallery, people_of_folder(people))  # only touched
+    result = enroll(app, gallery, people_of_folder(people))  # only touched
     assert (result.added, result.changed, len(result.passed_over)) == (0, [], 3)
     assert gallery.content(row_of(gallery, path)).time == 1
     assert content_of  # the shortcut is a class method
@@ -94,7 +94,7 @@ def test_files_that_change_places_are_told_apart(app, gallery, people):
     for path in (first, second):
         os.utime(path, ns=(7, 7))
     ann = gallery.embeddings[row_of(gallery, first)].copy()
-    result = enrol(app, gallery, people_of_folder(people))
+    result = enroll(app, gallery, people_of_folder(people))
     assert sorted(result.changed) == [first, second] and gallery.people() == {"Ann": 2, "Bob": 1}
     np.testing.assert_allclose(gallery.embeddings[row_of(gallery, second)], ann, atol=1e-6)
 
@@ -102,7 +102,7 @@ def test_files_that_change_places_are_told_apart(app, gallery, people):
 def test_a_moved_folder_adds_nothing(app, gallery, people, tmp_path):
     rows = gallery.embeddings.copy()
     people.rename(tmp_path / "elsewhere")
-    result = enrol(app, gallery, people_of_folder(tmp_path / "elsewhere"), tmp_path / "saved.npz")
+    result = enroll(app, gallery, people_of_folder(tmp_path / "elsewhere"), tmp_path / "saved.npz")
     assert result.added == 0 and len(result.moved) == 3
     assert result.moved[tmp_path / "elsewhere" / "Bob.png"] == str(people.resolve() / "Bob.png")
     saved = Gallery.load(tmp_path / "saved.npz")
@@ -114,7 +114,7 @@ def test_a_moved_folder_adds_nothing(app, gallery, people, tmp_path):
 def test_a_picture_moved_to_another_person_is_theirs(app, gallery, people):
     (people / "Cid").mkdir()
     (people / "Ann" / "1.png").rename(people / "Cid" / "1.png")
-    assert len(enrol(app, gallery, people_of_folder(people)).moved) == 1
+    assert len(enroll(app, gallery, people_of_folder(people)).moved) == 1
     assert gallery.people() == {"Ann": 1, "Bob": 1, "Cid": 1}
 
 
@@ -122,10 +122,10 @@ def test_copies_are_passed_over(app, gallery, people):
     for copy in ("Ann/copy.png", "Dee/copy.png"):
         (people / copy).parent.mkdir(exist_ok=True)
         (people / copy).write_bytes((people / "Ann" / "0.png").read_bytes())
-    result = enrol(app, gallery, people_of_folder(people))
+    result = enroll(app, gallery, people_of_folder(people))
     assert (result.added, len(result.passed_over), result.nobody) == (0, 5, ["Dee"])
     fresh = Gallery()
-    assert enrol(app, fresh, people_of_folder(people)).added == 3
+    assert enroll(app, fresh, people_of_folder(people)).added == 3
 
 
 def test_what_vanished_is_told(app, gallery, people, tmp_path):
@@ -138,7 +138,7 @@ def test_what_vanished_is_told(app, gallery, people, tmp_path):
 
 def test_a_changed_file_without_a_face_loses_its_row(app, gallery, people):
     write(people / "Bob.png", photo(seed=9))
-    result = enrol(app, gallery, people_of_folder(people))
+    result = enroll(app, gallery, people_of_folder(people))
     assert result.left_out == {people / "Bob.png": "no face found"} and result.changed == [people / "Bob.png"]
     assert gallery.people() == {"Ann": 2} and result.nobody == ["Bob"]
 
@@ -148,34 +148,34 @@ def test_an_old_gallery_learns_the_content(app, gallery, people, tmp_path):
     np.savez(tmp_path / "old.npz", model=np.array(gallery.model), **fields)
     old = Gallery.load(tmp_path / "old.npz")
     assert old.digests.tolist() == [""] * 3
-    assert len(enrol(app, old, people_of_folder(people)).changed) == 3
-    assert enrol(app, old, people_of_folder(people)).added == 0 and old.people() == {"Ann": 2, "Bob": 1}
+    assert len(enroll(app, old, people_of_folder(people)).changed) == 3
+    assert enroll(app, old, people_of_folder(people)).added == 0 and old.people() == {"Ann": 2, "Bob": 1}
 
 
 def test_doubtful_pictures_are_named(app, people, monkeypatch):
     write(people / "Ann" / "group.png", photo((4, 4), (15, 15), (25, 25), seed=4))
-    monkeypatch.setattr(enrolment, "LOW_QUALITY", 1.01)
-    doubts = enrol(app, Gallery(), people_of_folder(people)).doubts
-    assert doubts[people / "Ann" / "group.png"].startswith("3 faces, the largest taken; quality 0.")
-    assert doubts[people / "Bob.png"].endswith("perhaps no face, or a sideways one")
+    monkeypatch.setattr(enrollment, "LOW_QUALITY", 1.01)
+    doubts = enroll(app, Gallery(), people_of_folder(people)).doubts
+    assert doubts[people / "Ann" / "group.png"].startswith("3 faces, using the largest; quality 0.")
+    assert doubts[people / "Bob.png"].endswith("perhaps no face, or one in profile")
 
 
 def test_one_name_in_two_forms_is_one_person(app, gallery, tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "Zoë") for form in ("NFC", "NFD"))
     for i, name in enumerate((composed, decomposed)):
         write(tmp_path / f"{i}.png", photo((4 + 9 * i, 4), seed=20 + i))
-        enrol(app, gallery, [(name, tmp_path / f"{i}.png")])
+        enroll(app, gallery, [(name, tmp_path / f"{i}.png")])
     assert gallery.people()[composed] == 2
     assert gallery.remove(decomposed) == 2
 
 
 def test_pictures_that_fail_when_read_do_not_stop_the_others(app, people, monkeypatch):
     (people / "Ann" / "2.png").symlink_to(people / "nowhere.png")
-    (people / "Bob.png").write_bytes(b"no picture")
-    result = enrol(app, Gallery(), people_of_folder(people))
+    (people / "Bob.png").write_bytes(b"no image")
+    result = enroll(app, Gallery(), people_of_folder(people))
     assert result.added == 2
     assert result.left_out[people / "Ann" / "2.png"] == "cannot be read: No such file or directory"
-    assert result.left_out[people / "Bob.png"].startswith("could not be read as a picture: 10 bytes")
+    assert result.left_out[people / "Bob.png"].startswith("could not be read as an image: 8 bytes")
 
 
 @pytest.fixture
@@ -189,8 +189,8 @@ def test_crops_are_taken_as_aligned(app, people, crop, tmp_path):
     write(folder / "Bob" / "0.png", cv2.resize(crop[::-1], (224, 224), interpolation=cv2.INTER_NEAREST))
     write(folder / "Bob" / "flat.png", crop[:50])
     gallery = Gallery()
-    assert set(enrol(app, gallery, people_of_folder(folder)).left_out.values()) == {"no face found"}
-    result = enrol(app, gallery, people_of_folder(folder), are_crops=True)
+    assert set(enroll(app, gallery, people_of_folder(folder)).left_out.values()) == {"no face found"}
+    result = enroll(app, gallery, people_of_folder(folder), are_crops=True)
     assert result.added == 2
     assert result.left_out == {
         folder / "Bob" / "flat.png": "an aligned crop must be a square, got one of 112 x 50 pixels"
@@ -202,7 +202,7 @@ def test_crops_are_taken_as_aligned(app, people, crop, tmp_path):
 
 
 def test_faces_that_fill_their_picture_are_found(app):
-    """The tiny detector sees nothing in a picture of its face alone, as real ones often do."""
+    """The tiny detector sees nothing in an image of its face alone, as real ones often do."""
     seen = []
     detect = app.det_model.detect
 
@@ -244,14 +244,14 @@ def test_command_line(app, people, tmp_path, caplog):
     (people / "Ann" / "1.png").rename(people / "Ann" / "one.png")
     (people / "Ann" / "0.png").unlink()
     output = call("gallery", "add", index, people, *pack).output
-    assert "Bob.png: changed, embedded anew\n" in output
-    assert f"one.png: moved, it was {people.resolve() / 'Ann' / '1.png'}\n" in output
-    assert "Bob.png: 2 faces, the largest taken\n" in output
-    assert "0.png: not there any more, still in the gallery; --prune removes it\n" in output
-    assert "1 picture added (1 changed), 1 moved, 2 people\n" in output
+    assert "Bob.png: changed, embedded again\n" in output
+    assert f"one.png: moved from {people.resolve() / 'Ann' / '1.png'}\n" in output
+    assert "Bob.png: 2 faces, using the largest\n" in output
+    assert "0.png: no longer exists, still in the gallery; --prune removes it\n" in output
+    assert "1 image added (1 changed), 1 moved, 2 people\n" in output
     output = call("gallery", "add", index, people, "--prune", *pack).output
-    assert "0.png: not there any more, removed\n" in output
-    assert "0 pictures added, 2 people, 1 removed, 2 passed over: already in the gallery\n" in output
+    assert "0.png: no longer exists, removed\n" in output
+    assert "0 images added, 2 people, 1 removed, 2 skipped: already in the gallery\n" in output
     assert Gallery.load(index).people() == {"Ann": 1, "Bob": 1}
 
 
@@ -259,6 +259,6 @@ def test_crops_on_the_command_line(app, crop, tmp_path):
     pack = ("--pack", "tiny", "--root", tmp_path / "root", "--crops")
     write(tmp_path / "crops" / "Ann.png", crop)
     index = tmp_path / "index.npz"
-    assert "1 picture added" in call("gallery", "add", index, tmp_path / "crops", *pack).output
+    assert "1 image added" in call("gallery", "add", index, tmp_path / "crops", *pack).output
     for gallery in (index, tmp_path / "crops"):
         assert "  1  Ann " in call("recognize", gallery, tmp_path / "crops" / "Ann.png", *pack).output

@@ -1,4 +1,4 @@
-"""People's pictures into a gallery: which ones are new, changed, moved or gone is told by their content."""
+"""Adds people's images to a gallery; new, changed, moved and deleted ones are identified by their content."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .gallery import Content, Gallery
 from .pictures import read_picture
 from .recognition import check_model, crop_faces, face_quality
 
-# Below, hardly any face is one that a network can tell from others, and many are no faces: of 11,000 aligned faces of
-# the wild the worst has 0.39, of a thousand sets of random points one half less than 0.14.
+# Below it, hardly any face can be told from others, and many are not faces: the worst of 11,000 aligned in-the-wild
+# faces has 0.39, and half of a thousand sets of random points have less than 0.14.
 LOW_QUALITY = 0.3
 _PICTURES_AT_A_TIME = 32
-_PICTURES_A_SAVE = 256  # what a kill while adding costs at most
+_PICTURES_A_SAVE = 256  # at most lost by a kill while adding
 
 
 @dataclass
 class Enrolled:
-    """What became of pictures that were to be added to a gallery.
+    """What happened to images that were to be added to a gallery.
 
     Attributes:
-        added: how many rows are new; those of changed pictures are.
-        passed_over: whose picture each file is in the gallery already.
-        changed: files whose content is not what it was; embedded anew.
-        moved: where the gallery knew each file, which is not there any more.
+        added: number of new rows, including those of changed images.
+        passed_over: the name under which each file is already in the gallery.
+        changed: files whose content has changed; embedded again.
+        moved: the former path of each file, which no longer exists.
         left_out: why each file could not be added.
-        doubts: what is worth a look about a file that was added.
-        nobody: people of whom the gallery has nothing now.
+        doubts: remarks on files that were added but may need a look.
+        nobody: people of whom the gallery has no image.
     """
 
     added: int = 0
@@ -47,7 +47,7 @@ class Enrolled:
 
 
 class _New(NamedTuple):
-    """A picture to embed."""
+    """An image to embed."""
 
     name: str
     file: Path
@@ -55,22 +55,22 @@ class _New(NamedTuple):
 
 
 def people_of_folder(folder: str | Path) -> list[tuple[str, Path]]:
-    """Name and path of every picture: a sub-folder holds one person's, a picture beside them is the person of its name.
+    """Name and path of every image: a sub-folder holds one person's, an image next to them is the person of its name.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no pictures.
+        ValueError: it holds no images.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder of people not found: {folder}")
     people = list_people(folder, single=True)
     if not people:
-        raise ValueError(f"{folder} holds no pictures; expected {folder}/NAME/*.jpg, or {folder}/NAME.jpg")
+        raise ValueError(f"no images in {folder}; expected {folder}/NAME/*.jpg, or {folder}/NAME.jpg")
     return [(name, path) for name, paths in people.items() for path in paths]
 
 
-def enrol(
+def enroll(
     app: Any,
     gallery: Gallery,
     pictures: Iterable[tuple[str, Path]],
@@ -78,20 +78,20 @@ def enrol(
     *,
     are_crops: bool = False,
 ) -> Enrolled:
-    """Add the largest face of each picture to a gallery.
+    """Add the largest face of each image to a gallery.
 
-    What is in the gallery is told by content: the same content is passed over, or follows where it was moved, and
-    changed files are embedded anew.
+    Files are compared by content: known content is skipped, or followed if it was moved, and changed files are embedded
+    again.
 
     Args:
         app: insightface's ``FaceAnalysis`` after ``register()``, prepared.
         gallery: to add to.
-        pictures: name and file of each.
-        path: where to save the gallery, now and then and at the end, if anything was changed.
-        are_crops: every picture is one face, aligned to the template already; nothing is detected.
+        pictures: name and image file of each.
+        path: where to save the gallery, from time to time and at the end, if anything changed.
+        are_crops: every image is a single face already aligned to the template; no detection.
 
     Returns:
-        What became of them; files that are no pictures, and pictures without a face, are left out.
+        What happened to them; files that are not images, and images without a face, are left out.
 
     Raises:
         ValueError: the gallery was made with another recognition model.
@@ -116,7 +116,7 @@ def enrol(
 
 
 def vanished(gallery: Gallery, folder: str | Path) -> np.ndarray:
-    """Rows whose pictures lay below a folder and do not exist any more, (N,) bool."""
+    """Rows whose images were below a folder and no longer exist, (N,) bool."""
     folder = Path(folder).resolve()
     sources = (Path(source) for source in gallery.sources.tolist())
     gone = [source.is_relative_to(folder) and not source.exists() for source in sources]
@@ -124,7 +124,7 @@ def vanished(gallery: Gallery, folder: str | Path) -> np.ndarray:
 
 
 def _sort_out(gallery: Gallery, pictures: Iterable[tuple[str, Path]], result: Enrolled) -> tuple[list[_New], bool]:
-    """The pictures to embed, and whether the gallery was changed: rows of changed files go, of moved ones stay."""
+    """The images to embed, and whether the gallery was changed: rows of changed files go, those of moved ones stay."""
     by_source = {source: row for row, source in enumerate(gallery.sources.tolist())}
     outdated, touched = np.zeros(len(gallery.names), dtype=bool), False
     unknown = []
@@ -168,7 +168,7 @@ def _meet_again(gallery: Gallery, row: int, new: _New, result: Enrolled) -> None
 
 
 def _read(group: Iterable[_New], result: Enrolled) -> list[tuple[_New, np.ndarray]]:
-    """The pictures that can be read, and their pixels."""
+    """The images that can be read, and their pixels."""
     readable = []
     for new in group:
         try:
@@ -190,7 +190,7 @@ def _faces_of_crops(app: Any, readable: list[tuple[_New, np.ndarray]], result: E
 
 
 def _add(gallery: Gallery, pictures: Sequence[_New], found: Sequence[list[Any]], result: Enrolled) -> bool:
-    """Add the largest face of each picture; True where there was one."""
+    """Add the largest face of each image; True where there was one."""
     chosen = []
     for new, faces in zip(pictures, found, strict=True):
         if not faces:
@@ -199,11 +199,11 @@ def _add(gallery: Gallery, pictures: Sequence[_New], found: Sequence[list[Any]],
         face = max(faces, key=_area)
         quality = face_quality(face)
         if not np.linalg.norm(face.embedding) > 0:
-            result.left_out[new.file] = "the network gives it no embedding"
+            result.left_out[new.file] = "the network gives no finite embedding"
             continue
         chosen.append((new, face, quality))
-        doubts = [f"{len(faces)} faces, the largest taken"] if len(faces) > 1 else []
-        doubts += [f"quality {quality:.2f}: perhaps no face, or a sideways one"] if quality < LOW_QUALITY else []
+        doubts = [f"{len(faces)} faces, using the largest"] if len(faces) > 1 else []
+        doubts += [f"quality {quality:.2f}: perhaps no face, or one in profile"] if quality < LOW_QUALITY else []
         if doubts:
             result.doubts[new.file] = "; ".join(doubts)
     if not chosen:
