@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from ..data.picture_files import nfc
 from ..evaluation.fusion import pool_templates
 from ..evaluation.metrics import unit_rows
-from ..files import atomic_path, user_file
+from ..files import atomic_path, check_writable, user_file
 from ..fingerprint import file_sha256
 from ..npz import read_npz
 
@@ -259,7 +259,7 @@ def editing(path: str | Path) -> Iterator[Gallery]:
         ValueError: the file is not a gallery, or damaged.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)
