@@ -1,10 +1,14 @@
-"""Reads small, untrusted JSON and YAML files as data, within limits, with errors that name the file."""
+"""Reads untrusted JSON and YAML files as data, within limits, with errors that name the file."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .files import read_text, user_file
 
 MAX_BYTES = {"JSON": 4 << 20, "YAML": 64 << 10}  # the YAML parser takes a second for 100 kB
 MAX_DEPTH = 30  # of nested lists and mappings
@@ -40,6 +44,21 @@ def parse_json_object(text: str, where: str | Path) -> dict[str, Any]:
         raise ValueError(f"{where} must hold an object, got {type(content).__name__}")
     _check_depth(content, where)
     return content
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a file that hold an object, and the objects; others, as one that a kill cut short, are passed over.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no file, or may not be read.
+    """
+    with open(user_file(path), encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, RecursionError):
+                content = json.loads(line)
+                if isinstance(content, dict):
+                    yield line, content
 
 
 def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
@@ -123,16 +142,9 @@ def _safetensors_header(path: Path) -> str | None:
 
 def _text(path: Path, kind: str) -> str:
     most = MAX_BYTES[kind]
-    if not path.exists():
-        raise FileNotFoundError(f"file not found: {path}")
-    try:
-        if (size := path.stat().st_size) > most:
-            raise ValueError(f"{path} must be {kind} of at most {most >> 10} KiB, got {size >> 10} KiB")
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text (byte {error.start} is not); save it as UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"{path} could not be read ({error.strerror or error})") from error
+    if (size := user_file(path).stat().st_size) > most:
+        raise ValueError(f"{path} must be {kind} of at most {most >> 10} KiB, got {size >> 10} KiB")
+    return read_text(path)
 
 
 def _check_depth(content: Any, where: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -80,6 +81,28 @@ def sync_folder(path: Path) -> None:
             os.close(descriptor)
 
 
+def check_writable(path: str | Path, size: int = 0) -> None:
+    """Make sure, before long work, that a file can be written; its folder is made where missing.
+
+    Args:
+        path: of the file.
+        size: bytes that it takes, about.
+
+    Raises:
+        OSError: it cannot; the error names the file.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(bytes(size))
+            file.flush()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path next to ``path`` to write to; renamed to it when the block ends well, removed when it raises.
@@ -142,6 +165,18 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     finally:
         os.close(lock)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Keep other processes out of the same block; where the system or the file system has no locks, nobody."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            _lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _temporary_file(**where: object) -> str:

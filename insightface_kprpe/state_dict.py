@@ -35,6 +35,7 @@ _INSERTED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wr
 _CONTAINERS = ("state_dict", "model_state_dict", "state_dict_backbone", "model", "backbone", "net", "network")
 # Only used in training, so files may have it or not.
 _OPTIONAL = {"mask_token"}
+_DEEPEST = 32  # modules in one another
 _COUNTER = "num_batches_tracked"  # of batch normalization; not used in inference
 # Of a ViT, and of IResNets.
 _FIRST_LAYER = re.compile(r"(?:^|\.)(?:patch_embed\.proj|input_layer\.0|(?<!body\.)conv1)\.weight$")
@@ -77,12 +78,48 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     state = _tensors_in(content)
     if not state:
         raise ValueError(f"{path} holds no state dict (a mapping from names to tensors)")
+    check_plain(state, path)
     return _to_rgb(state, path)
+
+
+def check_plain(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse tensors that are no plain numbers, or claim more of them than their file can hold.
+
+    Raises:
+        ValueError: there is one.
+    """
+    size = path.stat().st_size
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta or value.nbytes > size:
+            raise ValueError(
+                f"{path}: {key} must be a plain tensor whose values are in the file, got {value.dtype} "
+                f"{tuple(value.shape)} in {size} bytes"
+            )
+
+
+def load_torch_file(path: Path, **options: Any) -> Any:
+    """What a file of ``torch.save`` holds, read without running anything; one takes no more memory than disk.
+
+    Args:
+        path: of the file.
+        **options: for ``torch.load``.
+
+    Raises:
+        ValueError: parts of the file are compressed.
+        pickle.UnpicklingError: it holds other objects than tensors and plain values, or is damaged.
+        RuntimeError, OSError, EOFError: it is damaged, or cannot be read.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            # torch never compresses, but reads what is: a thousand times the size of the file.
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("parts of it are compressed, which torch.save does not do")
+    return torch.load(path, map_location="cpu", weights_only=True, **options)
 
 
 def _load(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_torch_file(path)
     except pickle.UnpicklingError:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else ()
         if not names:
@@ -174,7 +211,7 @@ def _prefix_of(state: Mapping[str, torch.Tensor], names: Collection[str]) -> str
     found: Counter[str] = Counter()
     for key in state:
         parts = key.split(".")
-        for start in range(len(parts)):
+        for start in range(min(len(parts), _DEEPEST)):
             if ".".join(parts[start:]) in names:
                 found["".join(f"{part}." for part in parts[:start])] += 1
     best = [prefix for prefix, count in found.items() if count == max(found.values())]
@@ -220,9 +257,34 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, torch.Tensor]
     name = "state dict" if isinstance(source, Mapping) else str(source)
     if not isinstance(source, Mapping):
         check_turned_once(net, description_beside(source)[0], name)
-    inner = getattr(net, "_orig_mod", net)  # of torch.compile
+    state, found = check_fit(net, source if isinstance(source, Mapping) else read_state_dict(source), name)
+    check_finite(state, name)
+    if found.others:
+        logger.warning(
+            "%s: the network's tensors are under %r; left out: %s", name, found.prefix, list_names(found.others)
+        )
+    getattr(net, "_orig_mod", net).load_state_dict(state)  # of torch.compile
+    return net
+
+
+def check_fit(
+    net: nn.Module, tensors: Mapping[str, torch.Tensor], name: str = "state dict"
+) -> tuple[dict[str, torch.Tensor], FoundWeights]:
+    """Compare names and shapes of weights with those of a network, which may be one without memory ("meta").
+
+    Args:
+        net: the network.
+        tensors: as for :func:`load_weights`.
+        name: of the weights, for messages.
+
+    Returns:
+        Every tensor of the network, and what was found.
+
+    Raises:
+        ValueError: names or shapes differ; the message lists them.
+    """
+    inner = getattr(net, "_orig_mod", net)
     wanted = inner.state_dict()
-    tensors = source if isinstance(source, Mapping) else read_state_dict(source)
     try:
         found = find_weights(tensors, wanted)
     except ValueError as error:
@@ -239,13 +301,7 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, torch.Tensor]
     if problems := _differences(wanted, state):
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(f"{name}{under} does not fit this {type(inner).__name__}: {shown}")
-    check_finite(state, name)
-    if found.others:
-        logger.warning(
-            "%s: the network's tensors are under %r; left out: %s", name, found.prefix, list_names(found.others)
-        )
-    inner.load_state_dict(state)
-    return net
+    return state, found
 
 
 def check_turned_once(net: nn.Module, description: Mapping[str, Any], name: str) -> None:

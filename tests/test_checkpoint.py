@@ -268,6 +268,18 @@ def test_damage_is_said(tmp_path, file):
         Checkpointer(tmp_path).resume(make_state(), SCHEDULE)
 
 
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("step", "three"), ("steps_per_epoch", 0), ("random", [{"python": 1}]), ("optimizer", None), ("scaler", [])],
+)
+def test_a_run_pt_of_something_else_is_said(tmp_path, entry, value):
+    Checkpointer(tmp_path).save(1, make_state(), SCHEDULE)
+    path = latest_checkpoint(tmp_path) / "run.pt"
+    torch.save(torch.load(path) | {entry: value}, path)
+    with pytest.raises(ValueError, match="step_00000001.* is damaged"):
+        Checkpointer(tmp_path).resume(make_state(), SCHEDULE)
+
+
 def test_the_index_cannot_run_code(tmp_path):
     Checkpointer(tmp_path).save(1, make_state(), SCHEDULE)
 

@@ -144,7 +144,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, net, many):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
     again = Failing(net, 0)
     assert (embed_faces(again, many, None, cached, source="a").embeddings == found.embeddings).all()
-    assert sorted(path.name for path in (tmp_path / "tiny-images").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "tiny-images").glob("[!.]*")) == [
         "done", "embeddings.npy", "index.json", "keypoints.npy", "norms.npy", "readable.npy", "scores.npy",
     ]  # fmt: skip
 
@@ -205,9 +205,10 @@ def test_a_damaged_index_and_anonymous_models_are_refused(tmp_path, net, many):
     with pytest.raises(ValueError, match="must come from open_model"):
         embed_faces(lambda images, keypoints: images.flatten(1), many, None, options, source="a")
     (tmp_path / "tiny-images").mkdir()
-    (tmp_path / "tiny-images" / "index.json").write_text("{")
-    with pytest.raises(ValueError, match=r"index\.json is damaged"):
-        embed_faces(TorchEmbedder(net, "tiny"), many, None, options, source="a")
+    for damaged in ("{", "[1]", "[" * 100_000, "\xff"):
+        (tmp_path / "tiny-images" / "index.json").write_text(damaged, encoding="latin-1")
+        with pytest.raises(ValueError, match=r"index\.json is damaged"):
+            embed_faces(TorchEmbedder(net, "tiny"), many, None, options, source="a")
 
 
 def write_crops(folder, crops):
@@ -272,6 +273,28 @@ def test_a_damaged_column_is_made_anew(cached, caplog, name, damage):
     found, seen = again()
     assert seen == 20 and f"{name}.npy damaged" in caplog.text
     np.testing.assert_allclose(found.embeddings, whole, atol=1e-5)
+
+
+def test_a_cache_without_its_markers_is_filled_again(cached):
+    folder, _, again = cached
+    shutil.rmtree(folder / "cache" / "tiny-images" / "done")
+    assert again()[1] == 20 and again()[1] == 0
+
+
+def test_contents_of_another_kind_are_read_again(cached):
+    folder, _, again = cached
+    np.savez(
+        folder / "cache" / "tiny-images" / "contents.npz", stamps=np.full((20, 2), "x"), digests=np.zeros((20, 16))
+    )
+    assert again()[1] == 20
+
+
+def test_a_cache_that_somebody_removes_meanwhile_is_named(cached):
+    folder, paths, _ = cached
+    store = embedding_store.FolderStore(folder / "other", {"a": ((), np.float32)}, 3, {})
+    shutil.rmtree(folder / "other")
+    with pytest.raises(FileNotFoundError, match="its files are gone; does another process work on the same.*other"):
+        store.write(range(3), (np.zeros(3),))
 
 
 def test_damaged_contents_are_read_again(cached):

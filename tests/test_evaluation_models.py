@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+import shutil
 
 import numpy as np
 import onnx
@@ -17,6 +20,7 @@ from insightface_kprpe.deployment.onnx_export import export_onnx
 from insightface_kprpe.inference import models
 from insightface_kprpe.inference.models import OnnxEmbedder, TorchEmbedder, open_model
 from insightface_kprpe.packs.layout import KEYPOINT_RECOGNITION, MANIFEST
+from insightface_kprpe.weights.sources import locate_weights
 
 TINY = {"depth": 1, "embed_dim": 32, "num_heads": 2, "patch_size": 28}
 
@@ -61,6 +65,24 @@ def test_every_form_of_a_network_gives_its_embeddings(files, net, faces, file):
     assert embed.name == {"run": "run", "run/model.pt": "run", "run/net.safetensors": "net"}.get(file, "two")
     assert embed.fingerprint() == open_model(files / file).fingerprint()
     assert "RGB" in embed.describe()
+
+
+def test_hidden_files_beside_models_are_none(tmp_path, files, net):
+    """What macOS leaves beside each file of a folder that it packs."""
+    for name in ("pack/w600k.onnx", "weights/net.pt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).with_name(f"._{tmp_path.joinpath(name).name}").write_bytes(b"\0\5\x16\7")
+    shutil.copy(files / "one.onnx", tmp_path / "pack" / "w600k.onnx")
+    torch.save(net.state_dict(), tmp_path / "weights" / "net.pt")
+    assert open_model(tmp_path / "pack").path.name == "w600k.onnx"
+    assert locate_weights(tmp_path / "weights")[1].name == "net.pt"
+
+
+@pytest.mark.parametrize("file", ["run", "two.onnx"])
+def test_models_can_be_copied_and_pickled(files, faces, file):
+    embed = open_model(files / file, name="mine")
+    for copied in (pickle.loads(pickle.dumps(embed)), copy.deepcopy(embed)):
+        assert copied.name == "mine" and torch.equal(copied(*faces), embed(*faces))
 
 
 def test_image_only_file_and_a_name(files, net, faces):

@@ -3,7 +3,16 @@ import signal
 
 import pytest
 
-from insightface_kprpe.files import atomic_folder, atomic_path, read_text, user_file, write_atomically
+from insightface_kprpe import files
+from insightface_kprpe.files import (
+    atomic_folder,
+    atomic_path,
+    check_writable,
+    locked,
+    read_text,
+    user_file,
+    write_atomically,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -75,6 +84,26 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process
 
 
 @needs_fork
+def test_whether_a_file_can_be_written_is_said_before(tmp_path):
+    check_writable(tmp_path / "new" / "a.npz", 1000)
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    for path, message in (
+        (tmp_path / "new", "Is a directory"),
+        (tmp_path / "file" / "a.npz", "File exists|Not a directory"),
+    ):
+        with pytest.raises(OSError, match=rf"cannot be written \(({message})\): .*{path.name}"):
+            check_writable(path)
+
+
+def test_a_block_is_entered_by_one_process_at_a_time(tmp_path):
+    with locked(tmp_path / "lock"):
+        second = os.open(tmp_path / "lock", os.O_RDWR)
+        assert not files._lock(second, wait=False)
+    assert files._lock(second, wait=False)
+    os.close(second)
+
+
 def test_the_next_writer_sweeps_what_a_killed_one_left(tmp_path):
     path, folder = tmp_path / "train.rec", tmp_path / "pack"
 

@@ -1,21 +1,28 @@
 import pytest
-from fuzz.mutator import mutate
-from fuzz.readers import READERS, Reader, outcome, try_all
+from fuzz.harness import Reader, outcome, try_all
+from fuzz.mutator import mutate, mutate_document
+from fuzz.readers import READERS
 
 COUNT = 40  # for each reader; `make fuzz` tries many more
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_are_refused_in_a_sentence_that_names_them(name):
-    found = try_all(name, COUNT)
-    assert not found["raw"] + found["traceback"]
-    assert found["clean"] or name == "property"  # of which `rec inspect` says that it is damaged, and goes on
+    reader = READERS[name]
+    if name == "TinyFace .mat":
+        pytest.importorskip("scipy")
+    found = try_all(name, reader, COUNT)
+    assert not found.by_outcome["raw"] + found.by_outcome["traceback"]
+    assert found.by_outcome["clean"] or reader.heals
+    assert found.memory < 1 << 30
 
 
-def test_damage_is_the_same_for_the_same_seed():
-    data = bytes(range(256)) * 4
-    assert [mutate(data, f"a {i}") for i in range(20)] == [mutate(data, f"a {i}") for i in range(20)]
-    assert len({mutate(data, f"a {i}") for i in range(20)}) > 15
+@pytest.mark.parametrize(
+    ("change", "data"), [(mutate, bytes(range(256)) * 4), (mutate_document, b'{"a": [1, {"b": 2}]}')]
+)
+def test_damage_is_the_same_for_the_same_seed(change, data):
+    assert [change(data, f"a {i}") for i in range(20)] == [change(data, f"a {i}") for i in range(20)]
+    assert len({change(data, f"a {i}") for i in range(20)}) > 10
 
 
 def test_a_reader_that_fails_badly_is_noticed(tmp_path):

@@ -149,8 +149,38 @@ def test_too_little_in_common_is_refused(tmp_path):
     ):
         initialize(net, PartialFC(ArcFace(), SIZE, CLASSES), tmp_path)
     assert torch.equal(net.pos_embed, before)
-    with pytest.raises(FileNotFoundError, match="weights file not found"):
+    with pytest.raises(FileNotFoundError, match="weights not found"):
         initialize(net, PartialFC(ArcFace(), SIZE, CLASSES), tmp_path / "no.pt")
+
+
+def test_weights_of_a_run_that_diverged_are_refused(tmp_path):
+    net = make_net()
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    state["pos_embed"][0, 0, 0] = float("nan")
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"init_from .*model\.pt holds values that are not finite .*pos_embed"):
+        initialize(net, PartialFC(ArcFace(), SIZE, CLASSES), tmp_path / "model.pt")
+    assert torch.isfinite(net.pos_embed).all()
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("epoch", "two", "epoch must be a whole number from 0, got 'two'"),
+        ("state_dict_backbone", {"weight": 3}, "state_dict_backbone and state_dict_softmax_fc must hold tensors"),
+        ("state_dict_softmax_fc", {"other": torch.zeros(2, 2)}, "must hold tensors, with class centers"),
+        ("state_optimizer", {"state": [1]}, "state_optimizer must hold the moments of each parameter"),
+        ("state_dict_backbone", {"w": torch.zeros(1).expand(10**11)}, "w must be a plain tensor"),
+    ],
+)
+def test_entries_of_arcface_torchs_checkpoints_are_checked(tmp_path, entry, value, message):
+    content = {
+        "epoch": 1, "state_dict_backbone": make_net().state_dict(),
+        "state_dict_softmax_fc": {"weight": torch.zeros(CLASSES, SIZE)}, "state_optimizer": {"state": {}},
+    }  # fmt: skip
+    torch.save(content | {entry: value}, tmp_path / "checkpoint_gpu_0.pt")
+    with pytest.raises(ValueError, match=rf"checkpoint_gpu_0\.pt: .*{message}"):
+        initialize(make_net(), PartialFC(ArcFace(), SIZE, CLASSES), tmp_path)
 
 
 def test_an_aligner_that_the_file_lacks_does_not_count():

@@ -15,6 +15,7 @@ import insightface_kprpe as ik
 from insightface_kprpe import cli
 from insightface_kprpe.backbones import registry
 from insightface_kprpe.backbones.iresnet import IResNet, IRNet
+from insightface_kprpe.weights.network import load_run
 from insightface_kprpe.weights.sources import convert, load_published
 
 # Parameters and tensors of the public definitions (see the head of backbones/iresnet.py), counted there.
@@ -100,6 +101,27 @@ def test_arcface_torchs_weights_are_known_by_their_tensors(small, monkeypatch, t
     same(net, source)
     assert description.config == {"network": name, "network_kwargs": {}, "embedding_size": 8}
     assert description.color_order == "RGB in [-1, 1]"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embedding_size": 60_000}, r"does not fit this IResNet: .*fc.weight is \(8, "),
+        (
+            {"network_kwargs": {"layers": [10**6, 1, 1, 1]}},
+            "numbers in network_kwargs must be at most 65536, got 1000000",
+        ),
+        ({"network_kwargs": {"widths": [60_000] * 4}}, "does not fit this IResNet"),
+    ],
+)
+def test_sizes_that_are_not_the_weights_take_no_memory(small, tmp_path, change, message):
+    """The first would take 6 GB."""
+    torch.save(random_net("r18").state_dict(), tmp_path / "model.pt")
+    config = {"network": "r18", "network_kwargs": {}, "embedding_size": 8} | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in (load_published, load_run):
+        with pytest.raises(ValueError, match=rf"{tmp_path.name}.*{message}"):
+            load(tmp_path)
 
 
 def write_adaface(path, source):

@@ -19,6 +19,7 @@ from insightface_kprpe.app.recognizer import KeypointRecognizer
 from insightface_kprpe.evaluation.fusion import landmark_weights
 from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112, CANONICAL_KEYPOINTS, align_face
 from insightface_kprpe.packs import providers
+from insightface_kprpe.packs.metadata import add_metadata
 
 MANIFESTS = tuple(int(part) for part in insightface.__version__.split(".")[:1]) >= (2,)
 PICTURE = tiny.draw_picture([(5, 5), (14, 20), (25, 9)])
@@ -111,6 +112,10 @@ def test_files_mean_and_std_come_from_its_metadata(tmp_path, recognizer):
     renamed = open_app(tmp_path).models["recognition"]
     assert (renamed.input_mean, renamed.input_std) == (127.5, 127.5)
     np.testing.assert_allclose(renamed.get(PICTURE, a_face()), recognizer.get(PICTURE, a_face()), atol=1e-5)
+    for std in ("0", "x", "nan"):
+        add_metadata(file, {"std": std})
+        with pytest.raises(ValueError, match=r"recognition\.onnx does not say how to normalize its input"):
+            open_app(tmp_path)
 
 
 @pytest.mark.parametrize(

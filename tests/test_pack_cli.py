@@ -13,7 +13,7 @@ from insightface.app import FaceAnalysis
 from typer.testing import CliRunner
 
 import insightface_kprpe as ik
-from insightface_kprpe import cli
+from insightface_kprpe import cli, files
 from insightface_kprpe.data.synthetic import verification_pairs
 from insightface_kprpe.data.verification_bin import write_verification_bin
 from insightface_kprpe.deployment import installed_packs, model_pack, pack_sources, precision
@@ -182,6 +182,20 @@ def test_remove_deletes_packs_of_this_package_only(made, pack):
     with pytest.raises(PackError, match="not built by this package"):
         call("pack", "remove", other)
     assert (other / "det.onnx").is_file()
+
+
+def test_a_removal_that_is_killed_leaves_no_half_pack(pack, monkeypatch):
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(installed_packs.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        installed_packs.remove(pack)
+    monkeypatch.undo()
+    assert not pack.exists()
+    with files.atomic_folder(pack):  # as the next build does
+        pass
+    assert [path.name for path in pack.parent.glob(f".{pack.name}*")] == []
 
 
 @pytest.mark.parametrize("form", ["fp16", "int8"])

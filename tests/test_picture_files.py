@@ -113,6 +113,9 @@ def test_the_limit_can_be_changed(monkeypatch):
         decode_image(encoded("PNG"))
     monkeypatch.setenv("INSIGHTFACE_KPRPE_MAX_MEGAPIXELS", "0.001")
     decode_image(encoded("PNG"))
+    monkeypatch.setenv("INSIGHTFACE_KPRPE_MAX_MEGAPIXELS", "nan")
+    with pytest.raises(ValueError, match="more than the limit of nan megapixels"):
+        decode_image(encoded("PNG"))
     monkeypatch.setenv("INSIGHTFACE_KPRPE_MAX_MEGAPIXELS", "many")
     with pytest.raises(ValueError, match="INSIGHTFACE_KPRPE_MAX_MEGAPIXELS must be a number, got 'many'"):
         decode_image(encoded("PNG"))
@@ -125,7 +128,8 @@ def write(folder, *names):
 
 
 HIDDEN = (".ipynb_checkpoints/0.png", "Ann/.ipynb_checkpoints/0.png", "__MACOSX/Ann/._0.png", "Ann/._0.png",
-          "@eaDir/0.png", "Ann/Thumbs.db", ".DS_Store")  # fmt: skip
+          "@eaDir/0.png", "#recycle/0.png", "System Volume Information/0.png", "Ann/Thumbs.db",
+          ".DS_Store")  # fmt: skip
 
 
 @pytest.fixture
@@ -214,7 +218,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"image not found: .*absent\.png"):
         read_image_file(tmp_path / "absent.png")
-    with pytest.raises(ValueError, match=f"{tmp_path} could not be read as an image: Is a directory"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} must be a file \(image\), got a folder"):
         read_image_file(tmp_path)
     (tmp_path / "a.png").write_bytes(encoded("PNG")[:60])
     with pytest.raises(ValueError, match=r"a\.png could not be read as an image: 60 bytes of PNG"):

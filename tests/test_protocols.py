@@ -28,6 +28,7 @@ from insightface_kprpe.evaluation.protocols import choose_fusions, run_ijb, run_
 from insightface_kprpe.evaluation.report import format_text
 from insightface_kprpe.evaluation.verification import verify
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, align_face
+from insightface_kprpe.inference import embedding_file
 from insightface_kprpe.inference.embedding import EmbedOptions, embed_faces, embed_images
 from insightface_kprpe.inference.images import AlignedFiles, WholeFiles
 from insightface_kprpe.inference.models import TorchEmbedder
@@ -451,6 +452,15 @@ def test_embed(tmp_path, weights, suffix):
         call(*arguments, "--out", tmp_path / "x.csv")
 
 
+def test_where_embeddings_cannot_be_written_is_said_before_the_work(tmp_path, weights, monkeypatch):
+    write_png(tmp_path / "faces" / "0.png", draw_face(0, 0)[0])
+    monkeypatch.setattr(embedding_file, "embed_faces", None)
+    for out in (tmp_path / "faces" / "0.png" / "a.npz", tmp_path / "folder.npz"):
+        (tmp_path / "folder.npz").mkdir(exist_ok=True)
+        with pytest.raises(OSError, match=rf"cannot be written .*{out.name}"):
+            call("embed", tmp_path / "faces", "--model", weights, "--num-workers", 0, "--out", out)
+
+
 def test_options_are_checked(embed):
     images = np.zeros((2, 112, 112, 3), np.uint8)
     with pytest.raises(ValueError, match="missing must be"):
@@ -471,3 +481,11 @@ def test_faces_without_landmarks_are_missing_ones(tmp_path, caplog):
     for index in (1, 2, 3):
         with pytest.raises(ValueError, match=r"a\.png: its landmarks coincide, so it cannot be aligned"):
             aligned[index]
+
+
+def test_landmarks_that_no_face_has_are_counted(tmp_path, caplog):
+    points = np.stack([CANONICAL_KEYPOINTS * 150, np.arange(10).reshape(5, 2) ** 2.0])
+    with caplog.at_level("WARNING"):
+        aligned = AlignedFiles([tmp_path / "a.png", tmp_path / "b.png"], points)
+    assert aligned.alignable.all()
+    assert f"1 of 2 faces have landmarks that lie as no face's do (first: {tmp_path / 'b.png'})" in caplog.text

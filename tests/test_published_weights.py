@@ -7,12 +7,19 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import insightface_kprpe as ik
+from insightface_kprpe import cli, hub
 from insightface_kprpe.backbones import registry
 from insightface_kprpe.dfa.network import RetinaFaceNet
 from insightface_kprpe.dfa.weights import load_dfa
-from insightface_kprpe.weights import architecture, cvlface, hub
+from insightface_kprpe.inference.models import OnnxEmbedder, open_model
+from insightface_kprpe.losses import ArcFace
+from insightface_kprpe.packs.metadata import read_metadata
+from insightface_kprpe.partial_fc import PartialFC
+from insightface_kprpe.training.initialization import initialize
+from insightface_kprpe.weights import architecture, cvlface
 from insightface_kprpe.weights.network import load_run
 from insightface_kprpe.weights.sources import convert, load_published
 
@@ -473,6 +480,40 @@ def test_the_only_weights_file_of_a_folder(tmp_path):
         load_published(tmp_path / "net.onnx")
 
 
+def test_names_on_the_hub_are_understood_everywhere(online, tmp_path):
+    source = random_net()
+    write_snapshot(online.repository, source.state_dict(), model_yaml())
+    images, keypoints = inputs()
+    embed = open_model("hf:minchul/a_model@main")
+    assert embed.name == "a_model@main"
+    torch.testing.assert_close(embed(images, keypoints), source(images, keypoints).detach())
+    match = initialize(random_net(), PartialFC(ArcFace(), 32, 4), "hf:minchul/a_model")
+    assert match.fraction == 1
+    result = CliRunner().invoke(
+        cli.app, ["export", "hf:minchul/a_model", str(tmp_path / "a.onnx")], catch_exceptions=False
+    )
+    assert "images + keypoints -> embedding" in result.output
+    assert read_metadata(tmp_path / "a.onnx")["licence"] == "mit"
+    (tmp_path / "a.onnx").rename(online.repository / "net.onnx")
+    assert isinstance(open_model("hf:minchul/a_model/net.onnx"), OnnxEmbedder)
+    with pytest.raises(ValueError, match="names no such|hf:OWNER/NAME"):
+        open_model("hf:minchul")
+
+
+def test_aligners_on_the_hub(online):
+    dfa = ik.DFA().eval()
+    content = {"name": "differentiable_face_aligner", "arch": "mobile0.25", "input_size": 160}
+    write_snapshot(online.repository, dfa.state_dict(), content)
+    for name in ("hf:minchul/a_dfa", Path("hf:minchul/a_dfa")):
+        torch.testing.assert_close(load_dfa(name).locate(images_of_faces()), dfa.locate(images_of_faces()))
+    net = ik.get_model("tiny_kprpe_dfa", dfa_weights="hf:minchul/a_dfa")
+    torch.testing.assert_close(net.dfa.locate(images_of_faces()), dfa.locate(images_of_faces()))
+
+
+def images_of_faces():
+    return torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
 def test_mistakes_with_the_hub_are_one_sentence(monkeypatch):
     import huggingface_hub
 
@@ -491,4 +532,4 @@ def test_mistakes_with_the_hub_are_one_sentence(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"insightface-kprpe\[hf\]"):
         load_published("hf:a/b")
-    assert hub.is_hub_source("hf:a/b") and not hub.is_hub_source(Path("hf:a/b"))
+    assert hub.is_hub_source("hf:a/b") and hub.is_hub_source(Path("hf:a/b")) and not hub.is_hub_source("./hf:a/b")

@@ -1,3 +1,10 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -22,6 +29,28 @@ def test_drawn_scenes_are_labeled_and_drawn_once():
     assert inside.all()
     assert (nobody.keypoints == UNKNOWN).all() and (nobody.bbox == UNKNOWN).all()
     assert scenes[0] is face
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells processes of their parent's death")
+def test_trainings_end_when_the_quickstart_is_killed():
+    command = """
+import subprocess, time
+from insightface_kprpe.quickstart.run import _stop_with_parent
+print(subprocess.Popen(["sleep", "600"], preexec_fn=_stop_with_parent).pid, flush=True)
+time.sleep(600)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(300):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().split(")")[1].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the child is left")
 
 
 def test_landmark_error_of_an_aligner_that_knows_nothing():

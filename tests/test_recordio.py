@@ -335,6 +335,15 @@ def test_malformed_index(face_set, text, message):
         RecordReader(face_set)
 
 
+def test_a_byte_order_mark_and_other_encodings_of_an_index(face_set):
+    text = (face_set / "train.idx").read_text()
+    (face_set / "train.idx").write_text(text, encoding="utf-8-sig")
+    assert RecordReader(face_set).keys[0] == 0
+    (face_set / "train.idx").write_text(text, encoding="utf-16")
+    with pytest.raises(RecordError, match=r"train\.idx: the text is UTF-16; save it as UTF-8"):
+        RecordReader(face_set)
+
+
 def test_truncated_index(face_set):
     lines = (face_set / "train.idx").read_text().splitlines(keepends=True)
     (face_set / "train.idx").write_text("".join(lines[:10]))

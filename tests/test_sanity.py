@@ -39,6 +39,10 @@ def test_what_a_run_measured_in_training_counts(tmp_path):
         '{"step": 1, "loss": 9.0}',
         '{"step": 1, "accuracy/lfw": 60.0}',
         '{"step": 2, "accuracy/lfw": 99.8}',
+        '{"step": 3, "accuracy/lfw": "high"}',
+        '{"step": 3, "accuracy/cfp": NaN}',
+        "[3]",
+        "[" * 100_000,
         '{"st',
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))

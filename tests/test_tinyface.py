@@ -113,6 +113,13 @@ def test_lists_equal_what_scipy_reads(lists, tmp_path):
         assert found[1].tolist() == expected["probe_ids"].ravel().tolist()
 
 
+def test_a_list_that_takes_for_ever_is_given_up(monkeypatch):
+    monkeypatch.setattr(tinyface, "_PRINT_MAT", "import time; time.sleep(600)")
+    monkeypatch.setattr(tinyface, "_MAT_SECONDS", 0.1)
+    with pytest.raises(ValueError, match=r"probe\.mat could not be read in 0\.1 seconds"):
+        tinyface._read_mat_list(Path("probe.mat"), "probe_set", "probe_ids")
+
+
 def test_damaged_lists_are_named(lists, tmp_path):
     path = tmp_path / "probe_img_ID_pairs.mat"
     whole = path.read_bytes()

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from insightface_kprpe.data.sampler import EpochSampler
 from insightface_kprpe.data.verification_bin import read_verification_bin, write_verification_bin
 from insightface_kprpe.training import checkpoint, landmark_trainer, loop, metrics, trainer
+from insightface_kprpe.training.callbacks import StopSignal
 from insightface_kprpe.training.checkpoint_files import latest_checkpoint, list_checkpoints
 from insightface_kprpe.training.command_line import start_logging
 from insightface_kprpe.training.config import load_config
@@ -398,6 +399,29 @@ def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path):
     assert latest_checkpoint(tmp_path).name == "step_00000001"
 
 
+@pytest.mark.parametrize("number", StopSignal.SIGNALS)
+def test_every_signal_that_asks_a_run_to_stop_is_remembered(number):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.agreed() == number
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGHUP, before[1])
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.agreed()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 class Numbers(Dataset):
     def __len__(self):
         return 8
@@ -443,6 +467,7 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path, monkeypatch):
         (ValueError("a setting"), "error: a setting"),
         (PermissionError(13, "Permission denied", "x/y"), "error: [Errno 13] Permission denied: 'x/y'"),
         (EOFError(), "error: EOFError"),
+        (KeyError("files"), "error: KeyError: 'files' (INSIGHTFACE_KPRPE_DEBUG=1 in the environment "),
         (
             RuntimeError("CUDA out of memory"),
             "error: CUDA out of memory (INSIGHTFACE_KPRPE_DEBUG=1 in the environment ",

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import struct
 
 import cv2
 import numpy as np
@@ -113,6 +114,16 @@ def test_allowed_names_do_only_what_is_needed(tmp_path, call):
     (tmp_path / "bomb.bin").write_bytes(pickle.dumps(([Attack(*call)], [True]), 2))
     with pytest.raises(ValueError, match=r"bomb\.bin .* bytes cannot come from int"):
         read_verification_bin(tmp_path / "bomb.bin")
+
+
+def test_a_file_that_numbers_its_objects_by_millions_takes_no_memory_for_them(tmp_path):
+    resource = pytest.importorskip("resource")
+    write_verification_bin(tmp_path / "a.bin", [b"a", b"b"], [True])
+    whole = (tmp_path / "a.bin").read_bytes()
+    (tmp_path / "a.bin").write_bytes(whole[:-1] + b"r" + struct.pack("<I", 1 << 26) + b".")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert read_verification_bin(tmp_path / "a.bin").images == [b"a", b"b"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB; pickle's own takes 1 GiB
 
 
 def test_truncated_file_at_any_place(tmp_path):

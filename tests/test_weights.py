@@ -1,5 +1,6 @@
 import argparse
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,29 @@ def test_mismatches_are_listed_and_change_nothing():
     for part in ("missing norm.bias", "unexpected extra", "pos_embed is (1, 9, 32), the network has (1, 16, 32)"):
         assert part in str(error.value)
     assert torch.equal(target.pos_embed, before)
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(1).expand(10**11), torch.zeros(2, 2).to_sparse(), torch.zeros(3, device="meta")]
+)
+def test_tensors_that_are_not_in_the_file_are_refused(tmp_path, tensor):
+    torch.save({"weight": torch.zeros(2), "odd": tensor}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt: odd must be a plain tensor whose values are in the file"):
+        read_state_dict(tmp_path / "a.pt")
+
+
+def test_compressed_files_are_not_unpacked(tmp_path):
+    """torch reads them: a file of some kilobytes can hold gigabytes of zeros."""
+    torch.save({"weight": torch.zeros(1_000_000)}, tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as whole,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as b,
+    ):
+        for name in whole.namelist():
+            b.writestr(name, whole.read(name))
+    assert (tmp_path / "b.pt").stat().st_size < 20_000
+    with pytest.raises(ValueError, match=r"b\.pt could not be read as weights \(parts of it are compressed"):
+        read_state_dict(tmp_path / "b.pt")
 
 
 def test_unsafe_and_damaged_files_are_refused(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 
 from ..deployment.installed_packs import added_files, faults, rebuild_command
-from ..packs.layout import ALIGNER_FILE, KEYPOINT_FOLDER, MANIFEST, PackError, read_manifest
+from ..packs.layout import ALIGNER_FILE, KEYPOINT_FOLDER, MANIFEST, PackError, onnx_files, read_manifest
 from ..packs.metadata import DFA_DETECTOR, read_metadata
 from ..packs.routing import stock_route
 from .findings import BROKEN, OK, WARNING, Finding
@@ -33,9 +33,9 @@ def examine_packs(root: Path) -> list[Finding]:
 
 def _examine_pack(folder: Path) -> list[Finding]:
     name = f"pack {folder.name}"
-    files = sorted(folder.glob("*.onnx"))
+    files = onnx_files(folder)
     if not files:
-        nested = sorted({path.parent for path in folder.rglob("*.onnx") if path.parent.parent == folder})
+        nested = sorted({path.parent for path in onnx_files(folder, deep=True) if path.parent.parent == folder})
         if nested:
             found = f"{folder} has its files one folder too deep, where FaceAnalysis does not find them"
             return [Finding(name, BROKEN, found, f"mv {nested[0]}/*.onnx {folder}/")]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..files import check_writable
 from .file_gallery import FileGallery
 from .gallery import Gallery
 from .postgres_gallery import is_address, open_postgres
@@ -51,7 +52,7 @@ def editing(place: str | Path) -> Iterator[Gallery]:
             yield gallery
         return
     path = Path(place)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)

@@ -43,11 +43,18 @@ def open_pack(name: str | Path, root: str | Path = "~/.insightface", det_thresh:
 
     Raises:
         FileNotFoundError: there is no such pack.
+        ValueError: it has no detector, or a file of it is damaged.
     """
     from insightface.app import FaceAnalysis
 
     register()
-    app = FaceAnalysis(name=str(find_pack(name, root).resolve()), **settings)
+    folder = find_pack(name, root).resolve()
+    try:
+        app = FaceAnalysis(name=str(folder), **settings)
+    except AssertionError as error:  # what insightface says of a pack without detector
+        raise ValueError(
+            f"{folder} has no face detector, which FaceAnalysis needs; see insightface-kprpe doctor"
+        ) from error
     app.prepare(ctx_id=0, det_thresh=det_thresh)
     return app
 

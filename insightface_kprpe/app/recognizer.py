@@ -11,7 +11,7 @@ from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 
 from ..evaluation.fusion import landmark_weights
 from ..geometry import CANONICAL_KEYPOINTS, SCORE_THRESHOLD, transform_points
-from ..packs.metadata import read_metadata
+from ..packs.metadata import input_convention, read_metadata
 from .aligner import FaceAligner, cut_aligned, cut_box
 from .batches import batches, check_crops, check_keypoints
 from .pictures import as_bgr
@@ -33,9 +33,8 @@ class KeypointRecognizer(ArcFaceONNX):
     def __init__(self, model_file: str, session, aligner: FaceAligner | None = None, aligned: bool = True) -> None:
         super().__init__(model_file, session)
         # The parent class guesses from node names whether the file normalizes pixels itself; our files say so.
-        metadata = read_metadata(model_file)
-        self.input_mean = float(metadata.get("mean", self.input_mean))
-        self.input_std = float(metadata.get("std", self.input_std))
+        metadata = {"mean": str(self.input_mean), "std": str(self.input_std)} | read_metadata(model_file)
+        self.input_mean, self.input_std = input_convention(metadata, model_file)
         self.keypoint_name = self.session.get_inputs()[1].name
         self.aligner, self.aligned = aligner, aligned
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..debugging import shows_tracebacks
 from . import (  # noqa: F401 - they add their verbs
     arcface_torch,
     data,
@@ -21,7 +21,7 @@ from . import (  # noqa: F401 - they add their verbs
     photos,
     training,
 )
-from .app import DEBUG, app
+from .app import app
 from .errors import describe
 
 
@@ -60,6 +60,6 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if os.environ.get(DEBUG):
+        if shows_tracebacks():
             raise
         sys.exit(f"error: {describe(error, sys.argv[1:])}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-DEBUG = "INSIGHTFACE_KPRPE_DEBUG"  # environment variable: show tracebacks
+from ..debugging import VARIABLE
 
 
 class _Root(TyperGroup):
@@ -34,7 +34,9 @@ app = typer.Typer(
 
 @app.callback()
 def root(
-    debug: Annotated[bool, typer.Option("--debug", help=f"show the traceback of an error; same as {DEBUG}=1")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help=f"show the traceback of an error; same as {VARIABLE}=1")
+    ] = False,
 ) -> None:
     if debug:
-        os.environ[DEBUG] = "1"
+        os.environ[VARIABLE] = "1"

@@ -42,13 +42,13 @@ app.add_typer(pack_app, name="pack")
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="training run (its output folder); or a DFA: its run, or a weights file")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a training run, of a DFA too; or whatever convert reads")],
     out: Annotated[Path, typer.Argument(help="ONNX file to write")],
     image_only: Annotated[
         bool,
         typer.Option(help="take images only: keypoints come from the built-in aligner (*_dfa), else from the template"),
     ] = False,
-    licence: Annotated[str, typer.Option(help="license of the weights, stored in the file")] = "unknown",
+    licence: Annotated[str | None, typer.Option(help="of the weights, stored in the file")] = None,
 ) -> None:
     """Export a trained network to ONNX (images + keypoints -> embedding) and check it against torch.
 
@@ -56,13 +56,14 @@ def export(
     """
     from ..deployment.detector_export import export_detector
     from ..deployment.onnx_export import export_onnx
-    from ..dfa.weights import holds_dfa, load_dfa
-    from ..weights.network import load_run
+    from ..dfa import DFA
+    from ..weights.sources import load_published
 
-    if holds_dfa(run):
-        typer.echo(f"{export_detector(load_dfa(run), out, licence)}: a detector for crops of one face")
+    net, description = load_published(run, licence=licence)
+    if isinstance(net, DFA):
+        typer.echo(f"{export_detector(net, out, description.licence)}: a detector for crops of one face")
         return
-    report = export_onnx(load_run(run), out, image_only, licence)
+    report = export_onnx(net, out, image_only, description.licence)
     typer.echo(f"{report.path}: {' + '.join(report.inputs)} -> embedding, cosine to torch >= {report.cosine:.6f}")
 
 
@@ -92,7 +93,9 @@ def build_pack(
     recognition: Annotated[str | None, typer.Option(help=f"{SOURCE}; or an ArcFace ONNX file")] = None,
     detector: Annotated[
         str,
-        typer.Option(help="InsightFace pack (buffalo_l), ONNX file or folder; or dfa: use the aligner, for face crops"),
+        typer.Option(
+            help="InsightFace pack (buffalo_l), ONNX file (also hf:) or folder; or dfa: use the aligner, for crops"
+        ),
     ] = ...,
     aligner: Annotated[
         str | None,

@@ -6,7 +6,7 @@ import errno
 import os
 from collections.abc import Sequence
 
-from .app import DEBUG
+from ..debugging import VARIABLE
 
 # Raised by this package, or written for users: the message is the sentence.
 _SENTENCES = (ValueError, RuntimeError, ImportError, FileNotFoundError)
@@ -30,7 +30,7 @@ def describe(error: Exception, arguments: Sequence[str]) -> str:
         text = f"a file ends too early ({text})" if text else "a file ends too early"
     elif not isinstance(error, _SENTENCES):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        text += f" (unexpected; {DEBUG}=1 or --debug before the verb shows the traceback)"
+        text += f" (unexpected; {VARIABLE}=1 or --debug before the verb shows the traceback)"
     return (text or type(error).__name__) + _given(text, arguments)
 
 

@@ -32,7 +32,7 @@ class Embedding:
         typer.Option(
             "--model",
             "--model-prefix",
-            help="[NAME=]PATH: training run, weights, .onnx, or pack; may be repeated",
+            help="[NAME=]PATH: training run, weights, .onnx, pack, or hf:OWNER/NAME; may be repeated",
         ),
     ]
     network: Annotated[str | None, typer.Option(help="backbone of the weights, if nothing else determines it")] = None

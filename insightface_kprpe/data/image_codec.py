@@ -72,7 +72,7 @@ def _check_size(width: int, height: int) -> None:
         limit = _MEGAPIXELS if text is None else float(text)
     except ValueError as error:
         raise ValueError(f"the environment variable {PIXEL_LIMIT} must be a number, got {text!r}") from error
-    if width * height > limit * 1e6:
+    if not width * height <= limit * 1e6:  # also where the limit is NaN
         raise ValueError(
             f"{width} x {height} pixels exceed the limit of {limit:g} megapixels; set {PIXEL_LIMIT} to change it"
         )

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import logging
 import os
+import stat
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..files import user_file
 from .image_codec import HEIF_REMEDY, decode_image
 
 logger = logging.getLogger(__name__)
@@ -22,7 +24,12 @@ _ALWAYS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp"})
 _WHERE_OPENCV_CAN = frozenset({".gif", ".webp", ".tif", ".tiff", ".avif"})
 _HEIF = frozenset({".heic", ".heif", ".hif"})
 # Files that operating systems leave in folders; names that start with a dot are hidden anyway.
-_SYSTEM_NAMES = frozenset({"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"})
+_SYSTEM_NAMES = frozenset(
+    {
+        "__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "#snapshot",
+        "$recycle.bin", "system volume information", "lost+found", "__pycache__",
+    }
+)  # fmt: skip
 # What this package and its likes put beside pictures.
 _COMPANIONS = ("ldmk_5points.csv", "ldmk_5points.png", "faces.csv", "pairs.txt", "label.txt", "property")
 _SHOWN = 3  # files that a warning names, of each kind
@@ -103,14 +110,12 @@ def read_image_file(path: str | Path) -> np.ndarray:
         ValueError: it is not an image, a truncated one, of a kind that cannot be read here, or too large; with its
             name.
     """
+    if not os.path.isfile(path):  # a folder, nothing, or a pipe, which would never end
+        user_file(path, "image")
     try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"image not found: {path}") from error
+        return decode_image(Path(path).read_bytes())
     except OSError as error:
         raise ValueError(f"{path} could not be read as an image: {error.strerror}") from error
-    try:
-        return decode_image(content)
     except ValueError as error:
         raise ValueError(f"{path} could not be read as an image: {error}; remove or replace it") from error
 
@@ -137,10 +142,18 @@ def _split(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """Images, and all others but those that belong next to images."""
     pictures, others = [], []
     for file in files:
-        if file.name.endswith(_COMPANIONS):
+        if file.name.endswith(_COMPANIONS) and not _is_special(file):
             continue
         (pictures if file.suffix.lower() in readable_suffixes() else others).append(file)
     return pictures, others
+
+
+def _is_special(file: Path) -> bool:
+    """Whether this is a pipe, a socket or a device, which nobody can read to its end."""
+    try:
+        return not stat.S_ISREG(file.stat().st_mode)
+    except OSError:  # as a link to nothing: reading it says so
+        return False
 
 
 def _warn_of(folder: Path, others: list[Path]) -> None:

@@ -44,10 +44,14 @@ def results(items: Items, num_workers: int, label: str, at_once: int = _AT_ONCE)
 def start_worker(worker: int) -> None:
     """Initializes a process that reads images, as ``worker_init_fn`` of every loader.
 
-    It ends when its parent is gone, however that was killed. torch's own watch is not enough: a worker whose results
-    nobody takes waits forever to hand them over.
+    torch's own watch of the parent is not enough: a worker whose results nobody takes waits forever to hand them over.
     """
     cv2.setNumThreads(0)  # one thread per worker, as there are many
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it is gone, however that was killed."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from ..documents import read_json_object
 from ..files import atomic_folder
 from ..fingerprint import fingerprint
 from .face_dataset import LANDMARK_FILE
@@ -214,7 +215,7 @@ def _write(
 def _made_before(out: Path, identity: str) -> Packed | None:
     """The result of an earlier call with the same input, which may have been killed before it returned."""
     try:
-        mark = json.loads((out / _MARK).read_text())
+        mark = read_json_object(out / _MARK)
         return Packed(**mark["packed"]) if mark["of"] == identity and (out / "train.rec").is_file() else None
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import atomic_path, user_file
+from ..files import atomic_path, not_utf8, user_file
 from ..npz import read_npz
 from .image_codec import decode_image
 from .record_format import (
@@ -299,7 +299,7 @@ def _read_index(path: Path, rec_path: Path, rec_size: int) -> tuple[np.ndarray, 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # of an empty file, or fractions: older NumPy would cut them off
-            table = np.loadtxt(path, dtype=np.int64, delimiter="\t", comments=None, ndmin=2, encoding="latin-1")
+            table = np.loadtxt(path, dtype=np.int64, delimiter="\t", comments=None, ndmin=2, encoding="utf-8-sig")
         if table.shape[1] != 2:
             raise ValueError("lines without two columns")
     except (ValueError, UserWarning) as error:
@@ -319,9 +319,13 @@ def _read_index(path: Path, rec_path: Path, rec_size: int) -> tuple[np.ndarray, 
 
 
 def _index_fault(path: Path) -> str | None:
-    """Describe the first line of an index that is not two numbers."""
+    """Describe the first line of an index that is not two numbers, or its encoding."""
     number = 0
-    with open(path, encoding="latin-1") as file:
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start in (b"\xff\xfe", b"\xfe\xff"):
+        return str(not_utf8(path, start, 0))
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             fields = line.rstrip().split("\t")
             if len(fields) != 2 or not all(field.isdecimal() for field in fields):

@@ -106,8 +106,12 @@ def _checked_pairs(images: Any, is_same: Any) -> tuple[list[bytes], list[bool]]:
     return [bytes(image) for image in images], [bool(answer) for answer in is_same]
 
 
-class _SafeUnpickler(pickle.Unpickler):
-    """Loads lists, numbers, text and bytes; everything that a pickle looks up by name comes from ``_STAND_INS``."""
+class _SafeUnpickler(pickle._Unpickler):
+    """Loads lists, numbers, text and bytes; everything that a pickle looks up by name comes from ``_STAND_INS``.
+
+    It is the unpickler that is written in Python: the one in C takes memory for as many objects as a file numbers, and
+    nine bytes may number a billion.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, encoding="bytes")  # what Python 2 called str are JPEG bytes

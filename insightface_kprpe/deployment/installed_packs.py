@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ from ..packs.layout import (
     MANIFEST,
     RECOGNITION,
     PackError,
+    onnx_files,
     read_manifest,
 )
-from ..packs.metadata import load_onnx, read_metadata
+from ..packs.metadata import input_convention, load_onnx, read_metadata
 from ..packs.routing import stock_model, stock_route
 from .precision import format_change
 
@@ -39,7 +42,7 @@ def describe(folder: Path) -> str:
     """A pack as text: for ours the manifest, for others what InsightFace loads the files as."""
     if not (folder / MANIFEST).is_file():
         lines = [f"{folder}: not built by this package; InsightFace loads its files as"]
-        for path in sorted(folder.rglob("*.onnx")):
+        for path in onnx_files(folder, deep=True):
             try:
                 route = stock_route(path)
                 taken = f"{route.task or 'nothing'} ({route.kind})"
@@ -99,7 +102,7 @@ def verify(folder: Path) -> list[str]:
 def added_files(folder: Path) -> list[str]:
     """The ONNX files of a pack that its manifest does not list."""
     listed = read_manifest(folder)["files"]
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.onnx"))]
+    names = [path.relative_to(folder).as_posix() for path in onnx_files(folder, deep=True)]
     return [name for name in names if name not in listed]
 
 
@@ -184,8 +187,9 @@ def _try(path: Path, name: str, task: str | None) -> np.ndarray | None:
 
 def _embed(model: Any, metadata: Mapping[str, str]) -> np.ndarray:
     """InsightFace's embedding of a drawn face, if it feeds the file as the file expects."""
-    if "mean" in metadata and (model.input_mean, model.input_std) != (float(metadata["mean"]), float(metadata["std"])):
-        names = [node.name for node in load_onnx(model.model_file).graph.node[:8]]
+    path = model.model_file
+    if "mean" in metadata and (model.input_mean, model.input_std) != input_convention(metadata, path):
+        names = [node.name for node in load_onnx(path).graph.node[:8]]
         names = [name for name in names if name.startswith(("Sub", "Mul", "_minus", "_mul"))]
         raise PackError(
             f"InsightFace would feed it mean {model.input_mean} and std {model.input_std} because of the node names "
@@ -225,4 +229,7 @@ def remove(folder: Path) -> None:
         raise PackError(
             f"{folder} also holds {', '.join(others[:5])}, which the pack does not list; move them elsewhere"
         )
-    shutil.rmtree(folder)
+    # Under a name that the next build of the pack sweeps: a kill must not leave half a pack that nobody owns to.
+    trash = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    os.replace(folder, trash / folder.name)
+    shutil.rmtree(trash)

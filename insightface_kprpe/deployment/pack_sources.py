@@ -10,12 +10,21 @@ import torch.nn as nn
 
 from ..backbones import Backbone
 from ..dfa import DFA
-from ..packs.layout import ALIGNER, DETECTION, DETECTOR_OUTPUTS, INSIGHTFACE_PACK, MANIFEST, PackError, read_manifest
+from ..hub import fetch_snapshot, is_hub_source, local_source
+from ..packs.layout import (
+    ALIGNER,
+    DETECTION,
+    DETECTOR_OUTPUTS,
+    INSIGHTFACE_PACK,
+    MANIFEST,
+    PackError,
+    onnx_files,
+    read_manifest,
+)
 from ..packs.metadata import DFA_DETECTOR, load_onnx, metadata_of
 from ..packs.routing import stock_route
 from ..weights.architecture import read_architecture
 from ..weights.description import Description
-from ..weights.hub import fetch_snapshot, is_hub_source
 from ..weights.sources import load_published
 
 INSIGHTFACE_LICENCE = "non-commercial research (InsightFace model zoo)"
@@ -45,8 +54,8 @@ def find_detector(
     """The detector file that a path, or the name of an InsightFace pack, refers to.
 
     Args:
-        detector: an ONNX file, a folder with one, or the name of a pack, which InsightFace's own downloader fetches
-            where it is not installed.
+        detector: an ONNX file, also on the Hub ("hf:owner/name/path.onnx"); a folder with one; or the name of a pack,
+            which InsightFace's own downloader fetches where it is not installed.
         root: InsightFace's root folder.
         offline: do not let InsightFace download a pack.
         licence: of the detector; None: what its file, its pack or its name says.
@@ -55,14 +64,14 @@ def find_detector(
         PackError: there is none.
         RuntimeError: InsightFace could not fetch the pack.
     """
-    path = Path(detector).expanduser()
+    path = local_source(detector, offline=offline)
     if path.is_file():
         return FoundFile(path, path.name, licence or _licence(path, "unknown"))
     folder = _pack_folder(detector, root, offline, "detector")
     if (folder / MANIFEST).is_file():
         known = read_manifest(folder)["files"].get(DETECTION, {}).get("licence", "unknown")
         return FoundFile(folder / DETECTION, f"{folder.name}/{DETECTION}", licence or known)
-    for candidate in sorted(folder.rglob("*.onnx"), key=lambda file: file.stat().st_size):  # detectors are small
+    for candidate in sorted(onnx_files(folder, deep=True), key=lambda file: file.stat().st_size):  # detectors are small
         # An aligner has a detector's layout, and finds one face in a crop.
         if candidate.parent.name == Path(ALIGNER).parent.name:
             continue
@@ -93,7 +102,7 @@ def find_extras(
     if unknown := [task for task in tasks if task not in EXTRA_TASKS]:
         raise PackError(f"extra tasks must be of {', '.join(EXTRA_TASKS)}, got {unknown[0]!r}")
     folder = _pack_folder(pack, root, offline, "extra_pack")
-    routes = {path: stock_route(path).task for path in sorted(folder.glob("*.onnx"))} if tasks else {}
+    routes = {path: stock_route(path).task for path in onnx_files(folder)} if tasks else {}
     found = {}
     for task in tasks:
         path = next((path for path, routed in routes.items() if routed == task), None)
@@ -153,8 +162,8 @@ def open_aligner(
         FileNotFoundError, ImportError, RuntimeError, ValueError: see ``load_published``.
         PackError: it is not a DFA.
     """
-    if Path(aligner).suffix == ".onnx":
-        path = Path(aligner).expanduser()
+    if str(aligner).partition("@")[0].endswith(".onnx"):
+        path = local_source(aligner, cache, offline)
         if metadata_of(load_onnx(path)).get("detector") != DFA_DETECTOR:
             raise PackError(
                 f"aligner must be a DFA exported as a detector, {path} is not; create it with export_detector"

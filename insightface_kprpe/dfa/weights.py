@@ -9,10 +9,14 @@ from typing import Any
 import torch
 
 from ..documents import read_json_object
+from ..hub import local_source
 from ..state_dict import load_weights, read_state_dict, strip_prefixes
 from .aligner import DFA
 from .network import RETINAFACE, RetinaFaceNet, start_from_retinaface
 
+_WEIGHTS = (  # as CVLface's folders and its models on the Hub have them
+    "model.safetensors", "model.pt", "pretrained_model/model.safetensors", "pretrained_model/model.pt",
+)  # fmt: skip
 MIN_SIDE, MAX_SIDE = 32, 2048  # pixels of a network's input
 
 
@@ -20,11 +24,13 @@ def load_dfa(source: str | Path | Mapping[str, torch.Tensor], *, aligned_from: s
     """A trained landmark network, in eval mode.
 
     Args:
-        source: output folder of ``train-dfa``, a weights file, or a state dict. Weights without an aggregator, of which
-            no config says more, are taken for RetinaFace's public ones, whose anchors and pixels differ from DFA's.
+        source: output folder of ``train-dfa``; a weights file, or a folder of CVLface's with one, also on the Hub
+            ("hf:owner/name[/path][@revision]"); or a state dict. Weights without an aggregator, of which no config says
+            more, are taken for RetinaFace's public ones, whose anchors and pixels differ from DFA's.
 
     Raises:
         FileNotFoundError: there is no such file.
+        ImportError, RuntimeError: it is on the Hub, and huggingface_hub is not installed, or the download failed.
         ValueError: the folder holds no such run, or the weights do not fit.
     """
     state, network = _read(source)
@@ -32,12 +38,6 @@ def load_dfa(source: str | Path | Mapping[str, torch.Tensor], *, aligned_from: s
         return DFA(state, **network).eval()
     except ValueError as error:
         raise ValueError(str(error) if isinstance(source, Mapping) else f"{source}: {error}") from error
-
-
-def holds_dfa(source: str | Path) -> bool:
-    """Whether a path is what :func:`load_dfa` reads: a file, or a run of ``train-dfa``."""
-    config = Path(source) / "config.json"
-    return Path(source).is_file() or (config.is_file() and "aggregator" in read_json_object(config))
 
 
 def start_from(net: RetinaFaceNet, source: str | Path | Mapping[str, torch.Tensor]) -> None:
@@ -65,15 +65,18 @@ def _read(source: str | Path | Mapping[str, torch.Tensor]) -> tuple[dict[str, to
     if isinstance(source, Mapping):
         state = strip_prefixes(source)
         return state, network_of(state)
-    source = Path(source)
+    source = local_source(source)
     folder = source.parent if source.name == "model.pt" else source
-    if (folder / "config.json").is_file():
-        config = read_json_object(folder / "config.json")
-        if "aggregator" not in config:
-            raise ValueError(f"{folder} is not a run of train-dfa: its config.json has no aggregator")
+    config = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if "aggregator" in config:
         return read_state_dict(folder / "model.pt"), _checked(config, folder / "config.json")
+    if "network" in config:
+        raise ValueError(f"{folder} is no run of train-dfa: its config.json says nothing of an aggregator")
     if source.is_dir():
-        raise ValueError(f"{source} is not a run of train-dfa: a run has config.json and model.pt")
+        found = [source / name for name in _WEIGHTS if (source / name).is_file()]
+        if not found:
+            raise ValueError(f"{source} is not a run of train-dfa: a run has config.json and model.pt")
+        source = found[0]
     return _read(read_state_dict(source))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write_atomically
+from ..files import check_writable, write_atomically
 from .curves import new_figure, plot_cmc, plot_det, plot_roc, thinned
 from .result import Result
 
@@ -101,8 +101,7 @@ def check_report_folder(folder: str | Path) -> None:
         OSError: the folder cannot be made or written to.
     """
     new_figure((1, 1))
-    write_atomically(Path(folder) / ".check", b"\0" * REPORT_BYTES)
-    (Path(folder) / ".check").unlink()
+    check_writable(Path(folder) / "report.json", REPORT_BYTES)
 
 
 def write_report(results: Sequence[Result], folder: str | Path) -> list[Path]:

@@ -8,8 +8,6 @@ absence of a warning does not prove that it is right.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from ..documents import json_lines
 from .metrics import to_numpy
 from .result import Result
 
@@ -72,10 +71,11 @@ def results_of_training(model: str, path: str | Path) -> list[Result]:
     """
     file = Path(path) / "metrics.jsonl"
     accuracies: dict[str, float] = {}
-    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
-        with contextlib.suppress(ValueError, AttributeError):  # a line cut short by a kill, or of another kind
-            accuracies |= {key: value for key, value in json.loads(line).items() if key.startswith("accuracy/")}
-    # The file uses percent.
+    for _, row in json_lines(file) if file.is_file() else ():
+        for key, value in row.items():
+            if key.startswith("accuracy/") and isinstance(value, int | float) and 0 <= value <= 100:
+                accuracies[key] = value
+    # The file has percent.
     names = {key: f"{key.removeprefix('accuracy/')} in training" for key in accuracies}
     return [Result(model, names[key], {"accuracy": percent / 100}) for key, percent in accuracies.items()]
 

@@ -16,11 +16,18 @@ from ..data.picture_files import list_pictures, nfc
 from .search import rank_k, search
 
 DISTRACTOR_ID = -100
+_MAT_SECONDS = 120  # a list takes one
 # Prints the variables of a .mat file: argv[1] is the file, the others are the names. Cells come as lists.
+# A compressed file may claim more than the memory that it gets.
 _PRINT_MAT = """
 import sys
 sys.path[:] = [folder for folder in sys.path if folder]  # not what lies in the current folder
 import json
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+except (ImportError, ValueError, OSError):
+    pass
 from scipy.io import loadmat
 found = loadmat(sys.argv[1], variable_names=sys.argv[2:])
 sys.stdout.reconfigure(encoding="utf-8")
@@ -119,7 +126,12 @@ def _read_mat_list(path: Path, names_key: str, ids_key: str) -> tuple[list[str],
         raise ImportError(f"{path} needs: pip install 'insightface-kprpe[tinyface]'")
     # In a separate process, as SciPy can crash on a damaged file.
     command = [sys.executable, "-c", _PRINT_MAT, str(path), names_key, ids_key]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=_MAT_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"{path} could not be read in {_MAT_SECONDS} seconds; is it a list of TinyFace's?") from error
     try:
         if done.returncode:
             raise ValueError((done.stderr.strip() or "it is damaged").splitlines()[-1])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from ..files import user_file
 from .images import as_it_lies
 
 DIGEST_BYTES = 16
@@ -45,7 +46,7 @@ def read_contents(paths: Sequence[Path], known: Contents | None = None) -> Conte
 def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = as_it_lies(path).stat()
-    except OSError:
+    except (OSError, ValueError):  # a name may hold anything
         return 0, 0
     return status.st_size, status.st_mtime_ns
 
@@ -53,9 +54,9 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _digest(path: Path) -> bytes:
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     try:
-        with open(as_it_lies(path), "rb") as file:
+        with open(user_file(as_it_lies(path)), "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-    except OSError:
+    except (OSError, ValueError):
         return bytes(DIGEST_BYTES)
     return digest.digest()

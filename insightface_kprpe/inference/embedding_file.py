@@ -10,8 +10,9 @@ import numpy as np
 from ..data.crops import Crops, open_crops
 from ..data.image_codec import fit_crop
 from ..data.landmark_csv import read_keypoints
+from ..data.picture_files import nfc
 from ..distributed import rank_and_world_size
-from ..files import atomic_path
+from ..files import atomic_path, check_writable
 from ..fingerprint import fingerprint
 from .embedding import Embeddings, EmbedOptions, embed_faces
 from .models import Embedder
@@ -50,6 +51,7 @@ def embed_to_file(embed: Embedder, source: str | Path, out: str | Path, options:
 
     Raises:
         ValueError: another kind of file, or the images cannot be read.
+        OSError: the file cannot be written; said before anything is embedded.
         ImportError: Parquet without pyarrow.
     """
     source, out = Path(source), Path(out)
@@ -57,10 +59,13 @@ def embed_to_file(embed: Embedder, source: str | Path, out: str | Path, options:
         raise ValueError(f"out must end in {' or '.join(SUFFIXES)}, got {out}")
     if out.suffix == ".parquet":
         _import_pyarrow()
+    if rank_and_world_size()[0] == 0:
+        check_writable(out)
     crops = open_crops(source)
-    names = (
-        [str(path.relative_to(source)) for path in crops.paths] if crops.paths else list(map(str, range(crops.count)))
-    )
+    if crops.paths:
+        names = [nfc(str(path.relative_to(source))) for path in crops.paths]
+    else:
+        names = list(map(str, range(crops.count)))
     keypoints = read_keypoints(crops.landmark_file, crops.count)[0] if crops.landmark_file.is_file() else None
     files = {"source": fingerprint("\n".join(names)), "files": crops.paths or [crops.container]}
     found = embed_faces(embed, _Fitted(crops), keypoints, options, name=source.stem, **files)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..data.image_codec import CROP_SIZE, fit_crop
+from ..data.landmark_csv import known_keypoints
 from ..data.picture_files import read_image_file
 from ..geometry import ARCFACE_TEMPLATE_112, CANONICAL_KEYPOINTS, align_face, distinct_landmarks, similarity_transform
 
@@ -31,7 +32,7 @@ class AlignedFiles(Sequence):
     """Faces from image files, aligned to InsightFace's template, as ``norm_crop`` does.
 
     If the five points coincide, as unknown landmarks do, a face cannot be aligned: a warning counts such faces, and
-    they are treated like unreadable images.
+    they are treated like unreadable images. Another counts faces whose points can be none's.
 
     Args:
         paths: of N images.
@@ -52,6 +53,13 @@ class AlignedFiles(Sequence):
         if not self.alignable.all():
             first, count = int(self.alignable.argmin()), int((~self.alignable).sum())
             logger.warning("%d of %d faces have no landmarks (first: %s)", count, len(paths), paths[first])
+        odd = self.alignable & ~known_keypoints(np.asarray(landmarks_px))
+        if odd.any():
+            logger.warning(
+                "%d of %d faces have landmarks that lie as no face's do (first: %s); they are aligned by them all the "
+                "same, as the protocols' own scripts do",
+                odd.sum(), len(paths), paths[int(odd.argmax())],
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.paths)

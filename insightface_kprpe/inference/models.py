@@ -12,8 +12,9 @@ import torch
 
 from ..backbones import Backbone
 from ..fingerprint import fingerprint
-from ..packs.layout import KEYPOINT_RECOGNITION, MANIFEST, RECOGNITION, read_manifest
-from ..packs.metadata import read_metadata
+from ..hub import is_hub_source, local_source
+from ..packs.layout import KEYPOINT_RECOGNITION, MANIFEST, RECOGNITION, onnx_files, read_manifest
+from ..packs.metadata import input_convention, read_metadata
 from ..packs.providers import settle_providers
 from ..packs.routing import stock_route
 from ..weights.sources import load_published
@@ -175,6 +176,9 @@ class OnnxEmbedder(Embedder):
         self.batch = shape[0] if isinstance(shape[0], int) else None
         self.mean, self.std = _input_convention(self.path, metadata)
 
+    def __reduce__(self) -> tuple:
+        return OnnxEmbedder, (self.path, self.name, self.device)  # a session is opened anew where it arrives
+
     def __call__(self, images: torch.Tensor, keypoints: torch.Tensor) -> torch.Tensor:
         """Embed one batch, in parts if the file has a fixed batch size."""
         values = [(images.cpu() * 127.5 + (127.5 - self.mean)) / self.std, keypoints.cpu()][: len(self.inputs)]
@@ -205,12 +209,7 @@ class OnnxEmbedder(Embedder):
 def _input_convention(path: Path, metadata: dict[str, str]) -> tuple[float, float]:
     """Mean and std that the file expects: from its metadata, else as InsightFace's loader guesses them."""
     if "inputs" in metadata:  # exported by this package; in a pack, other files have metadata, too
-        try:
-            return float(metadata["mean"]), float(metadata["std"])
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"{path} does not say how to normalize its input (mean and std); export it again"
-            ) from error
+        return input_convention(metadata, path)
     route = stock_route(path)
     if route.task != "recognition" or route.outputs != 1:
         raise ValueError(f"{path} must be a recognition model with one output, InsightFace loads it as {route.kind}")
@@ -229,8 +228,9 @@ def open_model(
     Args:
         path: an ``.onnx`` file; a FaceAnalysis pack, by folder or by its name in ``~/.insightface/models``; or torch
             weights as :func:`~insightface_kprpe.weights.sources.load_published` takes them: a training run, a
-            ``.pt`` or ``.safetensors`` file, a published model. Of a pack that this package built, the model with
-            keypoints is used if there is one.
+            ``.pt`` or ``.safetensors`` file, a published model; all of them, and ``.onnx`` files, also on the Hub
+            ("hf:owner/name[/path][@revision]"). Of a pack that this package built, the model with keypoints is taken
+            where there is one.
         network: name of the backbone of the weights, if neither the files next to them nor their shapes determine it.
         precision: "fp32" or "bf16"; ONNX files have their own.
         device: where to compute.
@@ -238,12 +238,13 @@ def open_model(
 
     Raises:
         FileNotFoundError: there is no such file, folder or pack.
+        ImportError, RuntimeError: it is on the Hub, and huggingface_hub is not installed, or the download failed.
         ValueError: it holds no recognition model, or the network of the weights is unknown.
     """
     _check_precision(precision)
-    path = _find(path)
-    name = name or default_name(path)
-    if path.is_dir() and (any(path.glob("*.onnx")) or (path / MANIFEST).is_file()):
+    source, path = path, _find(path)
+    name = name or default_name(source if is_hub_source(source) else path)
+    if path.is_dir() and (onnx_files(path) or (path / MANIFEST).is_file()):
         path = _recognition_file(path)
     if path.suffix == ".onnx":
         if precision != "fp32" or network is not None:
@@ -262,8 +263,8 @@ def default_name(path: str | Path) -> str:
 
 
 def _find(path: str | Path) -> Path:
-    """The path itself, or the installed pack of that name."""
-    found = Path(path).expanduser()
+    """The path itself, the installed pack of that name, or what was downloaded from the Hub."""
+    found = local_source(path)
     if found.exists():
         return found
     pack = Path(PACKS).expanduser() / str(path)
@@ -277,7 +278,7 @@ def _recognition_file(folder: Path) -> Path:
     if (folder / MANIFEST).is_file():
         files = read_manifest(folder)["files"]
         return folder / (KEYPOINT_RECOGNITION if KEYPOINT_RECOGNITION in files else RECOGNITION)
-    for path in sorted(folder.glob("*.onnx")):
+    for path in onnx_files(folder):
         if stock_route(path).task == "recognition":
             return path
     raise ValueError(

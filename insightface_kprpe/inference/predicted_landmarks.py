@@ -54,6 +54,8 @@ def predict_landmarks(
     """
     out = Path(out or crops.landmark_file)
     if out.exists():
+        if rank_and_world_size()[0] == 0:
+            _sweep(out)
         raise ValueError(f"{out} already exists; remove it, or choose another file")
     dfa.to(device).eval()
     weights = fingerprint(*dfa.state_dict().values(), dfa.anchors, dfa.input_shift)
@@ -69,10 +71,15 @@ def predict_landmarks(
     landmarks, scores = store.finish()
     if rank_and_world_size()[0] == 0:
         write_landmark_csv(out, landmarks.reshape(-1, 5, 2), scores)
-        for leftover in out.parent.glob(f".{out.name}.*.parts"):
-            shutil.rmtree(leftover)
+        _sweep(out)
     barrier()
     return out
+
+
+def _sweep(out: Path) -> None:
+    """Remove what was kept until the file was whole."""
+    for leftover in out.parent.glob(f".{out.name}.*.parts"):
+        shutil.rmtree(leftover)
 
 
 @torch.inference_mode()

@@ -14,14 +14,16 @@ import numpy as np
 import torch.distributed as dist
 
 from ..distributed import barrier, rank_and_world_size
-from ..files import atomic_path, sync_folder, write_atomically
+from ..documents import read_json_object
+from ..files import atomic_path, locked, sync_folder, write_atomically
+from ..npz import read_npz
 from .chunks import cut_into_blocks
 from .contents import Contents, read_contents
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 2048  # images whose results are written together; at most this many per rank are lost by an interruption
-INDEX, DONE, CONTENTS = "index.json", "done", "contents.npz"
+INDEX, DONE, CONTENTS, LOCK = "index.json", "done", "contents.npz", ".lock"
 _NAMED = 5  # changed files that a message lists
 
 # Name -> shape of one image's value, and its type.
@@ -92,9 +94,11 @@ class FolderStore:
         self.columns = {name: ((count, *shape), np.dtype(kind)) for name, (shape, kind) in columns.items()}
         if not all_ranks or rank_and_world_size()[0] == 0:
             try:
-                self._prepare(identity)
-                if files is not None:
-                    self._compare_contents(files)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with locked(self.folder / LOCK):  # another process may be about to make the same
+                    self._prepare(identity)
+                    if files is not None:
+                        self._compare_contents(files)
             except OSError as error:
                 raise self._explained(error) from error
         if all_ranks:
@@ -104,8 +108,8 @@ class FolderStore:
         index, wanted = self.folder / INDEX, {**identity, "block": BLOCK}
         if index.is_file():
             try:
-                found = dict(json.loads(index.read_bytes()))
-            except (ValueError, TypeError) as error:
+                found = read_json_object(index)
+            except ValueError as error:
                 raise ValueError(f"{index} is damaged ({error}); remove the folder {self.folder}") from error
             for key, value in wanted.items():
                 if found.get(key) != value:
@@ -115,6 +119,7 @@ class FolderStore:
                     )
             damaged = [self._file(name).name for name in self.columns if not self._is_whole(name)]
             if not damaged:
+                (self.folder / DONE).mkdir(exist_ok=True)
                 return
             logger.warning("%s: %s damaged, recomputing everything", self.folder, " and ".join(damaged))
             index.unlink()
@@ -156,11 +161,11 @@ class FolderStore:
 
     def _known_contents(self) -> Contents | None:
         try:
-            with np.load(self.folder / CONTENTS, allow_pickle=False) as file:
-                return Contents(file["stamps"], file["digests"])
-        except Exception as error:  # if anything is wrong with it, nothing is known
+            known = Contents(**read_npz(self.folder / CONTENTS, Contents._fields))
+        except ValueError as error:  # then nothing is known
             logger.debug("%s: %r", self.folder / CONTENTS, error)
             return None
+        return known if (known.stamps.dtype, known.digests.dtype) == (np.int64, np.uint8) else None
 
     def _done(self) -> set[str]:
         return {marker.name for marker in (self.folder / DONE).iterdir()}
@@ -200,6 +205,10 @@ class FolderStore:
 
     def _explained(self, error: OSError) -> OSError:
         """The same error; one about a full disk says how much is needed, and that finished work is kept."""
+        if isinstance(error, FileNotFoundError):
+            return FileNotFoundError(
+                error.errno, "its files are gone; does another process work on the same, and is done?", str(self.folder)
+            )
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return error
         needed = sum(dtype.itemsize * int(np.prod(shape)) for shape, dtype in self.columns.values())

@@ -57,6 +57,21 @@ def find_pack(name: str | Path, root: str | Path = "~/.insightface") -> Path:
     )
 
 
+def onnx_files(folder: Path, deep: bool = False) -> list[Path]:
+    """The ONNX files of a folder, in order; hidden ones and what macOS packs beside them are none.
+
+    Args:
+        folder: of a pack.
+        deep: in its sub-folders too.
+    """
+    found = folder.rglob("*.onnx") if deep else folder.glob("*.onnx")
+    return sorted(
+        path
+        for path in found
+        if not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
+    )
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What ``pack.json`` says.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 
-from ..files import atomic_path
+from ..files import atomic_path, user_file
 
 METADATA_PREFIX = "insightface_kprpe."
 DFA_DETECTOR = "dfa"  # metadata of a detector that finds the one face of a crop
@@ -30,9 +31,7 @@ def load_onnx(path: str | Path, weights: bool = False) -> onnx.ModelProto:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged or of another kind, or a file that it needs is missing.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"ONNX file not found: {path}")
+    path = user_file(path, "ONNX file")
     try:
         model = onnx.load(str(path), load_external_data=weights)
         whole = model.ir_version > 0 and len(model.graph.node) > 0  # an empty message parses, too
@@ -57,6 +56,25 @@ def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
     """The same for a model in memory."""
     prefix = METADATA_PREFIX
     return {p.key[len(prefix) :]: p.value for p in model.metadata_props if p.key.startswith(prefix)}
+
+
+def input_convention(metadata: Mapping[str, str], path: str | Path) -> tuple[float, float]:
+    """Mean and std by which a file of this package wants its pixels normalized.
+
+    Args:
+        metadata: of the file.
+        path: of the file, for the message.
+
+    Raises:
+        ValueError: it does not say them, or they are no numbers to divide by.
+    """
+    try:
+        mean, std = float(metadata["mean"]), float(metadata["std"])
+        if math.isfinite(mean) and 0 < std < math.inf:
+            return mean, std
+    except (KeyError, ValueError):
+        pass
+    raise ValueError(f"{path} does not say how to normalize its input (mean and std); export it again")
 
 
 def add_metadata(path: str | Path, entries: Mapping[str, str | None]) -> None:

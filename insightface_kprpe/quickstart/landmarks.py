@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from ..data.face_dataset import to_network_input
 from ..data.landmark_augmentation import LandmarkAugmentation
 from ..data.landmark_dataset import UNKNOWN, FaceSample
+from ..data.reading import end_with_parent
 from ..data.synthetic import SyntheticFaces, draw_scene
 from ..deployment.detector_export import export_detector
 from ..dfa import DFA
@@ -85,7 +86,7 @@ def train_both(
     Returns:
         The losses of the last steps.
     """
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         futures = [
             pool.submit(_train_detector, detector, licence, scenes, seed),
             pool.submit(_train_dfa, dfa, crops, seed),

@@ -6,9 +6,12 @@ network recognizes real people.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +29,7 @@ from ..backbones import get_model
 from ..data.face_dataset import LANDMARK_FILE
 from ..data.image_codec import encode_jpeg
 from ..data.landmark_csv import write_landmark_csv
+from ..data.reading import end_with_parent
 from ..data.record_tools import pack_drawn
 from ..data.synthetic import SyntheticFaces, SyntheticScene, draw_face, draw_scene, verification_pairs
 from ..data.verification_bin import write_verification_bin
@@ -48,6 +52,7 @@ NETWORK, PLAIN = "vit_n_kprpe", "vit_n"  # alike but for the keypoints, which th
 FIRST_SEED = 2048
 PACK = "kprpe"
 LICENCE = "MIT (trained on drawn faces)"
+_LINUX, _PARENT_DEATH_SIGNAL = sys.platform == "linux", 1  # of prctl
 
 
 def run_quickstart(output: Path, seed: int = 0) -> dict[str, float]:
@@ -111,7 +116,7 @@ def draw_data(folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures = [(person, i) for person in range(PEOPLE) for i in range(ALIGNED_PER_PERSON + LOOSE_PER_PERSON)]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), initializer=end_with_parent) as pool:
         drawn = list(Progress(pool.map(_draw, pictures, chunksize=50), "  training set", len(pictures)))
         aligned = pool.submit(verification_pairs, UNSEEN_PEOPLE, PAIRS, first_identity=FIRST_UNSEEN_IDENTITY)
         loose = pool.submit(
@@ -132,6 +137,12 @@ def _draw(picture: tuple[int, int]) -> tuple[np.ndarray, int, np.ndarray]:
     return image, person, keypoints
 
 
+def _stop_with_parent() -> None:
+    """Ask Linux to stop this process, as by SIGTERM, when the one that started it is killed."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
 def train_recognition(data: Path, runs: Mapping[str, Path], seed: int) -> None:
     """Train networks side by side, as a user would: from a checkout its ``train_v2.py``, else the installed module.
 
@@ -150,7 +161,11 @@ def train_recognition(data: Path, runs: Mapping[str, Path], seed: int) -> None:
             command = [sys.executable, *target, "quickstart", f"network={network}", f"rec={data}", f"output={run}"]
             command += ["val_targets=('aligned','unaligned')", f"seed={FIRST_SEED + seed}"]
             shown = None if not started else subprocess.DEVNULL
-            started.append(subprocess.Popen(command, stdout=shown, env=environment))
+            started.append(
+                subprocess.Popen(
+                    command, stdout=shown, env=environment, preexec_fn=_stop_with_parent if _LINUX else None
+                )
+            )
         for process in started:
             if process.wait():
                 raise subprocess.CalledProcessError(process.returncode, process.args)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from ..partial_fc import PartialFC
-from ..state_dict import load_weights, strip_prefixes
+from ..state_dict import check_plain, load_torch_file, load_weights, strip_prefixes
 from .state import Schedule, TrainingState
 
 logger = logging.getLogger(__name__)
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_STATES = ("state_dict_softmax_fc", "state_optimizer")
 _MOMENTS = {"AdamW": {"exp_avg", "exp_avg_sq", "step"}, "SGD": {"momentum_buffer"}}
 
 
@@ -45,8 +46,7 @@ def backbone_weights(files: Sequence[Path]) -> dict[str, torch.Tensor]:
 def load_centers(files: Sequence[Path], partial_fc: PartialFC) -> bool:
     """Copy this rank's class centers, and AdaFace's statistics; False if people or embedding size differ."""
     states = [_read(file)["state_dict_softmax_fc"] for file in files]
-    # Written by arcface_torch's own PartialFC, or by this package's, which its scripts use for AdaFace.
-    parts = [state["weight"] if "weight" in state else state["class_centers"] for state in states]
+    parts = [_centers_of(state) for state in states]
     size = (sum(len(part) for part in parts), parts[0].shape[1])
     if size != (partial_fc.num_classes, partial_fc.class_centers.shape[1]):
         return False
@@ -88,7 +88,7 @@ def resume(files: Sequence[Path], state: TrainingState, schedule: Schedule) -> i
 def _moments(shards: Sequence[dict[str, Any]], names: Sequence[str], state: TrainingState) -> dict[str, torch.Tensor]:
     """Moments by the names that :meth:`TrainingState.tensors` gives them; the centers' are this rank's rows."""
     kind = type(state.optimizer).__name__
-    moments = [shard["state_optimizer"]["state"] for shard in shards]
+    moments = [shard["state_optimizer"].get("state", {}) for shard in shards]
     if any(not _MOMENTS[kind] >= set(values) for values in moments[0].values()):
         raise ValueError(f'the checkpoint was not written with optimizer {kind}; set optimizer to "sgd" or "adamw"')
     tensors = {}
@@ -113,11 +113,31 @@ def _rows(parts: Sequence[torch.Tensor], first: int, count: int) -> torch.Tensor
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if {"state_dict_backbone", "state_dict_softmax_fc", "state_optimizer", "epoch"} <= set(content):
-            return content
+        content = load_torch_file(file, mmap=True)
     except Exception as error:
         raise ValueError(f"{file} could not be read as a checkpoint of arcface_torch; is it damaged?") from error
-    raise ValueError(
-        f"{file} is not a checkpoint of arcface_torch: it must hold state_dict_backbone and the other states"
-    )
+    if not isinstance(content, dict) or not {"state_dict_backbone", *_STATES, "epoch"} <= set(content):
+        raise ValueError(
+            f"{file} is no checkpoint of arcface_torch: it must hold state_dict_backbone and the other states"
+        )
+    backbone, centers, optimizer = (content[key] for key in ("state_dict_backbone", *_STATES))
+    if not _holds_tensors(backbone) or not _holds_tensors(centers) or _centers_of(centers) is None:
+        raise ValueError(f"{file}: state_dict_backbone and state_dict_softmax_fc must hold tensors, with class centers")
+    moments = optimizer.get("state", {}) if isinstance(optimizer, dict) else None
+    if not isinstance(moments, dict) or not all(isinstance(values, dict) for values in moments.values()):
+        raise ValueError(f"{file}: state_optimizer must hold the moments of each parameter")
+    if not isinstance(content["epoch"], int) or content["epoch"] < 0:
+        raise ValueError(f"{file}: epoch must be a whole number from 0, got {content['epoch']!r:.40}")
+    check_plain(backbone, file)
+    check_plain(centers, file)
+    return content
+
+
+def _holds_tensors(state: Any) -> bool:
+    return isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+def _centers_of(state: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """Written by arcface_torch's own PartialFC, or by this package's, which its scripts use for AdaFace."""
+    centers = state.get("weight", state.get("class_centers"))
+    return centers if centers is not None and centers.ndim == 2 else None

@@ -58,18 +58,20 @@ class Verification:
 class StopSignal:
     """Records signals that ask a run to stop in a ``with`` block, so that it can save first.
 
-    These are SIGTERM, SIGUSR1 (SLURM's early warning) and Ctrl-C; a second Ctrl-C ends the process at once. All ranks
-    learn of it at the same step, whichever received it.
+    These are SIGTERM, SIGUSR1 (SLURM's early warning), SIGHUP (the terminal is gone) and Ctrl-C; a second Ctrl-C ends
+    the process at once. All ranks learn of it at the same step, whichever received it. One that the process
+    ignores, as nohup makes it do, stays ignored.
 
     Attributes:
         received: the signal's number; 0: none.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
     def __enter__(self) -> StopSignal:
         self.received = 0
-        self.previous = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+        heard = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._remember) for number in heard}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -184,7 +184,12 @@ class Checkpointer:
                 f"{type(state.optimizer).__name__}; use the same one, or start a new run with init_from"
             )
         tensors = read_tensors(folder, state.tensors(), state.sharded(), state.optimized(), self.group)
-        state.restore(tensors, values)
+        try:
+            state.restore(tensors, values)
+            if len(values["random"]) == self.world_size:
+                set_random_state(values["random"][self.rank])
+        except Exception as error:
+            raise ValueError(f"{folder} is damaged ({error}); remove it to resume from an older one") from error
         step = values["step"]
         logger.info("resumed from %s", folder)
         if values["steps_per_epoch"] != schedule.steps_per_epoch:
@@ -195,9 +200,7 @@ class Checkpointer:
             )  # fmt: skip
         state.go_to(step)
         self.scores = read_scores(self.root / SCORES, schedule, step)
-        if len(values["random"]) == self.world_size:
-            set_random_state(values["random"][self.rank])
-        else:
+        if len(values["random"]) != self.world_size:
             logger.info("saved by %d ranks, resumed on %d", len(values["random"]), self.world_size)
             seed_everything(seed_from(torch.initial_seed(), step, self.rank))
         return step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -11,7 +10,9 @@ from typing import Any
 
 import torch
 
+from ..documents import read_json_object
 from ..files import atomic_path
+from ..state_dict import load_torch_file
 from .run_folder import METRICS, NEW_RUN
 from .state import Schedule
 
@@ -71,7 +72,7 @@ def checkpoint_number(folder: Path) -> tuple[int, int]:
 def pointed_checkpoint(root: Path, pointer: str) -> Path | None:
     """The checkpoint that a pointer file names, if both exist."""
     path = root / pointer
-    name = path.read_text().strip() if path.is_file() else ""
+    name = path.read_text(errors="replace").strip() if path.is_file() else ""
     return root / name if _FOLDER.fullmatch(name) and (root / name).is_dir() else None
 
 
@@ -80,14 +81,14 @@ def read_scores(path: Path, schedule: Schedule, last: int) -> dict[int, float | 
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = read_json_object(path)
         steps_per_epoch, scores = int(content["steps_per_epoch"]), {}
         for key, score in content["scores"].items():
             step = schedule.step_after(int(key), steps_per_epoch)
             if step <= last:
                 scores[step] = None if score is None else float(score)
         return scores
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
         logger.warning("%s cannot be read (%s); looking for the best checkpoint again", path, error)
         return {}
 
@@ -99,6 +100,11 @@ def read_values(folder: Path) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     try:
-        return torch.load(folder / "run.pt", map_location="cpu", weights_only=True)
+        values = load_torch_file(folder / "run.pt")
+        steps = [values[key] for key in ("step", "steps_per_epoch")]
+        sound = all(isinstance(step, int) and step > 0 for step in steps) and isinstance(values["random"], list)
+        if sound and isinstance(values["optimizer"], str) and isinstance(values["scaler"], dict):
+            return values
+        raise ValueError("entries are missing or of another kind")
     except Exception as error:
         raise ValueError(f"{folder}/run.pt is damaged; remove {folder} to resume from an older one") from error

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from easydict import EasyDict as edict
 
+from ..debugging import VARIABLE, shows_tracebacks
 from .config import load_config
 from .loop import EXIT_INTERRUPTED
 from .run_folder import TrainingError, writing
-
-DEBUG = "INSIGHTFACE_KPRPE_DEBUG"  # an environment variable: anything but "" and "0" shows tracebacks
 
 # (config, world size, images per second of one GPU) -> text
 Plan = Callable[[edict, int, float | None], str]
@@ -47,12 +46,15 @@ def run_command_line(
         train(config)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except (ValueError, ImportError, OSError, EOFError, RuntimeError) as error:
-        if os.environ.get(DEBUG, "0") not in ("", "0"):
+    except Exception as error:
+        if shows_tracebacks():
             raise
         explained = isinstance(error, ValueError | ImportError | OSError | TrainingError)
-        hint = "" if explained else f" ({DEBUG}=1 in the environment shows the traceback)"
-        sys.exit(f"error: {str(error) or type(error).__name__}{hint}")
+        hint = "" if explained else f" ({VARIABLE}=1 in the environment shows the traceback)"
+        text = str(error) or type(error).__name__
+        if not explained and not isinstance(error, RuntimeError | EOFError):
+            text = f"{type(error).__name__}: {text}"
+        sys.exit(f"error: {text}{hint}")
 
 
 def _parser(plans: bool, description: dict[str, str]) -> argparse.ArgumentParser:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from easydict import EasyDict as edict
 
-from ..files import write_atomically
+from ..documents import read_json_object
+from ..files import read_text, write_atomically
 from . import recipes
 
 # Types of the keys whose default is None.
@@ -23,6 +24,8 @@ _OPTIONAL_TYPES = dict.fromkeys(
     ("output", "precision", "init_from", "gradient_compression", "val", "suffix_run_name", "notes"), str
 )
 _OPTIONAL_TYPES |= dict.fromkeys(("wandb_key", "wandb_entity", "wandb_project"), str)
+_SHOWN = 120  # characters of a value that an error shows
+_INTEGERS = 2**63  # below: no number of a config is as large, and torch takes none that is
 SECRETS = ("wandb_key",)  # never written to a run's folder
 _CHOICES = {
     "loss": ("margin", "adaface"),
@@ -120,14 +123,18 @@ def merge_config(sources: Mapping[str, Mapping[str, Any]], base: str = "base") -
         ConfigError: an unknown key, a wrong type or value.
     """
     config = edict(runpy.run_path(str(configs_folder() / f"{base}.py"))["config"])
+    origin = dict.fromkeys(config, f"{base}.py")
     for where, values in sources.items():
         for key, value in values.items():
             if key not in config:
                 near = difflib.get_close_matches(key, config, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"see recognition_configs/{base}.py for all keys"
-                raise ConfigError(f"{where}: unknown config key {key!r}; {hint}")
-            config[key] = _checked(config, key, value, where)
-    _check_values(config)
+                raise ConfigError(f"{where}: unknown config key {key!r:.{_SHOWN}}; {hint}")
+            config[key], origin[key] = _checked(config, key, value, where), where
+    try:
+        _check_values(config)
+    except ConfigError as error:  # whose first word is the key
+        raise ConfigError(f"{origin[str(error).partition(' ')[0]]}: {error}") from None
     if config.precision is None:
         config.precision = "fp16" if config.get("fp16") else "fp32"
     return config
@@ -167,14 +174,23 @@ def _run(path: Path) -> dict[str, Any]:
         return recipes.by_name(path.stem)
     is_json = path.suffix == ".json"
     try:
-        config = json.loads(path.read_text()) if is_json else runpy.run_path(str(path)).get("config")
+        config = read_json_object(path) if is_json else runpy.run_path(str(path)).get("config")
     except Exception as error:
-        what = "is not valid JSON" if is_json else "cannot be executed as a config"
-        raise ConfigError(f"{path} {what}: {type(error).__name__}: {error}") from error
+        if is_json:
+            raise ConfigError(f"{error}; a run's config.json is expected") from error
+        if isinstance(error, SyntaxError):
+            _check_encoding(path)
+        raise ConfigError(f"{path} cannot be run as a config: {type(error).__name__}: {error}") from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        wanted = "hold one object {...}, as a run's config.json does" if is_json else "define `config = edict()`"
-        raise ConfigError(f"{path} must {wanted}, with strings as keys; got {config!r:.60}")
+        raise ConfigError(f"{path} must define `config = edict()`, with strings as keys; got {config!r:.60}")
     return config
+
+
+def _check_encoding(path: Path) -> None:
+    try:
+        read_text(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _literal(text: str) -> Any:
@@ -190,7 +206,7 @@ def _checked(config: edict, key: str, value: Any, where: str) -> Any:
     if value is None and key in _OPTIONAL_TYPES:
         return None
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < _INTEGERS else math.inf
     if expected is list:  # older versions of EasyDict turn tuples into lists
         expected = tuple
     if expected is tuple and isinstance(value, list | tuple):
@@ -199,39 +215,41 @@ def _checked(config: edict, key: str, value: Any, where: str) -> Any:
         return (value,)
     if (issubclass(expected, dict) or key == "augment") and isinstance(value, dict):
         if not all(isinstance(name, str) for name in value):
-            raise ConfigError(f"{where}: {key} must have strings as keys, got {value!r}")
+            raise ConfigError(f"{where}: {key} must have strings as keys, got {value!r:.{_SHOWN}}")
         return dict(value)
     if key == "augment" and isinstance(value, str):
         return value
     if type(value) is not expected:
         name = "dict" if issubclass(expected, dict) else expected.__name__
-        raise ConfigError(f"{where}: {key} must be {name}, got {type(value).__name__} {value!r}")
+        raise ConfigError(f"{where}: {key} must be {name}, got {type(value).__name__} {value!r:.{_SHOWN}}")
     return value
 
 
 def _check_values(config: edict) -> None:
     for key, choices in _CHOICES.items():
         if key in config and config[key] not in choices:
-            raise ConfigError(f"{key} must be one of {choices}, got {config[key]!r}")
+            raise ConfigError(f"{key} must be one of {choices}, got {config[key]!r:.{_SHOWN}}")
     for key, allowed in _RANGES.items():
         if key in config and not allowed.holds(config[key]):
-            raise ConfigError(f"{key} must be {allowed}, got {config[key]}")
+            raise ConfigError(f"{key} must be {allowed}, got {config[key]!r:.{_SHOWN}}")
     for key, value in config.items():
-        if not all(math.isfinite(number) for number in _leaves(value) if isinstance(number, float)):
-            raise ConfigError(f"{key} must hold finite numbers, got {value}")
+        if not all(abs(number) < _INTEGERS for number in _leaves(value) if isinstance(number, int | float)):
+            raise ConfigError(f"{key} must hold finite numbers, got {value!r:.{_SHOWN}}")
         numeric = key in ("margin_list", "decay_epochs", "augment") and isinstance(value, tuple | dict)
         if numeric and not all(type(number) in (int, float) for number in _leaves(value)):
-            raise ConfigError(f"{key} must hold numbers, got {value}")
+            raise ConfigError(f"{key} must hold numbers, got {value!r:.{_SHOWN}}")
         if key in ("rec", "data", "network", "output") and value == "":
             raise ConfigError(f"{key} must not be empty")
     if len(config.get("margin_list", (1.0, 0.5, 0.0))) != 3:
-        raise ConfigError(f"margin_list must be three numbers, such as (1.0, 0.5, 0.0), got {config.margin_list}")
+        raise ConfigError(
+            f"margin_list must be three numbers, such as (1.0, 0.5, 0.0), got {config.margin_list!r:.{_SHOWN}}"
+        )
     if any(epoch <= 0 for epoch in config.decay_epochs):
-        raise ConfigError(f"decay_epochs must be positive, got {config.decay_epochs}")
+        raise ConfigError(f"decay_epochs must be positive, got {config.decay_epochs!r:.{_SHOWN}}")
     if config.scheduler == "step" and not config.decay_epochs:
         raise ConfigError('scheduler "step" needs decay_epochs, e.g. (10, 16, 22)')
     if not all(isinstance(target, str) and target for target in config.get("val_targets", ())):
-        raise ConfigError(f"val_targets must be names or paths, got {config.val_targets}")
+        raise ConfigError(f"val_targets must be names or paths, got {config.val_targets!r:.{_SHOWN}}")
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from ..hub import local_source
 from ..partial_fc import PartialFC
-from ..state_dict import ALIGNER_PREFIX, read_state_dict, strip_prefixes
+from ..state_dict import ALIGNER_PREFIX, check_finite, read_state_dict, strip_prefixes
+from ..weights.sources import locate_weights
 from . import arcface_torch_checkpoint
 from .checkpoint_files import latest_checkpoint
 from .sharded_tensors import read_fitting_tensors
@@ -63,7 +65,8 @@ def initialize(
         backbone: loads every tensor of the file that has its name and shape.
         partial_fc: loads the class centers of a run or of arcface_torch's checkpoints, if the number of people and the
             embedding size agree.
-        source: a weights file, the output folder of a run, or a folder of arcface_torch's ``checkpoint_gpu_*.pt``.
+        source: a weights file, the output folder of a run or another folder with weights, also on the Hub
+            ("hf:owner/name[/path][@revision]"); or a folder of arcface_torch's ``checkpoint_gpu_*.pt``.
         min_match: least fraction of the backbone's tensors that must match, in [0, 1].
         group: of all ranks, on CPU, each of which calls this; None: this process is the only one.
 
@@ -72,14 +75,16 @@ def initialize(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read, or too little of it fits; the backbone is then unchanged.
+        ImportError, RuntimeError: it is on the Hub, and huggingface_hub is not installed, or the download failed.
+        ValueError: the file cannot be read, holds NaN, or too little of it fits; the backbone is then unchanged.
     """
-    source = Path(source)
-    checkpoint = arcface_torch_checkpoint.find(source)
+    path = local_source(source)
+    checkpoint = arcface_torch_checkpoint.find(path)
     if checkpoint:
         state = arcface_torch_checkpoint.backbone_weights(checkpoint)
     else:
-        state = strip_prefixes(read_state_dict(source / "model.pt" if source.is_dir() else source))
+        state = strip_prefixes(read_state_dict(locate_weights(path)[1]))
+    check_finite(state, f"init_from {source}")
     match = compare(backbone, state)
     logger.info("init_from %s: %s", source, match)
     if match.fraction < min_match:
@@ -88,7 +93,7 @@ def initialize(
             f"({match}); choose the network of that file, or lower init_min_match"
         )
     backbone.load_state_dict({key: state[key] for key in match.matched}, strict=False)
-    run = latest_checkpoint(source) if source.is_dir() and not checkpoint else None
+    run = latest_checkpoint(path) if path.is_dir() and not checkpoint else None
     if checkpoint:
         same_people = arcface_torch_checkpoint.load_centers(checkpoint, partial_fc)
     elif run is not None:

@@ -189,7 +189,8 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
     # If it ended by the signal, torch would raise an error in the rank, perhaps in the middle of saving.
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def grouped(batches: Iterable[Batch], size: int) -> Iterator[tuple[Batch, ...]]:

@@ -14,6 +14,7 @@ from typing import Protocol
 from easydict import EasyDict as edict
 
 from ..distributed import rank_and_world_size
+from ..documents import json_lines
 from ..files import write_atomically
 from .checkpoint_files import put_aside
 from .config import dump_config
@@ -48,10 +49,10 @@ class Metrics:
 
     def __init__(self, output: Path, from_step: int = 0, sinks: Sequence[Sink] = ()) -> None:
         self.path, self.sinks, self.unwritten = output / METRICS, list(sinks), 0
-        lines = self.path.read_text(errors="replace").splitlines() if from_step and self.path.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= from_step]
+        rows = json_lines(self.path) if from_step and self.path.is_file() else ()
+        kept = [line.rstrip("\n") + "\n" for line, row in rows if _is_up_to(row.get("step"), from_step)]
         with writing(METRICS, output):
-            write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
+            write_atomically(self.path, "".join(kept).encode())
 
     def write(self, step: int, **values: float) -> None:
         """Record values at an optimizer step."""
@@ -109,11 +110,8 @@ class TensorBoard:
         self.writer.close()
 
 
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):  # a line cut short by a kill
-        return float("inf")
+def _is_up_to(step: object, last: int) -> bool:
+    return isinstance(step, int | float) and step <= last
 
 
 class SpeedLog:

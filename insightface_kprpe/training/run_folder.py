@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..distributed import RESTARTS, rank_and_world_size
+from ..documents import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +98,9 @@ def _acquire(lock: FileLock, holder: Path) -> None:
 
 def _read(holder: Path) -> dict[str, Any]:
     try:
-        content = json.loads(holder.read_text())
+        content = read_json_object(holder)
         return {"pid": int(content["pid"]), "host": str(content["host"])}
-    except (OSError, ValueError, KeyError, TypeError):  # not written yet
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):  # not written yet
         return {}
 
 
@@ -116,7 +117,7 @@ def _is_gone(process: dict[str, Any]) -> bool:
         os.kill(process["pid"], 0)
     except ProcessLookupError:
         return True
-    except OSError:  # it belongs to another user
+    except (OSError, OverflowError):  # it is another user's, or no number of a process
         return False
     return False
 

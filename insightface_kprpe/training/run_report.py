@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..documents import json_lines, read_json_object
 from ..evaluation.curves import new_figure, save_figure
 from ..files import write_atomically
 from .run_folder import METRICS, writing
@@ -115,14 +116,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}; remove it to create the report without the config") from error
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"{path} must hold one object {{...}}, got {settings!r:.60}; remove it to create the report without it"
-        )
-    return settings
+        return read_json_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it to draw the report without the config") from error
 
 
 def read_metrics(path: Path) -> Series:
@@ -135,12 +131,8 @@ def read_metrics(path: Path) -> Series:
     if not path.is_file():
         raise FileNotFoundError(f"RUN must be the output folder of a training run, with {METRICS}, got {path.parent}")
     points: dict[str, dict[int, float]] = {}
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if not isinstance(row, dict) or not _is_number(row.get("step")):
+    for _, row in json_lines(path):
+        if not _is_number(row.get("step")):
             continue
         for name, value in row.items():
             if name != "step" and _is_number(value):

@@ -37,6 +37,10 @@ _INDEX = {
 }  # fmt: skip
 
 
+class _OtherNetwork(ValueError):
+    """A checkpoint that is sound, and of something else."""
+
+
 def stage(tensors: Mapping[str, torch.Tensor], rows: Rows, group: dist.ProcessGroup | None) -> dict[str, Any]:
     """What this rank writes, copied to main memory: its rows of sharded tensors, and on rank 0 all others.
 
@@ -123,7 +127,9 @@ def read_fitting_tensors(
 def _damage(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, pickle.UnpicklingError, CheckpointException) as error:
+    except _OtherNetwork:
+        raise
+    except (Exception, CheckpointException) as error:  # a damaged pickle raises anything from EOFError to KeyError
         raise ValueError(
             f"{folder} is damaged ({type(error).__name__}); remove it to resume from an older one"
         ) from error
@@ -182,7 +188,7 @@ def _empty_tensors(
     problems += [f"unexpected {key}" for key in sorted(moments) if _parameter(key) not in optimized]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
+        raise _OtherNetwork(
             f"{folder} belongs to another network or loss: {'; '.join(problems[:5])}{more}; to start from those "
             "weights, for instance on other people, start a new run in another output with init_from set to that run's "
             "folder"
@@ -222,7 +228,7 @@ class _SafeReader(dcp.FileSystemReader):
         return metadata
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class _IndexUnpickler(pickle._Unpickler):  # in Python, see data.verification_bin
     def find_class(self, module: str, name: str) -> Any:
         if name in _INDEX.get(module, ()) or (module == "torch" and isinstance(vars(torch).get(name), torch.dtype)):
             return super().find_class(module, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch.nn as nn
 
 from ..backbones import get_model
 from ..documents import read_json_object
-from ..state_dict import ALIGNER_PREFIX, load_weights, read_state_dict, strip_prefixes
+from ..hub import is_hub_source
+from ..state_dict import ALIGNER_PREFIX, check_fit, load_weights, read_state_dict, strip_prefixes
 from .architecture import check_settings, read_architecture
 
 # Types and limits of the entries of a config.json.
 _TYPES = {"network": str, "network_kwargs": dict, "embedding_size": int, "body": str, "aggregator": bool}
+_LARGEST = 65_536
 _LIMITS = {"embedding_size": 65_536, "image_size": 2_048}
 
 
@@ -54,6 +56,26 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
             raise ValueError(f"{where}: {key} must be a whole number from 1 to {most}, got {config[key]!r:.40}")
 
 
+def _check_numbers(settings: Mapping[str, Any], where: str | Path) -> None:
+    """Refuse settings that would build a network of absurd size, for kinds that cannot be compared with weights before.
+
+    Raises:
+        ValueError: a number is too large.
+    """
+    for value in _numbers(dict(settings)):
+        if not abs(value) <= _LARGEST:
+            raise ValueError(f"{where}: numbers in network_kwargs must be at most {_LARGEST}, got {value!r:.40}")
+
+
+def _numbers(content: Any) -> Iterator[float]:
+    """All numbers in dicts and lists."""
+    if isinstance(content, dict | list | tuple):
+        for item in content.values() if isinstance(content, dict) else content:
+            yield from _numbers(item)
+    elif isinstance(content, int | float):
+        yield content
+
+
 def load_network(weights: str | Path | Mapping[str, torch.Tensor], network: str, **settings) -> nn.Module:
     """A network with the weights of a file, in eval mode.
 
@@ -74,17 +96,38 @@ def load_network(weights: str | Path | Mapping[str, torch.Tensor], network: str,
     aligner = {key[len(ALIGNER_PREFIX) :]: value for key, value in state.items() if key.startswith(ALIGNER_PREFIX)}
     if aligner:  # the file that training read it from may be gone
         settings["dfa_weights"] = aligner
+    elif is_hub_source(settings.get("dfa_weights") or ""):
+        raise ValueError(f"{where}: settings of weights may not name others on the Hub, got {settings['dfa_weights']}")
     try:
         architecture = read_architecture(state)
-    except ValueError:  # of another family: load_weights checks whether they fit
-        pass
+    except ValueError:  # of another family
+        architecture = None
     else:
         check_settings(settings, architecture, where)
     try:
-        net = get_model(network, **settings)
-    except TypeError as error:
-        raise ValueError(f"{where}: {network} does not take these settings ({error})") from error
-    try:
-        return load_weights(net, state).eval()
+        if architecture is None:
+            check_fit(sketch(network, settings, where), state)  # before memory is taken for sizes that do not fit
+        return load_weights(_build(network, settings, where), state).eval()
     except ValueError as error:
         raise ValueError(str(error).replace("state dict", where, 1)) from error
+
+
+def sketch(network: str, settings: Mapping[str, Any], where: str | Path) -> nn.Module:
+    """A network without memory for its weights ("meta"), of settings that may be anything.
+
+    Raises:
+        ValueError: a number is too large, or the network does not take the settings.
+    """
+    _check_numbers(settings, where)
+    with torch.device("meta"):
+        return _build(network, settings, where)
+
+
+def _build(network: str, settings: Mapping[str, Any], where: str | Path) -> nn.Module:
+    try:
+        return get_model(network, **settings)
+    except FileNotFoundError:  # of an aligner's weights
+        raise
+    except Exception as error:  # of torch, and of code that expects what the settings are not
+        kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
+        raise ValueError(f"{where}: {network} does not take these settings ({kind}{error})") from error

@@ -22,6 +22,7 @@ from ..dfa.weights import network_of
 from ..documents import HEADER, description_beside
 from ..files import atomic_folder, atomic_path
 from ..fingerprint import file_sha256
+from ..hub import FORM, fetch_snapshot, is_hub_source, only_weights
 from ..packs.metadata import KEYPOINT_CONVENTION
 from ..state_dict import FoundWeights, check_turned_once, find_weights, list_names, read_state_dict
 from .architecture import (
@@ -35,8 +36,7 @@ from .architecture import (
 )
 from .cvlface import config_of_yaml
 from .description import Description
-from .hub import FORM, fetch_snapshot, is_hub_source, only_weights
-from .network import check_config, load_network
+from .network import check_config, load_network, sketch
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def load_published(
     name, card = str(source), None
     if is_hub_source(source):
         source, name, card = fetch_snapshot(source, cache, offline)
-    folder, weights = _locate(Path(source))
+    folder, weights = locate_weights(Path(source))
     content, beside = description_beside(weights)
     config, kind = _read_config(content, beside)
     found = _network_in(read_state_dict(weights), weights)
@@ -89,7 +89,10 @@ def load_published(
         config, kind = config | {"network": by_tensors}, "AdaFace" if by_tensors.startswith("ir_") else kind
     before = config.get("published", {})  # what it was before convert()
     build = _build_aligner if LANDMARK_NETWORK in state else _build_recognizer
-    net, facts = build(state, config, f"{weights} ({kind})")
+    try:
+        net, facts = build(state, config, f"{weights} ({kind})")
+    except ValueError as error:
+        raise ValueError(str(error).replace("state dict", str(weights), 1)) from error
     check_turned_once(net, content, str(weights))
     if str(content.get("color_space")).upper() == "BGR":
         facts["color_order"] += " (the first layer was converted from BGR)"
@@ -158,20 +161,31 @@ def convert(net: nn.Module, description: Description, out: str | Path) -> Path:
         from safetensors.torch import save_file
 
         with atomic_path(out) as temporary:
-            save_file(state, temporary, {HEADER: json.dumps(record)})
+            try:
+                save_file(state, temporary, {HEADER: json.dumps(record)})
+            except Exception as error:  # of the library's own type, also where the disk is full
+                raise OSError(f"{out} could not be written ({str(error).splitlines()[0]})") from error
         return out
     if out.exists():
         raise ValueError(f"OUT must not exist yet, {out} does; choose another name or remove it")
     if not description.config:
         raise ValueError("RetinaFace's own weights cannot be written as a training run; choose OUT.safetensors")
     with atomic_folder(out) as temporary:
-        torch.save(state, temporary / "model.pt")
+        try:
+            torch.save(state, temporary / "model.pt")
+        except RuntimeError as error:  # torch's, where the disk is full
+            raise OSError(f"{out} could not be written ({str(error).splitlines()[0]}); is the disk full?") from error
         (temporary / "config.json").write_text(json.dumps(record, indent=2) + "\n")
     return out
 
 
-def _locate(source: Path) -> tuple[Path, Path]:
-    """The folder that describes the network, and the weights file."""
+def locate_weights(source: Path) -> tuple[Path, Path]:
+    """The folder that describes the network, and the weights file.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or it holds no weights.
+        ValueError: it is an ONNX file, or a folder with several weights files.
+    """
     source = source.expanduser()
     if source.suffix == ".onnx":
         raise ValueError(
@@ -264,8 +278,7 @@ def _is_custom(network: str | None) -> bool:
 def _build_by_name(state: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[Backbone, dict[str, Any]]:
     """A network other than a ViT of this package, as its registered name builds it, and its description."""
     changes = config.get("network_kwargs", {})
-    with torch.device("meta"):
-        length = config.get("embedding_size") or embedding_length(get_model(config["network"], **changes), state)
+    length = config.get("embedding_size") or embedding_length(sketch(config["network"], changes, "state dict"), state)
     net = load_network(state, config["network"], **{"num_features": length, **changes})
     facts = _recognition_facts(net, f"{type(net).__name__}, embedding {net.num_features}", config["network"], changes)
     if net.bgr:

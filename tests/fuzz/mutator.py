@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 _NASTY = (
     b"nan",
@@ -30,6 +33,51 @@ def mutate(data: bytes, seed: str) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         data = rng.choice(_CHANGES)(data, rng)
     return data
+
+
+# What stands in the place of an entry of a document.
+_VALUES = (
+    None, [], {}, "x", "", "\0", "../x", [1], {"a": 1}, True, -1, 0, 1.5, 10**6, 10**12, 10**400, float("nan"),
+    float("inf"), "9" * 5000, "x" * 5000,
+)  # fmt: skip
+
+
+def mutate_document(data: bytes, seed: str) -> bytes:
+    """JSON with an entry missing, twice, of another kind or deep; now and then bytes are damaged instead."""
+    rng = random.Random(seed)
+    if rng.random() < 0.3:
+        return mutate(data, seed)
+    if rng.random() < 0.05:
+        return b"[" * rng.choice((40, 100_000)) if rng.random() < 0.5 else b'{"a":' * rng.choice((40, 100_000))
+    content = json.loads(data)
+    for _ in range(rng.choice((1, 1, 2))):
+        places = list(_places(content))
+        if not places:
+            break
+        inner, key = rng.choice(places)
+        if rng.random() < 0.2:
+            del inner[key]
+        elif rng.random() < 0.1:
+            inner["x" if isinstance(inner, dict) else key] = copy.deepcopy(inner[key])
+        elif rng.random() < 0.05:
+            inner[key] = _deep(rng.choice((31, 500)), inner[key])
+        else:
+            inner[key] = copy.deepcopy(rng.choice(_VALUES))
+    return json.dumps(content).encode()
+
+
+def _places(content: Any) -> Iterator[tuple[Any, Any]]:
+    """Where the entries of a document are: what holds each, and its key there."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield content, key
+        yield from _places(value)
+
+
+def _deep(levels: int, value: Any) -> Any:
+    for _ in range(levels):
+        value = [value]
+    return value
 
 
 def _span(data: bytes, rng: random.Random) -> tuple[int, int]:

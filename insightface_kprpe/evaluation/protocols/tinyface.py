@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...data.picture_files import nfc
 from ...fingerprint import fingerprint
 from ...inference.embedding import EmbedOptions, embed_faces
 from ...inference.images import WholeFiles
@@ -29,7 +30,7 @@ def run_tinyface(embed: Embedder, folder: str | Path, options: EmbedOptions) -> 
     data = tinyface.read_tinyface(folder)
     paths = [*data.probe_paths, *data.gallery_paths]
     names = [str(path) for path in paths]
-    source = fingerprint("\n".join(str(path.relative_to(folder)) for path in paths))
+    source = fingerprint("\n".join(nfc(str(path.relative_to(folder))) for path in paths))
     found = embed_faces(embed, WholeFiles(paths), None, options, name="tinyface", source=source, files=paths)
     if not reports(options):
         return []

@@ -1,4 +1,4 @@
-"""Weights from the Hugging Face Hub: the few files that are needed, and never code."""
+"""Weights and ONNX files from the Hugging Face Hub: the few files that are needed, and never code."""
 
 from __future__ import annotations
 
@@ -31,10 +31,19 @@ class Snapshot(NamedTuple):
 
 def is_hub_source(source: str | Path) -> bool:
     """Whether a source names a repository of the Hub."""
-    return isinstance(source, str) and source.startswith(PREFIX)
+    return str(source).startswith(PREFIX)
 
 
-def fetch_snapshot(source: str, cache: str | Path | None = None, offline: bool = False) -> Snapshot:
+def local_source(source: str | Path, cache: str | Path | None = None, offline: bool = False) -> Path:
+    """The folder or file that a source means: a path is itself, of the Hub what is needed is downloaded.
+
+    Args:
+        source, cache, offline: see :func:`fetch_snapshot`, which also says what is raised.
+    """
+    return fetch_snapshot(source, cache, offline).path if is_hub_source(source) else Path(source).expanduser()
+
+
+def fetch_snapshot(source: str | Path, cache: str | Path | None = None, offline: bool = False) -> Snapshot:
     """Download the needed files of a repository, or find them in the cache.
 
     Args:
@@ -50,6 +59,7 @@ def fetch_snapshot(source: str, cache: str | Path | None = None, offline: bool =
         ImportError: ``huggingface_hub`` is not installed.
         RuntimeError: it could not be downloaded; the message says why.
     """
+    source = str(source)
     match = _SOURCE.fullmatch(source)
     inside = PurePosixPath(match["path"].lstrip("/")) if match else PurePosixPath("..")
     if match is None or ".." in inside.parts:
@@ -129,7 +139,7 @@ def only_weights(files: Iterable[str], folder: PurePosixPath, source: str) -> Pu
         NoWeightsError: there is nothing of the kind.
     """
     here = sorted(PurePosixPath(file) for file in files)
-    here = [file for file in here if file.parent == folder or folder in file.parents]
+    here = [file for file in here if folder in file.parents and not file.name.startswith(".")]
     found = [file for file in here if file.suffix in WEIGHTS_SUFFIXES]
     direct = [file for file in found if file.parent == folder]
     # The same weights are often there in both formats.
