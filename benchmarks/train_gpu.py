@@ -39,7 +39,7 @@ from insightface_kprpe.training.loop import build_loader
 from insightface_kprpe.training.state import Plan, build_state
 from insightface_kprpe.training.trainer import prepare, train_step
 
-NETWORKS = [f"vit_{size}{position}" for size in "sbl" for position in ("", "_kprpe")]
+NETWORKS = [f"vit_{size}{position}" for size in "sbl" for position in ("", "_irpe", "_kprpe")]
 PEOPLE = 205_990  # WebFace4M
 
 
@@ -100,7 +100,7 @@ def measure(network: str, compiled: bool, rec: Path, device: torch.device, argum
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="default: vit_s/b/l, plain and KPRPE")
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="default: vit_s/b/l, plain, iRPE and KPRPE")
     parser.add_argument("--precision", default="bf16", choices=["fp32", "fp16", "bf16"])
     parser.add_argument("--batch", type=int, default=128, help="images a step (default 128)")
     parser.add_argument("--people", type=int, default=PEOPLE, help=f"class centers (default {PEOPLE}, WebFace4M)")

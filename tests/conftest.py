@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from postgres_cluster import cluster, find_server
 
 import insightface_kprpe
 import insightface_kprpe._timm  # noqa: F401 - makes timm importable next to a torchvision built for another torch
@@ -50,3 +51,25 @@ def golden(request):
             return {key: file[key] for key in file.files}
 
     return load
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A server with pgvector of the tests' own."""
+    pytest.importorskip("psycopg", reason="the extra postgres is not installed")
+    pytest.importorskip("pgvector", reason="the extra postgres is not installed")
+    binaries = find_server()
+    if binaries is None:
+        pytest.skip(
+            "no PostgreSQL server with pgvector is installed (Debian's postgresql-NN-pgvector, or the extra test)"
+        )
+    with cluster(binaries) as server:
+        yield server
+
+
+@pytest.fixture(params=["file", "postgres"])
+def gallery_place(request, tmp_path):
+    """Where a gallery may be made, in each of the ways to keep one: its file, or its address."""
+    if request.param == "file":
+        return str(tmp_path / "gallery" / "people.npz")
+    return request.getfixturevalue("postgres").empty_database()

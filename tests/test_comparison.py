@@ -132,4 +132,4 @@ def test_the_verb(app, photos, tmp_path):
     result = run(photos[0].parent, photos[0])
     assert "similarity of each photo of A (row) to each of B" in result.output and "3.png: left out" in result.output
     assert "is a URL" in str(run("http://example.org/a.jpg", photos[0]).exception)
-    assert "written as a picture" in str(run(photos[0], photos[1], "--out", tmp_path / "x.pdf").exception)
+    assert "must end in one of" in str(run(photos[0], photos[1], "--out", tmp_path / "x.pdf").exception)

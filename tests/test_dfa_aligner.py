@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from insightface_kprpe.dfa import DFA, RETINAFACE, AlignedFace
+from insightface_kprpe.dfa import DFA, RETINAFACE, AlignedFace, aligner
 from insightface_kprpe.dfa.aligner import align, canonical_keypoints, fit_to_square, plausible
 from insightface_kprpe.geometry import CANONICAL_KEYPOINTS, similarity_transform, theta_from_similarity
 
@@ -61,6 +61,16 @@ def test_alignment_is_the_reference_one(golden, images):
     np.testing.assert_allclose(aligned, expected["aligned_image"], atol=1e-3)  # stored in 16 bits
     np.testing.assert_allclose(keypoints, expected["aligned_landmarks"], atol=1e-5)
     np.testing.assert_allclose(theta, expected["theta"], atol=1e-5)
+
+
+def test_alignment_in_parts_is_that_of_the_whole(images, monkeypatch):
+    keypoints = CANONICAL + 0.05 * torch.rand(4, 5, 2, generator=torch.Generator().manual_seed(0))
+    whole = align(images, keypoints)
+    monkeypatch.setattr(aligner, "AT_ONCE", 3)
+    with torch.no_grad():
+        parts = align(images, keypoints)
+    for value, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(value, expected, atol=0, rtol=0)
 
 
 def test_aligner_reads_rgb_and_gives_every_field(dfa, images, reference):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from insightface_kprpe.dfa import RETINAFACE, RetinaFaceNet, describe, start_from_retinaface
+from insightface_kprpe.dfa import RETINAFACE, RetinaFaceNet, describe, network, start_from_retinaface
 from insightface_kprpe.dfa.anchors import decode_points, make_anchors
 
 
@@ -51,6 +51,36 @@ def test_output_is_the_reference_one(net, bgr, reference):
         "score": output.score[:, None],
     }.items():
         np.testing.assert_allclose(value, reference[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("body", ["mobilenet0.25", "resnet50"])
+def test_faster_ways_of_inference_change_nothing(body, monkeypatch):
+    """Folded BatchNorms, channels last and parts of a batch against layer after layer, in value and gradient."""
+    torch.manual_seed(0)
+    net = RetinaFaceNet(body, image_size=64).eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values, lowest in ((module.running_mean, -0.2), (module.running_var, 0.5), (module.bias.data, -0.2)):
+                values.uniform_(lowest, lowest + 1)
+    images = torch.rand(5, 3, 64, 64) * 2 - 1
+    monkeypatch.setattr(network, "AT_ONCE", 2)
+    with torch.no_grad():
+        in_parts = net(images)
+
+    def gradients():
+        net.zero_grad()
+        found = net(images)
+        (found.keypoints.square().sum() + found.bbox_regression.square().sum()).backward()
+        return found, [parameter.grad.clone() for parameter in net.body.parameters()]
+
+    folded, folded_gradients = gradients()
+    monkeypatch.setattr(network._ConvNorms, "forward", torch.nn.Sequential.forward)
+    expected, expected_gradients = gradients()
+    for found in (in_parts, folded):
+        for value, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, wanted, atol=1e-4, rtol=1e-3)
+    for gradient, wanted in zip(folded_gradients, expected_gradients, strict=True):
+        assert (gradient - wanted).abs().max() <= 1e-3 * wanted.abs().max() + 1e-6
 
 
 def test_size_and_cost():

@@ -22,6 +22,11 @@ def build(**settings):
     return net
 
 
+@pytest.fixture(autouse=True)
+def few_patches_are_enough(monkeypatch):
+    monkeypatch.setattr(offset_attention, "_FEW", -1)
+
+
 @pytest.fixture
 def faces():
     generator = torch.Generator().manual_seed(1)
@@ -115,6 +120,11 @@ def test_only_where_numbers_are_float32_on_a_cpu():
         assert not OffsetAttention.can_run(tokens)
 
 
+def test_only_where_there_are_many_patches(monkeypatch):
+    monkeypatch.undo()
+    assert not OffsetAttention.can_run(torch.zeros(1, 64, 8)) and OffsetAttention.can_run(torch.zeros(8, 64, 8))
+
+
 @pytest.mark.parametrize("side", [2, 8, 14])
 def test_lines_hold_every_bucket(side):
     """The keys of a query in row y are the side * side numbers from (side - 1 - y) * side on."""
@@ -126,6 +136,7 @@ def test_lines_hold_every_bucket(side):
 
 
 def _gradients_of_one_rank(rank, images, keypoints):
+    offset_attention._FEW = -1
     net = build().eval()  # in training the head's BatchNorm sees a rank's own images only
     net.keypoint_linear.attention_bias = None  # no other way than over lines
     part = slice(2 * rank, 2 * rank + 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.picture_files import list_people, nfc
-from .gallery import Content, Gallery
+from .gallery import Content, Gallery, Picture
 from .pictures import read_picture
 from .recognition import check_model, crop_faces, face_quality
 
@@ -74,7 +74,6 @@ def enroll(
     app: Any,
     gallery: Gallery,
     pictures: Iterable[tuple[str, Path]],
-    path: Path | None = None,
     *,
     are_crops: bool = False,
 ) -> Enrolled:
@@ -85,9 +84,8 @@ def enroll(
 
     Args:
         app: insightface's ``FaceAnalysis`` after ``register()``, prepared.
-        gallery: to add to.
-        pictures: name and image file of each.
-        path: where to save the gallery, from time to time and at the end, if anything changed.
+        gallery: to add to; committed now and then and at the end, if anything was changed.
+        images: name and image file of each.
         are_crops: every image is a single face already aligned to the template; no detection.
 
     Returns:
@@ -106,65 +104,72 @@ def enroll(
         found = _faces_of_crops(app, readable, result) if are_crops else app.get_batch(photos)
         unsaved |= _add(gallery, [new for new, _ in readable], found, result)
         since_save += len(group)
-        if path is not None and unsaved and since_save >= _PICTURES_A_SAVE:
-            gallery.save(path)
+        if unsaved and since_save >= _PICTURES_A_SAVE:
+            gallery.commit()
             since_save, unsaved = 0, False
-    if path is not None and unsaved:
-        gallery.save(path)
-    result.nobody = sorted({nfc(name) for name, _ in pictures} - set(gallery.names.tolist()))
+    if unsaved:
+        gallery.commit()
+    result.nobody = sorted({nfc(name) for name, _ in pictures} - gallery.people().keys())
     return result
 
 
-def vanished(gallery: Gallery, folder: str | Path) -> np.ndarray:
-    """Rows whose images were below a folder and no longer exist, (N,) bool."""
-    folder = Path(folder).resolve()
-    sources = (Path(source) for source in gallery.sources.tolist())
-    gone = [source.is_relative_to(folder) and not source.exists() for source in sources]
-    return np.array(gone, dtype=bool)
+def vanished(gallery: Gallery, folder: str | Path) -> list[Picture]:
+    """The images that lay below a folder and do not exist any more."""
+    return [picture for picture in gallery.below(Path(folder).resolve()) if not Path(picture.source).exists()]
 
 
-def _sort_out(gallery: Gallery, pictures: Iterable[tuple[str, Path]], result: Enrolled) -> tuple[list[_New], bool]:
-    """The images to embed, and whether the gallery was changed: rows of changed files go, those of moved ones stay."""
-    by_source = {source: row for row, source in enumerate(gallery.sources.tolist())}
-    outdated, touched = np.zeros(len(gallery.names), dtype=bool), False
+def _sort_out(gallery: Gallery, pictures: Sequence[tuple[str, Path]], result: Enrolled) -> tuple[list[_New], bool]:
+    """The images to embed, and whether the gallery was changed: what it has of changed files goes, of moved stays."""
+    sources = {file: str(file.resolve()) for _, file in pictures}
+    by_source = {picture.source: picture for picture in gallery.from_sources(sources.values())}
+    outdated: dict[int, Picture] = {}
+    elsewhere: dict[int, Picture] = {}  # moved, or only touched: as they are now
     unknown = []
     for name, file in pictures:
-        row = by_source.get(str(file.resolve()))
+        known = by_source.get(sources[file])
         try:
-            content = Content.of(file, None if row is None else gallery.content(row))
+            content = Content.of(file, None if known is None else known.content)
         except OSError as error:
             result.left_out[file] = f"cannot be read: {error.strerror}"
             continue
-        if row is not None and content.digest == gallery.digests[row]:
-            touched |= content != gallery.content(row)
-            gallery.sizes[row], gallery.times[row] = content.size, content.time
-            result.passed_over[file] = str(gallery.names[row])
+        if known is not None and content.digest == known.content.digest:
+            if content != known.content:
+                elsewhere[known.key] = known._replace(content=content)
+            result.passed_over[file] = known.name
             continue
-        if row is not None:
-            outdated[row] = True
+        if known is not None:
+            outdated[known.key] = known
             result.changed.append(file)
         unknown.append(_New(nfc(name), file, content))
-    by_digest = {digest: row for row, digest in enumerate(gallery.digests.tolist()) if digest and not outdated[row]}
+    moved, waiting = _meet_again(gallery, unknown, outdated, result)
+    elsewhere |= moved
+    if elsewhere:
+        gallery.replace(elsewhere.values())
+    if outdated:
+        gallery.drop(outdated.values())
+    return waiting, bool(elsewhere or outdated)
+
+
+def _meet_again(
+    gallery: Gallery, unknown: Sequence[_New], outdated: Collection[int], result: Enrolled
+) -> tuple[dict[int, Picture], list[_New]]:
+    """Of files that the gallery does not know: its images that were moved there, and the files of new content."""
+    same = gallery.with_digests({new.content.digest for new in unknown})
+    by_digest = {picture.content.digest: picture for picture in same if picture.key not in outdated}
+    moved: dict[int, Picture] = {}
     waiting: dict[str, _New] = {}
     for new in unknown:
-        if new.content.digest in by_digest:
-            _meet_again(gallery, by_digest[new.content.digest], new, result)
-        elif new.content.digest in waiting:
-            result.passed_over[new.file] = waiting[new.content.digest].name
+        digest = new.content.digest
+        if (known := by_digest.get(digest)) is None:
+            if waiting.setdefault(digest, new) is not new:
+                result.passed_over[new.file] = waiting[digest].name
+        elif Path(known.source).exists():
+            result.passed_over[new.file] = known.name
         else:
-            waiting[new.content.digest] = new
-    gallery.remove_rows(outdated)
-    return list(waiting.values()), bool(touched or result.moved or result.changed)
-
-
-def _meet_again(gallery: Gallery, row: int, new: _New, result: Enrolled) -> None:
-    """A file with the content of another one that the gallery knows: a copy, or that file, moved."""
-    source = str(gallery.sources[row])
-    if Path(source).exists():
-        result.passed_over[new.file] = str(gallery.names[row])
-    else:
-        gallery.move_row(row, new.name, str(new.file.resolve()), new.content)
-        result.moved[new.file] = source
+            result.moved[new.file] = known.source
+            by_digest[digest] = known._replace(name=new.name, source=str(new.file.resolve()), content=new.content)
+            moved[known.key] = by_digest[digest]
+    return moved, list(waiting.values())
 
 
 def _read(group: Iterable[_New], result: Enrolled) -> list[tuple[_New, np.ndarray]]:

@@ -12,10 +12,11 @@ import numpy as np
 
 from ..evaluation.fusion import landmark_weights
 from ..fingerprint import file_sha256
-from ..geometry import CANONICAL_KEYPOINTS, SCORE_THRESHOLD, estimate_alignment, transform_points
+from ..geometry import CANONICAL_KEYPOINTS, SCORE_THRESHOLD, align_face, estimate_alignment, transform_points
 from ..packs.layout import MANIFEST, find_pack, read_manifest
 from .gallery import Gallery, Match
 from .pictures import as_bgr
+from .recognizer import KeypointRecognizer
 from .registration import register
 
 # A common starting point for models trained on millions of faces; `pack --evaluate` measures a model's own.
@@ -139,6 +140,18 @@ def crop_faces(app: Any, crops: Sequence[np.ndarray]) -> list[list[Any]]:
     return faces
 
 
+def face_crop(app: Any, photo: np.ndarray, face: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What the app's recognition model sees of a face that it has embedded.
+
+    Returns:
+        (S, S, 3) uint8 BGR, and the face's landmarks as (5, 2) float32 keypoints in [0, 1] of it.
+    """
+    recognizer = app.models["recognition"]
+    if isinstance(recognizer, KeypointRecognizer):
+        return recognizer.crop(photo, face)
+    return align_face(photo, face.kps, recognizer.input_size[0])
+
+
 def recognize(
     app: Any, gallery: Gallery, photo: np.ndarray, threshold: float = DEFAULT_THRESHOLD, is_crop: bool = False
 ) -> list[NamedFace]:
@@ -166,13 +179,19 @@ def recognize(
     return named
 
 
-def annotate(photo: np.ndarray, faces: Sequence[NamedFace]) -> np.ndarray:
-    """Draw boxes, landmarks, names, similarity and quality into a copy of a photo, (H, W, 3) uint8 BGR."""
+def annotate(photo: np.ndarray, faces: Sequence[NamedFace], first: int | None = None) -> np.ndarray:
+    """Draw boxes, landmarks, names, similarity and quality into a copy of a photo, (H, W, 3) uint8 BGR.
+
+    Args:
+        photo: (H, W, 3) uint8 BGR.
+        faces: in it.
+        first: the number of its first face; None: faces have no numbers.
+    """
     drawn = photo.copy()
     unit = max(photo.shape[:2]) / 1000  # sizes grow with the photo
     thickness, scale = max(1, round(2 * unit)), max(0.4, 0.7 * unit)
     labels = []  # drawn last, so that no neighbor's box cuts one
-    for number, (name, nearest, quality, face) in enumerate(faces, 1):
+    for number, (name, nearest, quality, face) in enumerate(faces, 1 if first is None else first):
         color = (80, 220, 80) if name is not None else (190, 190, 190)
         left, top, right, bottom = (int(value) for value in face.bbox)
         cv2.rectangle(drawn, (left, top), (right, bottom), color, thickness, cv2.LINE_AA)
@@ -181,6 +200,7 @@ def annotate(photo: np.ndarray, faces: Sequence[NamedFace]) -> np.ndarray:
             cv2.circle(drawn, (round(float(x)), round(float(y))), thickness + 1, (60, 60, 255), -1, cv2.LINE_AA)
         similarity = "" if nearest is None else f" {nearest.similarity:.2f}"
         text = f"{'unknown' if name is None else _drawable(name) or f'no. {number}'}{similarity} q{quality:.2f}"
+        text = text if first is None else f"{number}: {text}"
         labels.append((text, left, top, scale, color))
     for label in labels:
         _label(drawn, *label)

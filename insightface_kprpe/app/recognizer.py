@@ -113,6 +113,18 @@ class KeypointRecognizer(ArcFaceONNX):
         """Embed crops without a detector; see :func:`~.face_analysis.embed_aligned`."""
         return self.get_feat(check_crops(crops, self.input_size), keypoints)
 
+    def crop(self, img: np.ndarray, face: Any) -> tuple[np.ndarray, np.ndarray]:
+        """What the network sees of a face that was embedded.
+
+        Args:
+            img: (H, W, 3) uint8 BGR, the picture.
+            face: as :meth:`embed_faces` has left it.
+
+        Returns:
+            (S, S, 3) uint8 BGR, and the landmarks as (5, 2) float32 keypoints in [0, 1] of it.
+        """
+        return self._crop(img, face, self._landmarks(face)[0])
+
     def _run(self, imgs: list[np.ndarray], keypoints: np.ndarray) -> np.ndarray:
         mean = (self.input_mean,) * 3
         blob = cv2.dnn.blobFromImages(imgs, 1.0 / self.input_std, self.input_size, mean, swapRB=True)

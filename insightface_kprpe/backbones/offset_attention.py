@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from .._timm import Attention
 
+_FEW = 2**14  # pairs of patches; with so few, biases written out need less operators and as much memory
 _CHUNK = 2**18  # logits that one thread works on at a time: 1 MB
 
 
@@ -63,8 +64,12 @@ class OffsetAttention(Attention):
 
     @staticmethod
     def can_run(tokens: torch.Tensor) -> bool:
-        """Whether the path over lines can be used: real float32 numbers on a CPU, and nothing records operations."""
-        return computes_on_cpu(tokens) and tokens.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        """Whether the path over lines can be used and pays.
+
+        It can for real float32 numbers on a CPU, if nothing records operations; it pays for more than ``_FEW`` pairs.
+        """
+        can = computes_on_cpu(tokens) and tokens.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return can and len(tokens) * tokens.shape[1] ** 2 > _FEW
 
     def forward(
         self, x: torch.Tensor, attn_mask: torch.Tensor | Lines | None = None, is_causal: bool = False

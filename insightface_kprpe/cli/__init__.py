@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 
 from ..debugging import shows_tracebacks
-from . import arcface_torch, data, deployment, evaluation, faces, pairs, photos, training  # noqa: F401 - they add their verbs
+from . import (  # noqa: F401 - they add their verbs
+    arcface_torch,
+    data,
+    demo,
+    deployment,
+    evaluation,
+    faces,
+    pairs,
+    photos,
+    training,
+)
 from .app import app
 from .errors import describe
 

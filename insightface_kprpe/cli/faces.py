@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .app import app
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..app.enrollment import Enrolled
+    from ..app.gallery import Gallery
 
 Pack = Annotated[str, typer.Option(help="model pack: a name in ROOT/models, or a folder")]
 Root = Annotated[Path, typer.Option(help="InsightFace's root folder")]
-Index = Annotated[Path, typer.Argument(help="gallery file (.npz)")]
+Index = Annotated[str, typer.Argument(help="gallery: its file (.npz), or postgresql://USER@HOST/DATABASE")]
 Aligned = Annotated[bool, typer.Option(help="--no-aligned feeds the detector's box to the network without aligning it")]
 AreCrops = Annotated[bool, typer.Option("--crops", help="images are aligned crops already; do not run the detector")]
 DetectorThreshold = Annotated[float, typer.Option(help="minimum detector score for a face")]
@@ -27,9 +31,13 @@ app.add_typer(gallery_app, name="gallery")
 
 @app.command()
 def recognize(
-    gallery: Annotated[Path, typer.Argument(help="folder of people (NAME/*.jpg or NAME.jpg), or a gallery file")],
-    photo: Annotated[Path, typer.Argument(help="image with the faces to name")],
-    out: Annotated[Path | None, typer.Option(help="image to write, with boxes and names (.jpg, .png)")] = None,
+    gallery: Annotated[
+        str, typer.Argument(help="folder of people (NAME/*.jpg or NAME.jpg), gallery file, or postgresql:// address")
+    ],
+    photo: Annotated[str, typer.Argument(help="image with the faces to name, or a folder of images")],
+    out: Annotated[
+        Path | None, typer.Option(help="image to write, with boxes and names (.jpg, .png); for a folder, a folder")
+    ] = None,
     pack: Pack = "kprpe",
     root: Root = Path("~/.insightface"),
     threshold: Annotated[
@@ -40,30 +48,49 @@ def recognize(
     aligned: Aligned = True,
     crops: AreCrops = False,
 ) -> None:
-    """Name the people in a photo, with similarity (cosine) and quality (0 to 1)."""
-    from ..app.enrollment import enroll, people_of_folder
-    from ..app.gallery import Gallery
-    from ..app.pictures import check_picture_name, read_picture, write_picture
-    from ..app.recognition import DEFAULT_THRESHOLD, annotate, measured_threshold, open_pack
-    from ..app.recognition import recognize as name_faces
+    """Name the people in a photo, or in all photos of a folder, with similarity (cosine) and quality (0 to 1).
+
+    Example: insightface-kprpe recognize people.npz party.jpg --out named.jpg
+    """
+    from ..app.aligned_folder import crop_names
+    from ..app.pictures import check_picture_name, read_picture
+    from ..app.recognition import open_pack
+    from ..data.photos import photo_paths
     from ..packs.layout import load_note
 
-    if out is not None:
-        check_picture_name(out)
-    picture = read_picture(photo)
-    people = Gallery() if gallery.is_dir() else Gallery.load(gallery)
-    analysis = open_pack(pack, root, det_thresh, aligned=aligned)
-    typer.echo(load_note(analysis.models["recognition"].model_file) or f"{pack}: not built by this package", err=True)
-    if gallery.is_dir():
-        _report(enroll(analysis, people, people_of_folder(gallery), are_crops=crops), gallery)
-    if threshold is None:
-        threshold = measured_threshold(analysis)
-    if threshold is None:
-        threshold = DEFAULT_THRESHOLD
-        typer.echo(f"threshold {threshold}: the pack has no measured one; set --threshold", err=True)
+    photos, is_folder = photo_paths(photo), Path(photo).is_dir()
+    if not is_folder:
+        read_picture(photos[0])  # raises early if it cannot be read
+        if out is not None:
+            check_picture_name(out)
+    names = crop_names([path.relative_to(photo).as_posix() for path in photos]) if is_folder else []
+    with open_people(gallery) as people:
+        analysis = open_pack(pack, root, det_thresh, aligned=aligned)
+        note = load_note(analysis.models["recognition"].model_file) or f"{pack}: not built by this package"
+        typer.echo(note, err=True)
+        fill_gallery(people, gallery, analysis, crops)
+        threshold = choose_threshold(analysis, threshold)
+        for number, path in enumerate(photos):
+            try:
+                picture = read_picture(path)
+            except ValueError as error:
+                typer.echo(f"left out: {error}", err=True)
+                continue
+            named = out / f"{names[number]}.jpg" if is_folder and out is not None else out
+            _name_faces(analysis, people, path, picture, threshold, crops, named)
+
+
+def _name_faces(
+    analysis: Any, people: Gallery, photo: Path, picture: np.ndarray, threshold: float, crops: bool, out: Path | None
+) -> None:
+    """Name the faces of one photo, on the terminal and in the image ``out``."""
+    from ..app.pictures import write_picture
+    from ..app.recognition import annotate
+    from ..app.recognition import recognize as name_faces
+
     faces = name_faces(analysis, people, picture, threshold, is_crop=crops)
-    found, known = _count(len(faces), "face", "faces"), _count(len(people.people()), "person", "people")
-    typer.echo(f"{photo}: {found}, gallery of {known}, threshold {threshold:.3f}")
+    known = count(len(people.people()), "person", "people")
+    typer.echo(f"{photo}: {count(len(faces), 'face', 'faces')}, gallery of {known}, threshold {threshold:.3f}")
     for number, (name, nearest, quality, face) in enumerate(faces, 1):
         box = " ".join(f"{value:.0f}" for value in face.bbox)
         similarity = "" if nearest is None else f"similarity {nearest.similarity:.3f}  "
@@ -72,6 +99,32 @@ def recognize(
     if out is not None:
         write_picture(out, annotate(picture, faces))
         typer.echo(f"{out}: written")
+
+
+def open_people(place: str) -> AbstractContextManager[Gallery]:
+    """The gallery to search in; an empty one for a folder of people, which :func:`fill_gallery` fills."""
+    from ..app.file_gallery import FileGallery
+    from ..app.galleries import reading
+
+    return nullcontext(FileGallery()) if Path(place).is_dir() else reading(place)
+
+
+def fill_gallery(people: Gallery, place: str, analysis: Any, crops: bool) -> None:
+    """Enrol the people of a folder; any other place is full already."""
+    from ..app.enrollment import enroll, people_of_folder
+
+    if Path(place).is_dir():
+        _report(enroll(analysis, people, people_of_folder(place), are_crops=crops), Path(place))
+
+
+def choose_threshold(analysis: Any, asked: float | None) -> float:
+    """What was asked for, else the pack's own, else a customary one, of which a line tells."""
+    from ..app.recognition import DEFAULT_THRESHOLD, measured_threshold
+
+    threshold = measured_threshold(analysis) if asked is None else asked
+    if threshold is None:
+        typer.echo(f"threshold {DEFAULT_THRESHOLD}: the pack has no measured one; set --threshold", err=True)
+    return DEFAULT_THRESHOLD if threshold is None else threshold
 
 
 @gallery_app.command("add")
@@ -93,9 +146,11 @@ def add_people(
     """Add the largest face in each image.
 
     Files are compared by content: known ones are skipped, changed ones embedded again, moved ones followed.
+    Examples: insightface-kprpe gallery add people.npz photos/ --prune; insightface-kprpe gallery add
+    postgresql://kim@db.example/faces ann.jpg --name Ann
     """
     from ..app.enrollment import enroll, people_of_folder, vanished
-    from ..app.gallery import editing
+    from ..app.galleries import editing
     from ..app.recognition import open_pack
     from ..data.picture_files import list_pictures, nfc
 
@@ -107,25 +162,24 @@ def add_people(
         pictures = [(nfc(name), path) for path in ([people] if people.is_file() else list_pictures(people))]
     analysis = open_pack(pack, root, det_thresh, aligned=aligned)
     with editing(index) as gallery:
-        enrolled = enroll(analysis, gallery, pictures, index, are_crops=crops)
-        gone = vanished(gallery, people)
-        lost = gallery.sources[gone].tolist()
+        enrolled = enroll(analysis, gallery, pictures, are_crops=crops)
+        lost = vanished(gallery, people)
         if prune and lost:
-            gallery.remove_rows(gone)
-            gallery.save(index)
+            gallery.drop(lost)
+            gallery.commit()
+        known = count(len(gallery.people()), "person", "people")
     _report(enrolled, people)
     fate = "removed" if prune else "still in the gallery; --prune removes it"
-    for source in lost:
-        typer.echo(f"{source}: no longer exists, {fate}", err=True)
+    for picture in lost:
+        typer.echo(f"{picture.source}: no longer exists, {fate}", err=True)
     removed = f", {len(lost)} removed" if prune and lost else ""
-    known = _count(len(gallery.people()), "person", "people")
-    typer.echo(f"{index}: {_added(enrolled)}, {known}{removed}{_passed_over(enrolled, pictures)}")
+    typer.echo(f"{gallery.place}: {_added(enrolled)}, {known}{removed}{_passed_over(enrolled, pictures)}")
 
 
 def _added(enrolled: Enrolled) -> str:
     changed = f" ({len(enrolled.changed)} changed)" if enrolled.changed else ""
     moved = f", {len(enrolled.moved)} moved" if enrolled.moved else ""
-    return f"{_count(enrolled.added, 'image', 'images')} added{changed}{moved}"
+    return f"{count(enrolled.added, 'image', 'images')} added{changed}{moved}"
 
 
 def _passed_over(enrolled: Enrolled, pictures: list[tuple[str, Path]]) -> str:
@@ -140,30 +194,32 @@ def _passed_over(enrolled: Enrolled, pictures: list[tuple[str, Path]]) -> str:
 
 @gallery_app.command("list")
 def list_people(index: Index) -> None:
-    """List the people in the gallery, with their number of images."""
-    from ..app.gallery import Gallery
+    """List the people in the gallery, with their number of images.
 
-    gallery = Gallery.load(index)
-    for name, pictures in gallery.people().items():
+    Example: insightface-kprpe gallery list people.npz
+    """
+    from ..app.galleries import reading
+
+    with reading(index) as gallery:
+        people = gallery.people()
+    for name, pictures in people.items():
         typer.echo(f"{pictures:6}  {name}")
-    known, pictures = (
-        _count(len(gallery.people()), "person", "people"),
-        _count(len(gallery.names), "image", "images"),
-    )
-    typer.echo(f"{index}: {known}, {pictures}, model {gallery.model}")
+    known, pictures = count(len(people), "person", "people"), count(sum(people.values()), "image", "images")
+    typer.echo(f"{gallery.place}: {known}, {pictures}, model {gallery.model}")
 
 
 @gallery_app.command("remove")
 def remove_person(index: Index, name: Annotated[str, typer.Argument(help="person to remove")]) -> None:
-    """Remove a person."""
-    from ..app.gallery import Gallery, editing
+    """Remove a person. Example: insightface-kprpe gallery remove people.npz Ann"""
+    from ..app.galleries import editing, reading
 
-    Gallery.load(index)  # fails if there is none
+    with reading(index):
+        pass  # fails if there is none
     with editing(index) as gallery:
         pictures = gallery.remove(name)
-        gallery.save(index)
-    removed, left = _count(pictures, "image", "images"), _count(len(gallery.people()), "person", "people")
-    typer.echo(f"{index}: {name} removed ({removed}), {left} left")
+        gallery.commit()
+        left = count(len(gallery.people()), "person", "people")
+    typer.echo(f"{gallery.place}: {name} removed ({count(pictures, 'image', 'images')}), {left} left")
 
 
 @app.command()
@@ -199,5 +255,6 @@ def _report(enrolled: Enrolled, people: Path) -> None:
         typer.echo(f"warning: the gallery has no images of {', '.join(enrolled.nobody)}", err=True)
 
 
-def _count(number: int, one: str, many: str) -> str:
+def count(number: int, one: str, many: str) -> str:
+    """A number and what is counted."""
     return f"{number} {one if number == 1 else many}"

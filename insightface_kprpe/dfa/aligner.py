@@ -21,7 +21,7 @@ from ..geometry import (
     theta_from_similarity,
 )
 from ..state_dict import load_weights
-from .network import RetinaFaceNet
+from .network import AT_ONCE, RetinaFaceNet, infers_on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -157,11 +157,17 @@ def align(
     similarity = similarity_transform(points, template.to(points) * size)
     theta = theta_from_similarity(similarity, (width, height), size)
     aligned_keypoints = (points @ similarity[:, :, :2].mT + similarity[:, None, :, 2]) / size
+    if not infers_on_cpu(images):
+        return _warp(images, theta, size), aligned_keypoints, theta
+    parts = zip(images.split(AT_ONCE), theta.split(AT_ONCE), strict=True)
+    return torch.cat([_warp(some, part, size) for some, part in parts]), aligned_keypoints, theta
+
+
+def _warp(images: torch.Tensor, theta: torch.Tensor, size: int) -> torch.Tensor:
     axis = torch.linspace(-1, 1, size, dtype=theta.dtype, device=theta.device)
     grid = sampling_grid(theta, axis).to(images.dtype)
     # grid_sample fills with zeros: shifted by one, that is black
-    aligned = F.grid_sample(images - PADDING_VALUE, grid, padding_mode="zeros", align_corners=True).add_(PADDING_VALUE)
-    return aligned, aligned_keypoints, theta
+    return F.grid_sample(images - PADDING_VALUE, grid, padding_mode="zeros", align_corners=True).add_(PADDING_VALUE)
 
 
 class DFA(RetinaFaceNet):

@@ -20,7 +20,7 @@ from ..state_dict import load_weights, read_state_dict, strip_prefixes
 from .anchors import DFA_ANCHOR_SIZES, decode_boxes, decode_points, make_anchors
 
 ANCHORS_PER_CELL = 2
-_AT_ONCE = 16  # images
+AT_ONCE = 16  # images, whose features stay in a CPU's cache
 VALUES_PER_ANCHOR = 4 + 2 + 10  # box, background / face, five points
 # RetinaFaceNet(**RETINAFACE) reads the public RetinaFace-MobileNet0.25 weights (WIDER FACE) as they were trained: for
 # faces of any size in an image, on BGR pixels minus their mean, with plain ReLUs.
@@ -51,6 +51,12 @@ class NetworkOutput(NamedTuple):
     keypoints: torch.Tensor
     bbox: torch.Tensor
     score: torch.Tensor
+
+
+def infers_on_cpu(images: torch.Tensor) -> bool:
+    """Whether a CPU is to compute this now, with no one who records operations for gradients or to run them later."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(images) is not torch.Tensor
+    return images.device.type == "cpu" and not recorded and not torch.is_grad_enabled()
 
 
 class _ConvNorms(nn.Sequential):
@@ -230,11 +236,10 @@ class RetinaFaceNet(nn.Module):
                 f"images must be (B, 3, {side}, {side}) BGR in [-1, 1], got {tuple(images.shape)}; "
                 "DFA pads and resizes crops of any size"
             )
-        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if recorded or self.training or images.device.type != "cpu":
+        if self.training or not infers_on_cpu(images):
             return self._look(images)
         # A CPU is quicker with the channels of a pixel side by side, and with what stays in its cache.
-        parts = (some.contiguous(memory_format=torch.channels_last) for some in images.split(_AT_ONCE))
+        parts = (some.contiguous(memory_format=torch.channels_last) for some in images.split(AT_ONCE))
         return NetworkOutput(*map(torch.cat, zip(*map(self._look, parts), strict=True)))
 
     def _look(self, images: torch.Tensor) -> NetworkOutput:

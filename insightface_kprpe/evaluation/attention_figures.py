@@ -41,8 +41,7 @@ class AttentionMaps:
     """
 
     def __init__(self, net: VisionTransformer, faces: FigureFaces) -> None:
-        if not isinstance(net, VisionTransformer):
-            raise ValueError(f"the network must be a ViT, whose attention can be drawn, got {type(net).__name__}")
+        check_drawable(net)
         size, patch = net.img_size, net.patch_embed.patch_size[0]
         self.images = [cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA) for image in faces.images]
         batch = to_network_input(torch.from_numpy(np.stack(self.images)).permute(0, 3, 1, 2))
@@ -70,6 +69,18 @@ class AttentionMaps:
         row = layers[depth][face, :, self.patch_of(query)]  # (H or 1, N)
         row = row.mean(0) if head is None else row[min(head, len(row) - 1)]
         return row.reshape(self.grid, self.grid)
+
+
+def check_drawable(net: Any, with_kprpe: bool = False) -> None:
+    """Make sure that a network is one whose attention can be drawn.
+
+    Raises:
+        ValueError: it is no ViT; or, ``with_kprpe``, has no KPRPE.
+    """
+    if with_kprpe and getattr(net, "position", None) != "kprpe":
+        raise ValueError("the model must be a ViT with KPRPE, whose tables the figures show; this one has none")
+    if not isinstance(net, VisionTransformer):
+        raise ValueError(f"the network must be a ViT, whose attention can be drawn, got {type(net).__name__}")
 
 
 def depths_figure(maps: AttentionMaps, queries: Sequence[Sequence[float]], depths: Sequence[int], head: int) -> Any:
@@ -151,8 +162,7 @@ def write_figures(
         ImportError: matplotlib is not installed.
         ValueError: the network has no KPRPE, or no such head, or an argument is out of range.
     """
-    if not isinstance(net, VisionTransformer) or net.position != "kprpe":
-        raise ValueError("the model must be a ViT with KPRPE, whose tables the figures show; this one has none")
+    check_drawable(net, with_kprpe=True)
     maps = AttentionMaps(net, faces)
     heads, chosen = maps.biases[0].shape[1], _depths(net, depths)
     if not 0 <= head < heads:

@@ -16,6 +16,7 @@ from .search import Matches, rank_k
 CURVE_POINTS = 2000  # more than a figure can show
 # Readable on white, in grayscale, and with red-green color blindness (Okabe and Ito, without yellow).
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+_DPI = 150
 _LINES = ("-", "--", ":", "-.")
 # The legend of a ROC gives the TPR at the first of these that was measured.
 _LEGEND_FPRS = ("0.0001", "0.001", "0.01", "0.1")
@@ -91,7 +92,17 @@ def new_figure(inches: tuple[float, float]) -> Any:
 def save_figure(figure: Any, path: str | Path) -> None:
     """Write a matplotlib figure as PNG; an existing file is replaced only by a whole one."""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        figure.savefig(temporary, dpi=_DPI, format="png")
+
+
+def figure_pixels(figure: Any) -> np.ndarray:
+    """A matplotlib figure as (H, W, 3) uint8 RGB."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(_DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def plot_roc(results: Sequence[Result], path: str | Path, title: str = "") -> None:

@@ -50,9 +50,10 @@ def find_pack(name: str | Path, root: str | Path = "~/.insightface") -> Path:
             return folder
     models = Path(root).expanduser() / "models"
     there = sorted(path.name for path in models.glob("[!.]*") if path.is_dir()) if models.is_dir() else []
+    remedy = "" if there else "; insightface-kprpe quickstart makes one, for --root work_dirs/quickstart/insightface"
     raise FileNotFoundError(
         f"pack not found: {name} is neither a folder nor a name in {root}/models, which holds "
-        f"{', '.join(there) or 'none'}; use --root for another root folder"
+        f"{', '.join(there) or 'none'}; use --root for another root folder{remedy}"
     )
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from fuzz.harness import Reader
 from fuzz.mutator import mutate
-from insightface_kprpe.app.gallery import Content, Gallery
+from insightface_kprpe.app.file_gallery import FileGallery
+from insightface_kprpe.app.gallery import Content
 from insightface_kprpe.data.face_dataset import open_faces
 from insightface_kprpe.data.face_list import ListedFace, format_faces, read_faces
 from insightface_kprpe.data.landmark_csv import read_keypoints, write_landmark_csv
@@ -84,13 +85,13 @@ def _read_labels(folder: Path) -> None:
 
 
 def _make_gallery(folder: Path) -> None:
-    gallery = Gallery("model")
+    gallery = FileGallery("model")
     gallery.add(["Ann", "Zoë"], np.eye(2, 8), [1.0, 0.5], ["a", "b"], [Content("0" * 64, 1, 2)] * 2)
     gallery.save(folder / "people.npz")
 
 
 def _read_gallery(folder: Path) -> None:
-    gallery = Gallery.load(folder / "people.npz")
+    gallery = FileGallery.load(folder / "people.npz")
     gallery.search(np.ones((1, gallery.embeddings.shape[1])))
     gallery.people()
 
