@@ -453,7 +453,7 @@ def test_the_hub_gives_files_of_other_names_in_sub_folders(online, path):
     ("files", "source", "message"),
     [
         (["a/one.pt", "a/two.pth"], "hf:x/y/a", "holds 2 weights files: a/one.pt, a/two.pth; specify which one to use"),
-        (["a/one.onnx"], "hf:x/y", "only ONNX files, which evaluate, embed and pack accept: a/one.onnx; name"),
+        (["a/one.onnx"], "hf:x/y", "only ONNX files, which evaluate, embed and pack accept: a/one.onnx; specify"),
         (["readme.txt"], "hf:x/y", "holds no weights"),
         (["a/one.pt"], "hf:x/y/a/two.pt", "the repository has no a/two.pt"),
         (["a/one.pt"], "hf:x/y/../z", r"must be hf:OWNER/NAME\[/PATH\]\[@REVISION\]"),

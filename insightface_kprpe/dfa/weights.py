@@ -40,6 +40,12 @@ def load_dfa(source: str | Path | Mapping[str, torch.Tensor], *, aligned_from: s
         raise ValueError(str(error) if isinstance(source, Mapping) else f"{source}: {error}") from error
 
 
+def holds_dfa(source: str | Path) -> bool:
+    """Whether a path is what :func:`load_dfa` reads: a file, or a run of ``train-dfa``."""
+    config = Path(source) / "config.json"
+    return Path(source).is_file() or (config.is_file() and "aggregator" in read_json_object(config))
+
+
 def start_from(net: RetinaFaceNet, source: str | Path | Mapping[str, torch.Tensor]) -> None:
     """Load weights to train from; an aggregator that only one of the two has is left as it is, or left out.
 
