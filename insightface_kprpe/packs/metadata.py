@@ -55,7 +55,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
     """The same for a model in memory."""
     prefix = METADATA_PREFIX
-    return {p.key[len(prefix) :]: p.value for p in model.metadata_props if p.key.startswith(prefix)}
+    # Text that is not UTF-8 comes as bytes; this package writes none.
+    texts = [p for p in model.metadata_props if isinstance(p.key, str) and isinstance(p.value, str)]
+    return {p.key[len(prefix) :]: p.value for p in texts if p.key.startswith(prefix)}
 
 
 def input_convention(metadata: Mapping[str, str], path: str | Path) -> tuple[float, float]:
