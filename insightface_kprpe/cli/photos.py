@@ -83,9 +83,9 @@ def align(
 
 @app.command()
 def compare(
-    first: Annotated[str, typer.Argument(help="picture, or folder of one person's pictures")],
-    second: Annotated[str, typer.Argument(help="picture, or folder of one person's pictures")],
-    out: Annotated[Path | None, typer.Option(help="picture to write, with both sides (.jpg, .png)")] = None,
+    first: Annotated[str, typer.Argument(help="image, or folder of one person's images")],
+    second: Annotated[str, typer.Argument(help="image, or folder of one person's images")],
+    out: Annotated[Path | None, typer.Option(help="image to write, with both sides (.jpg, .png)")] = None,
     pack: Annotated[str, typer.Option(help="model pack: its name in ROOT/models, or its folder")] = "kprpe",
     root: Annotated[Path, typer.Option(help="InsightFace's root folder")] = Path("~/.insightface"),
     threshold: Annotated[
@@ -93,7 +93,7 @@ def compare(
     ] = None,
     det_thresh: Annotated[float, typer.Option(help="score from which on the detector's find is a face")] = 0.5,
     aligned: Annotated[bool, typer.Option(help="--no-aligned: the network sees the detector's box as it is")] = True,
-    crops: Annotated[bool, typer.Option("--crops", help="pictures are crops, aligned already")] = False,
+    crops: Annotated[bool, typer.Option("--crops", help="images are aligned crops already; do not run the detector")] = False,
 ) -> None:
     """Say whether two photos show the same person: similarity, threshold and its meaning, quality of both.
 
