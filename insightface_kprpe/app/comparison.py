@@ -132,7 +132,7 @@ def side_by_side(compared: Comparison) -> np.ndarray:
     answer = "the same person" if compared.is_same else "different people"
     text = f"{answer}: similarity {compared.similarity:.3f}, threshold {compared.threshold.value:.3f}"
     bar = title_bar(text, both.shape[1])
-    bar[:, :8] = (80, 200, 80) if compared.is_same else (80, 80, 220)
+    bar[-3:] = (80, 200, 80) if compared.is_same else (80, 80, 220)
     return np.vstack([bar, both])
 
 

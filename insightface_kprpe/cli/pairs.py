@@ -25,16 +25,16 @@ def bin_make(
         int | None, typer.Option(help="draw so many, half of one person, in 10 folds that share nobody")
     ] = None,
     seed: Annotated[int, typer.Option(help="of the drawn pairs")] = 0,
-    missing: Annotated[str, typer.Option(help="pictures that are missing or damaged: fail, or skip their pairs")] = (
+    missing: Annotated[str, typer.Option(help="images that are missing or damaged: fail, or skip their pairs")] = (
         "fail"
     ),
-    num_workers: Annotated[int, typer.Option(help="processes that read pictures; 0: this one")] = min(
+    num_workers: Annotated[int, typer.Option(help="processes that read images; 0: this one")] = min(
         4, os.cpu_count() or 1
     ),
 ) -> None:
     """Write a verification set that InsightFace's own loaders read, too.
 
-    Without --list and --pairs the pairs are those of pairs.txt in FOLDER. Pictures of another size than 112x112 are
+    Without --list and --pairs the pairs are those of pairs.txt in FOLDER. Images of another size than 112x112 are
     resized whole: align them first. Example: insightface-kprpe bin make lfw_aligned --out lfw.bin
     """
     from ..data.verification_tools import make_verification_bin

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .app import app
+from .faces import Aligned, AreCrops, DetectorThreshold, Pack, Root
 
 _WORKERS = min(4, os.cpu_count() or 1)
 _NAMED = 20  # photos without a crop that are told one by one
@@ -28,7 +29,7 @@ def align(
         "largest"
     ),
     max_faces: Annotated[int, typer.Option(help="with --faces all: the largest so many; 0: no limit")] = 0,
-    det_thresh: Annotated[float, typer.Option(help="score from which on the detector's find is a face")] = 0.5,
+    det_thresh: DetectorThreshold = 0.5,
     min_size: Annotated[float, typer.Option(help="pixels that the shorter side of its box must have")] = 0,
     to: Annotated[str, typer.Option(help="folder: JPEG files; rec: RecordIO, the sub-folders are its people")] = (
         "folder"
@@ -37,7 +38,7 @@ def align(
     every: Annotated[int, typer.Option(help="of a video: one frame in so many")] = 1,
     overlay: Annotated[int, typer.Option(help="also write a PNG of so many photos with their crops")] = 0,
     num_workers: Annotated[int, typer.Option(help="processes; 0: this one")] = _WORKERS,
-    root: Annotated[Path, typer.Option(help="InsightFace's root folder, for packs by name")] = Path("~/.insightface"),
+    root: Root = Path("~/.insightface"),
 ) -> None:
     """Cut the faces of photos out: 112x112 crops, with their landmarks, as training and evaluation take them.
 
@@ -83,17 +84,17 @@ def align(
 
 @app.command()
 def compare(
-    first: Annotated[str, typer.Argument(help="picture, or folder of one person's pictures")],
-    second: Annotated[str, typer.Argument(help="picture, or folder of one person's pictures")],
-    out: Annotated[Path | None, typer.Option(help="picture to write, with both sides (.jpg, .png)")] = None,
-    pack: Annotated[str, typer.Option(help="model pack: its name in ROOT/models, or its folder")] = "kprpe",
-    root: Annotated[Path, typer.Option(help="InsightFace's root folder")] = Path("~/.insightface"),
+    first: Annotated[str, typer.Argument(help="image, or folder of one person's images")],
+    second: Annotated[str, typer.Argument(help="image, or folder of one person's images")],
+    out: Annotated[Path | None, typer.Option(help="image to write, with both sides (.jpg, .png)")] = None,
+    pack: Pack = "kprpe",
+    root: Root = Path("~/.insightface"),
     threshold: Annotated[
-        float | None, typer.Option(help="cosine from which on they are one person; default: the pack's, or 0.3")
+        float | None, typer.Option(help="minimum cosine similarity for one person; default: the pack's, or 0.3")
     ] = None,
-    det_thresh: Annotated[float, typer.Option(help="score from which on the detector's find is a face")] = 0.5,
-    aligned: Annotated[bool, typer.Option(help="--no-aligned: the network sees the detector's box as it is")] = True,
-    crops: Annotated[bool, typer.Option("--crops", help="pictures are crops, aligned already")] = False,
+    det_thresh: DetectorThreshold = 0.5,
+    aligned: Aligned = True,
+    crops: AreCrops = False,
 ) -> None:
     """Say whether two photos show the same person: similarity, threshold and its meaning, quality of both.
 
