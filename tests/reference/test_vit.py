@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import insightface_kprpe as ik
+from insightface_kprpe.backbones import offset_attention
 from insightface_kprpe.backbones.offset_attention import OffsetAttention
 from insightface_kprpe.backbones.relative_position import bucket_index
 
@@ -82,6 +83,7 @@ def plain_settings(settings: dict) -> dict:
 @pytest.fixture(params=["over lines", "written out"])
 def way(request, monkeypatch):
     """KPRPE has two ways to the same attention."""
+    monkeypatch.setattr(offset_attention, "_FEW", -1)
     if request.param == "written out":
         monkeypatch.setattr(OffsetAttention, "can_run", staticmethod(lambda tokens: False))
 
