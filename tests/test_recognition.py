@@ -108,7 +108,7 @@ def test_the_packs_own_threshold(people, tmp_path):
     import json
 
     app = recognition.open_pack("tiny", tmp_path, **tiny.CPU)
-    assert recognition.measured_threshold(app) is None
+    assert recognition.measured_evaluation(app) is None
     record = {
         "sha256": "",
         "source": "",
@@ -118,7 +118,7 @@ def test_the_packs_own_threshold(people, tmp_path):
     files = {"keypoints/recognition.onnx": record}
     manifest = tmp_path / "models" / "tiny" / "pack.json"
     manifest.write_text(json.dumps({"name": "tiny", "files": files}))
-    assert recognition.measured_threshold(app) == 0.42
+    assert recognition.smallest_rate(recognition.measured_evaluation(app)) == ("0.0001", 0.42)
 
 
 def test_annotations_are_drawn_inside(people, tmp_path):

@@ -25,10 +25,11 @@ Photos = str | Path | np.ndarray | Sequence[str | Path | np.ndarray]
 
 
 class Threshold(NamedTuple):
-    """The cosine from which on two faces are taken for one person's, and what that means."""
+    """The cosine from which on two faces are taken for one person's, what that means, and whether it was measured."""
 
     value: float
     meaning: str
+    measured: bool = False
 
 
 class ComparedFace(NamedTuple):
@@ -117,10 +118,10 @@ def choose_threshold(app: Any, asked: float | None = None) -> Threshold:
     of_set = f"of {evaluation['pairs']} pairs of {evaluation['set']}"
     if asked is None:
         rate, value = smallest_rate(evaluation)
-        return Threshold(value, f"at most {float(rate):g} of different people score higher, {of_set}")
+        return Threshold(value, f"at most {float(rate):g} of different people score higher, {of_set}", True)
     reached = [rate for rate, value in evaluation["thresholds"].items() if asked >= value]
     known = f"at most {float(min(reached, key=float)):g}" if reached else "more than was measured"
-    return Threshold(asked, f"as asked for: {known} of different people score higher, {of_set}")
+    return Threshold(asked, f"as asked for: {known} of different people score higher, {of_set}", True)
 
 
 def side_by_side(compared: Comparison) -> np.ndarray:

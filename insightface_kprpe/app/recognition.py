@@ -59,12 +59,6 @@ def open_pack(name: str | Path, root: str | Path = "~/.insightface", det_thresh:
     return app
 
 
-def measured_threshold(app: Any) -> float | None:
-    """The threshold that a pack's ``pack.json`` holds, of the smallest false positive rate; None if it has none."""
-    evaluation = measured_evaluation(app)
-    return None if evaluation is None else smallest_rate(evaluation)[1]
-
-
 def measured_evaluation(app: Any) -> dict[str, Any] | None:
     """What a pack's ``pack.json`` says of how its recognition model verifies: set, pairs, thresholds; None: nothing."""
     file = Path(app.models["recognition"].model_file)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .faces import Aligned, DetectorThreshold, Pack, Root, choose_threshold, count, fill_gallery, open_people
+from .faces import Aligned, DetectorThreshold, Pack, Root, count, fill_gallery, open_people, threshold_of
 
 
 @app.command()
@@ -60,7 +60,7 @@ def demo(
             fill_gallery(people, gallery, analysis, crops=False)
         known = count(len(people.people()), "person", "people") if gallery is not None else "nobody"
         about = f"Pack {pack}, gallery of {known}"
-        shown = Demo(analysis, people, choose_threshold(analysis, threshold), about, kprpe, plain)
+        shown = Demo(analysis, people, threshold_of(analysis, threshold), about, kprpe, plain)
         with _asked_to_end() as ended, serving(shown, port, browser) as address:
             typer.echo(f"{address} is ready for photos; Ctrl-C ends it")
             ended.wait()

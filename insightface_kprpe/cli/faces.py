@@ -69,7 +69,7 @@ def recognize(
         note = load_note(analysis.models["recognition"].model_file) or f"{pack}: not built by this package"
         typer.echo(note, err=True)
         fill_gallery(people, gallery, analysis, crops)
-        threshold = choose_threshold(analysis, threshold)
+        threshold = threshold_of(analysis, threshold)
         for number, path in enumerate(photos):
             try:
                 picture = read_picture(path)
@@ -117,14 +117,14 @@ def fill_gallery(people: Gallery, place: str, analysis: Any, crops: bool) -> Non
         _report(enroll(analysis, people, people_of_folder(place), are_crops=crops), Path(place))
 
 
-def choose_threshold(analysis: Any, asked: float | None) -> float:
-    """What was asked for, else the pack's own, else a customary one, of which a line tells."""
-    from ..app.recognition import DEFAULT_THRESHOLD, measured_threshold
+def threshold_of(analysis: Any, asked: float | None) -> float:
+    """What was asked for, else the pack's own, else a customary one, which is said."""
+    from ..app.comparison import choose_threshold
 
-    threshold = measured_threshold(analysis) if asked is None else asked
-    if threshold is None:
-        typer.echo(f"threshold {DEFAULT_THRESHOLD}: the pack has no measured one; set --threshold", err=True)
-    return DEFAULT_THRESHOLD if threshold is None else threshold
+    threshold = choose_threshold(analysis, asked)
+    if not threshold.measured and asked is None:
+        typer.echo(f"threshold {threshold.value:g}: {threshold.meaning}; set --threshold", err=True)
+    return threshold.value
 
 
 @gallery_app.command("add")
