@@ -108,7 +108,7 @@ def test_thresholds_say_what_they_mean(app, tmp_path):
     files = {"keypoints/recognition.onnx": record}
     (folder / "pack.json").write_text(json.dumps({"name": "tiny", "files": files}))
     meaning = "at most 0.0001 of different people score higher, of 6000 pairs of lfw"
-    assert choose_threshold(app) == (0.42, meaning)
+    assert choose_threshold(app) == (0.42, meaning, True)
     assert choose_threshold(app, 0.35).meaning.startswith("as asked for: at most 0.001 of different")
     assert choose_threshold(app, 0.1).meaning.startswith("as asked for: more than was measured")
 
