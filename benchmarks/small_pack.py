@@ -29,6 +29,7 @@ from insightface_kprpe.inference.models import open_model
 NAME = "kprpe_small"
 LICENCE = "research only (trained on Families in the Wild)"
 DETECTOR_LICENCE = "InsightFace: non-commercial research"
+SLIGHT = {"rotation": 10.0, "scale": 0.1, "translation": 0.04}  # augmentation of the first epochs
 FOLDS = 5  # of LFW's ten official ones are in the pairs
 CUTS = {"raw": "pictures as they are", "box": "detector's boxes", "aligned": "aligned by the detector's landmarks"}
 INPUTS = {
@@ -47,7 +48,7 @@ def build(fiw: Path, lfw: Path, detector: Path, landmarks: Path, retinaface: Pat
     call(study_data, "--fiw", fiw, "--lfw", lfw, "--detector", detector, "--out", data, "--no-drawn")
     train = ["-m", "insightface_kprpe.cli", "train", "small_vit_n_kprpe", "resume=True", "val_targets=()"]
     # From scratch on moved faces the loss stays at chance for epochs; aligned ones get the network started.
-    step(aligned, *train, f"rec={data / 'fiw_aligned'}", "augment={}", "num_epoch=3", f"output={aligned}")
+    step(aligned, *train, f"rec={data / 'fiw_aligned'}", f"augment={SLIGHT}", "num_epoch=3", f"output={aligned}")
     step(run, *train, f"rec={data / 'fiw_both'}", f"init_from={aligned}", f"output={run}")
     train = ["-m", "insightface_kprpe.cli", "train-dfa", "dfa_small", "resume=True", f"init_from={retinaface}"]
     step(dfa, *train, f"data={landmarks / 'train'}", f"val={landmarks / 'val'}", f"output={dfa}")
