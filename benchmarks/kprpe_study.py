@@ -158,9 +158,6 @@ def random_tables(**settings: Any) -> Backbone:
     return net
 
 
-register_backbone("vit_n_kprpe_random_tables", random_tables)
-
-
 def compare(part: str, rec: str, seeds: int, variants: Mapping[str, tuple[str, dict]], **common: Any) -> list[Run]:
     """Runs of some networks, seed by seed, so that a part that is stopped has whole seeds."""
     base = common.pop("base", None)
@@ -254,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    register_backbone(RANDOM["network"], random_tables)
     try:
         run_parts(options.parts, options.data, options.faces, options.out)
     except ValueError as error:

@@ -212,7 +212,7 @@ def test_a_missing_provider_is_one_warning(tmp_path):
     ]
     assert len(messages) == 1 and messages[0].startswith("TensorrtExecutionProvider requested, but this onnxruntime")
     assert app.models["recognition"].session.get_providers() == ["CPUExecutionProvider"]
-    with pytest.raises(RuntimeError, match="TensorrtExecutionProvider asked for"):
+    with pytest.raises(RuntimeError, match="TensorrtExecutionProvider requested"):
         open_app(tmp_path, providers=asked, strict_providers=True)
     assert open_app(tmp_path, strict_providers=True)
 

@@ -126,7 +126,7 @@ def test_inspect_and_load_note(made, caplog):
     note = layout.load_note(folder / "root" / "models" / "kprpe" / "keypoints" / "recognition.onnx")
     assert note.startswith("kprpe/keypoints/recognition.onnx: ViT with KPRPE") and note.endswith("licence MIT")
     assert layout.load_note(folder / "root" / "models" / "buffalo_x" / "det.onnx") is None
-    with pytest.raises(FileNotFoundError, match="pack not found: absent .* which holds buffalo_x, kprpe; --root"):
+    with pytest.raises(FileNotFoundError, match="pack not found: absent .* which holds buffalo_x, kprpe; use --root"):
         call("pack", "inspect", "absent", "--root", folder / "root")
     with pytest.raises(FileNotFoundError, match="which holds none"):
         call("pack", "inspect", "absent", "--root", folder)
@@ -153,7 +153,7 @@ def test_verify_runs_every_file(pack):
     manifest["files"]["recognition.onnx"]["sha256"] = manifest["files"]["detection.onnx"]["sha256"]
     (pack / "pack.json").write_text(json.dumps(manifest))
     assert installed_packs.verify(pack) == [
-        "recognition.onnx does not work: InsightFace takes it for detection, not recognition"
+        "recognition.onnx does not work: InsightFace loads it as detection, not recognition"
     ]
     record = {"sha256": "", "source": "", "licence": ""}
     for text in (
@@ -233,7 +233,7 @@ def test_values_that_overflow_half_precision_are_refused_with_advice(tmp_path, m
         onnx.save(model, str(target))
 
     monkeypatch.setitem(precision.WRITERS, "fp16", overflow)
-    with pytest.raises(precision.PrecisionError, match=r"net\.onnx in fp16: .*not finite; .* overflow .*: use int8"):
+    with pytest.raises(precision.PrecisionError, match=r"net\.onnx in fp16: .*not finite; .* overflow .*; use int8"):
         precision.lower_precision(source, tmp_path / "half.onnx", "fp16")
     assert not (tmp_path / "half.onnx").exists()
 
@@ -311,7 +311,7 @@ def test_the_aligner_may_be_the_detector(made, asked, tmp_path):
         (["--root", "{det}/deeper"], "root must be a folder, but .*det.onnx is a file"),
         (["--with", "genderage"], r"\(--with\) and extra_pack \(--from\) go together"),
         (["--with", "age", "--from", "{packs}/buffalo_x"], "extra tasks must be of genderage, .*got 'age'"),
-        (["--with", "genderage", "--from", "{packs}/buffalo_x"], "has no model for genderage; .* are for detection"),
+        (["--with", "genderage", "--from", "{packs}/buffalo_x"], "has no model for genderage; it has"),
         (["--with", "genderage", "--from", "no/pack"], "extra_pack no/pack does not exist; give an InsightFace pack"),
         (["--evaluate", "{short}"], "evaluate .*short.bin: it must hold at least 10 pairs"),
         (
@@ -464,5 +464,5 @@ def test_insightface_fetches_packs_that_are_not_installed(made, tmp_path, monkey
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(storage, "ensure_available", fail)
-    with pytest.raises(RuntimeError, match=r"could not fetch its pack buffalo_l \(no route to host\)"):
+    with pytest.raises(RuntimeError, match=r"could not download its pack buffalo_l \(no route to host\)"):
         pack_sources.find_detector("buffalo_l", tmp_path)

@@ -128,7 +128,7 @@ def test_a_set_from_a_list(people, tmp_path):
     keypoints, scores = read_landmark_csv(tmp_path / "set_ldmk_5points.csv", 20)
     np.testing.assert_allclose(keypoints[3], CANONICAL_KEYPOINTS + 5 / 1000, atol=1e-5)
     assert scores.min() == pytest.approx(0.9)
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         make_verification_bin(people, tmp_path / "set.bin")
 
 

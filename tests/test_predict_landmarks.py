@@ -125,7 +125,7 @@ def test_an_existing_file_is_not_written_over(tmp_path, dfa, images):
     predict_landmarks(open_crops(source), dfa, tmp_path / "mine.csv")
     left = file.with_name(f".{file.name}.0123.parts")  # as by a kill after the file was written
     left.mkdir()
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         predict_landmarks(open_crops(source), dfa)
     assert not left.exists()
     assert file.read_text() == "by hand" and (tmp_path / "mine.csv").is_file()

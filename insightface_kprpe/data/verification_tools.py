@@ -83,7 +83,7 @@ def make_verification_bin(
         raise ValueError(f"out must end in .bin, got {out}")
     for file in (out, landmark_file):
         if file.exists():
-            raise ValueError(f"{file} exists already; remove it, or name another file")
+            raise ValueError(f"{file} already exists; remove it, or choose another file")
     if not folder.is_dir():
         raise FileNotFoundError(f"folder of pictures not found: {folder}")
     listed, paths = _listed(folder, pairs, seed)

@@ -77,7 +77,7 @@ def _read(source: str | Path | Mapping[str, torch.Tensor]) -> tuple[dict[str, to
     if "aggregator" in config:
         return read_state_dict(folder / "model.pt"), _checked(config, folder / "config.json")
     if "network" in config:
-        raise ValueError(f"{folder} is no run of train-dfa: its config.json says nothing of an aggregator")
+        raise ValueError(f"{folder} is not a run of train-dfa: its config.json has no aggregator")
     if source.is_dir():
         found = [source / name for name in _WEIGHTS if (source / name).is_file()]
         if not found:

@@ -50,7 +50,7 @@ def predict_landmarks(
         The file.
 
     Raises:
-        ValueError: the file exists already, or an image is damaged.
+        ValueError: the file already exists, or an image is damaged.
     """
     out = Path(out or crops.landmark_file)
     if out.exists():

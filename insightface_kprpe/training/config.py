@@ -233,7 +233,8 @@ def _check_values(config: edict) -> None:
         if key in config and not allowed.holds(config[key]):
             raise ConfigError(f"{key} must be {allowed}, got {config[key]!r:.{_SHOWN}}")
     for key, value in config.items():
-        if not all(abs(number) < _INTEGERS for number in _leaves(value) if isinstance(number, int | float)):
+        numbers = [number for number in _leaves(value) if isinstance(number, int | float)]
+        if not all(abs(number) < (_INTEGERS if isinstance(number, int) else math.inf) for number in numbers):
             raise ConfigError(f"{key} must hold finite numbers, got {value!r:.{_SHOWN}}")
         numeric = key in ("margin_list", "decay_epochs", "augment") and isinstance(value, tuple | dict)
         if numeric and not all(type(number) in (int, float) for number in _leaves(value)):
