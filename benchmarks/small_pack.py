@@ -31,7 +31,7 @@ LICENCE = "research only (trained on Families in the Wild)"
 DETECTOR_LICENCE = "InsightFace: non-commercial research"
 SLIGHT = {"rotation": 10.0, "scale": 0.1, "translation": 0.04}  # augmentation of the first epochs
 FOLDS = 5  # of LFW's ten official ones are in the pairs
-CUTS = {"raw": "pictures as they are", "box": "detector's boxes", "aligned": "aligned by the detector's landmarks"}
+CUTS = {"raw": "images as they are", "box": "detector's boxes", "aligned": "aligned by the detector's landmarks"}
 INPUTS = {
     "fiw": "Families in the Wild, a folder a person (F0001_MID1/)",
     "lfw": "Labeled Faces in the Wild, images/ and pairs.txt",
@@ -102,8 +102,9 @@ in another class.
 
 - Network: `{config["network"]}`, {config["embedding_size"]} dimensions, trained by
   `recognition_configs/small_vit_n_kprpe.py`. DFA: `recognition_configs/dfa_small.py`.
-- Data: {config["num_image"]:,} crops of {config["num_classes"]:,} people of Families in the Wild, each image twice: as
-  a detector cut it, and aligned; landmarks by {detector}. DFA: labeled faces, from RetinaFace's public weights (MIT).
+- Data: {config["num_image"]:,} crops of {config["num_classes"]:,} people of Families in the Wild, each image twice: as a
+  detector cut it, and aligned; landmarks by {detector}. DFA: labeled faces, starting from
+  RetinaFace's public weights (MIT).
 - License: research only, as the terms of the data say. The detector is InsightFace's, for non-commercial research.
 - Accuracy over LFW's official folds 1 to {FOLDS}, with the mirrored crop added. A few celebrities may be in both data
   sets:
