@@ -102,8 +102,8 @@ in another class.
 
 - Network: `{config["network"]}`, {config["embedding_size"]} dimensions, trained by
   `recognition_configs/small_vit_n_kprpe.py`. DFA: `recognition_configs/dfa_small.py`.
-- Data: {config["num_image"]:,} crops of {config["num_classes"]:,} people of Families in the Wild, each image twice: as a
-  detector cut it, and aligned; landmarks by {detector}. DFA: labeled faces, starting from
+- Data: {config["num_image"]:,} crops of {config["num_classes"]:,} people of Families in the Wild, each image twice: as
+  a detector cut it, and aligned; landmarks by {detector}. DFA: labeled faces, starting from
   RetinaFace's public weights (MIT).
 - License: research only, as the terms of the data say. The detector is InsightFace's, for non-commercial research.
 - Accuracy over LFW's official folds 1 to {FOLDS}, with the mirrored crop added. A few celebrities may be in both data
