@@ -25,7 +25,7 @@ quickstart: .venv/installed
 	$(BIN)/insightface-kprpe quickstart
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 small-pack: .venv/installed
 	$(BIN)/python benchmarks/small_pack.py --fiw $(FIW) --lfw $(LFW) --detector $(DETECTOR) \

@@ -6,6 +6,7 @@ import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads of tiny nets wait for each other
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,12 @@ import insightface_kprpe._timm  # noqa: F401 - makes timm importable next to a t
 
 SHARED = Path(os.environ.get("KPRPE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 COMMITTED = Path(__file__).parent / "data" / "golden"
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests first: started last, one of them would keep a process busy while others wait."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True)
