@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_packs
 from postgres_cluster import cluster, find_server
 
 import insightface_kprpe
-import insightface_kprpe._timm  # noqa: F401 - makes timm importable next to a torchvision built for another torch
+import insightface_kprpe._timm
+from insightface_kprpe.app.recognition import open_pack
 
 SHARED = Path(os.environ.get("KPRPE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 COMMITTED = Path(__file__).parent / "data" / "golden"
@@ -36,6 +38,20 @@ def log_reaches_caplog():
         handler.close()
     log.setLevel(logging.NOTSET)
     log.propagate = True
+
+
+@pytest.fixture
+def unregistered():
+    """``register()`` is taken back after the test."""
+    yield
+    insightface_kprpe.unregister()
+
+
+@pytest.fixture
+def tiny_app(tmp_path, unregistered):
+    """A ``FaceAnalysis`` of a hand-made pack, which lies in the folder ``root``."""
+    tiny_packs.write_pack(tmp_path / "root")
+    return open_pack("tiny", tmp_path / "root", **tiny_packs.CPU)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import tiny_packs as tiny
 from PIL import Image
 from typer.testing import CliRunner
 
-import insightface_kprpe as ik
 from insightface_kprpe import cli
 from insightface_kprpe.app import aligned_folder
 from insightface_kprpe.app.aligned_folder import align_to_folder, align_to_records, crop_names
@@ -21,11 +20,7 @@ from insightface_kprpe.data.landmark_csv import read_landmark_csv
 from insightface_kprpe.data.photos import open_photos
 from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112, align_face
 
-
-@pytest.fixture(autouse=True)
-def unregistered():
-    yield
-    ik.unregister()
+pytestmark = pytest.mark.usefixtures("unregistered")
 
 
 @pytest.fixture

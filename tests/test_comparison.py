@@ -6,22 +6,16 @@ import pytest
 import tiny_packs as tiny
 from typer.testing import CliRunner
 
-import insightface_kprpe as ik
 from insightface_kprpe import cli
 from insightface_kprpe.app.comparison import choose_threshold, compare, side_by_side
-from insightface_kprpe.app.recognition import face_quality, open_pack
+from insightface_kprpe.app.recognition import face_quality
 
-
-@pytest.fixture(autouse=True)
-def unregistered():
-    yield
-    ik.unregister()
+pytestmark = pytest.mark.usefixtures("unregistered")
 
 
 @pytest.fixture
-def app(tmp_path):
-    tiny.write_pack(tmp_path / "root")
-    return open_pack("tiny", tmp_path / "root", **tiny.CPU)
+def app(tiny_app):
+    return tiny_app
 
 
 @pytest.fixture

@@ -33,16 +33,12 @@ from insightface_kprpe.geometry import align_face
 NET = {"patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 3.0, "num_features": 8}
 
 
-@pytest.fixture(autouse=True)
-def unregistered():
-    yield
-    ik.unregister()
+pytestmark = pytest.mark.usefixtures("unregistered")
 
 
 @pytest.fixture
-def app(tmp_path):
-    tiny.write_pack(tmp_path / "root")
-    return recognition.open_pack("tiny", tmp_path / "root", **tiny.CPU)
+def app(tiny_app):
+    return tiny_app
 
 
 @pytest.fixture

@@ -8,24 +8,18 @@ import pytest
 import tiny_packs as tiny
 from typer.testing import CliRunner
 
-import insightface_kprpe as ik
 from insightface_kprpe import cli
 from insightface_kprpe.app import enrollment, recognition
 from insightface_kprpe.app.enrollment import enroll, people_of_folder, vanished
 from insightface_kprpe.app.file_gallery import FileGallery
 from insightface_kprpe.app.galleries import editing, reading
 
-
-@pytest.fixture(autouse=True)
-def unregistered():
-    yield
-    ik.unregister()
+pytestmark = pytest.mark.usefixtures("unregistered")
 
 
 @pytest.fixture
-def app(tmp_path):
-    tiny.write_pack(tmp_path / "root")
-    return recognition.open_pack("tiny", tmp_path / "root", **tiny.CPU)
+def app(tiny_app):
+    return tiny_app
 
 
 def photo(*cells, seed=0):

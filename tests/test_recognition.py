@@ -4,7 +4,6 @@ import pytest
 import tiny_packs as tiny
 from typer.testing import CliRunner
 
-import insightface_kprpe as ik
 from insightface_kprpe import cli
 from insightface_kprpe.app import enrollment, recognition
 from insightface_kprpe.app.file_gallery import FileGallery
@@ -16,10 +15,7 @@ from insightface_kprpe.geometry import ARCFACE_TEMPLATE_112
 rng = np.random.default_rng(0)
 
 
-@pytest.fixture(autouse=True)
-def unregistered():
-    yield
-    ik.unregister()
+pytestmark = pytest.mark.usefixtures("unregistered")
 
 
 PEOPLE = {"Ann": (5, 5), "Bob": (14, 20), "Cid": (25, 9)}

@@ -38,5 +38,6 @@ def root(
         bool, typer.Option("--debug", help=f"show the traceback of an error; same as {VARIABLE}=1")
     ] = False,
 ) -> None:
+    """Handle the options that stand before a verb."""
     if debug:
         os.environ[VARIABLE] = "1"
