@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from insightface_kprpe import cli
 from insightface_kprpe.app.comparison import choose_threshold, compare, side_by_side
-from insightface_kprpe.app.recognition import face_quality
+from insightface_kprpe.app.recognition import face_quality, open_pack
 
 pytestmark = pytest.mark.usefixtures("unregistered")
 
@@ -127,3 +127,11 @@ def test_the_verb(app, photos, tmp_path):
     assert "similarity of each photo of A (row) to each of B" in result.output and "3.png: left out" in result.output
     assert "is a URL" in str(run("http://example.org/a.jpg", photos[0]).exception)
     assert "must end in one of" in str(run(photos[0], photos[1], "--out", tmp_path / "x.pdf").exception)
+
+
+def test_the_crop_that_is_shown_is_the_one_that_was_embedded(app, photos, tmp_path):
+    unaligned = open_pack("tiny", tmp_path / "root", aligned=False, **tiny.CPU)
+    for analysis in (app, unaligned):
+        (side,) = compare(analysis, photos[0], photos[2]).first
+        again = analysis.models["recognition"].embed_aligned(side.crop[None], side.crop_keypoints[None])[0]
+        np.testing.assert_allclose(again, side.face.embedding, rtol=1e-4, atol=1e-4)

@@ -13,9 +13,8 @@ import numpy as np
 from ..contact_sheet import CELL, arrange, face_cell, title_bar
 from ..data.photos import photo_paths
 from ..evaluation.fusion import pool_templates
-from .aligner import cut_aligned
 from .pictures import as_bgr, read_picture
-from .recognition import DEFAULT_THRESHOLD, crop_faces, face_quality, measured_evaluation, smallest_rate
+from .recognition import DEFAULT_THRESHOLD, crop_faces, face_crop, face_quality, measured_evaluation, smallest_rate
 
 _AT_A_TIME = 32
 _HEIGHT = 3 * CELL  # pixels, of the larger photo of a picture of both
@@ -41,6 +40,8 @@ class ComparedFace(NamedTuple):
         face: insightface's ``Face``.
         quality: in [0, 1].
         others: how many more faces are in the photo; the largest counts.
+        crop: (S, S, 3) uint8 BGR, what the recognition model saw.
+        crop_keypoints: (5, 2) float32 in [0, 1] of it.
     """
 
     name: str
@@ -48,6 +49,8 @@ class ComparedFace(NamedTuple):
     face: Any
     quality: float
     others: int
+    crop: np.ndarray
+    crop_keypoints: np.ndarray
 
 
 class Comparison(NamedTuple):
@@ -166,7 +169,8 @@ def _faces(
         for name, photo, faces in zip(names, photos, found, strict=True):
             if faces:
                 face = max(faces, key=lambda face: np.prod(face.bbox[2:] - face.bbox[:2]))
-                chosen.append(ComparedFace(name, photo, face, face_quality(face), len(faces) - 1))
+                crop = face_crop(app, photo, face)
+                chosen.append(ComparedFace(name, photo, face, face_quality(face), len(faces) - 1, *crop))
             else:
                 left_out[name] = "no face found"
     if not chosen:
@@ -184,7 +188,7 @@ def _pool(side: list[ComparedFace]) -> np.ndarray:
 
 
 def _draw_one(side: ComparedFace) -> np.ndarray:
-    """A photo with its face's box and landmarks, and the aligned crop below."""
+    """A photo with its face's box, and below the crop that was embedded, with its landmarks."""
     photo = side.photo
     scale = _HEIGHT / max(photo.shape[:2])
     size = max(1, round(photo.shape[1] * scale)), max(1, round(photo.shape[0] * scale))
@@ -198,11 +202,10 @@ def _draw_one(side: ComparedFace) -> np.ndarray:
 
 
 def _draw_many(side: list[ComparedFace]) -> np.ndarray:
-    """The aligned crops of the best photos of a side."""
+    """The crops of the best photos of a side."""
     best = sorted(side, key=lambda face: -face.quality)[:_CROPS_SHOWN]
     return arrange([_crop_cell(face) for face in best], math.ceil(math.sqrt(len(best))))
 
 
 def _crop_cell(side: ComparedFace) -> np.ndarray:
-    crop, keypoints = cut_aligned(side.photo, side.face.kps, 112)
-    return face_cell(crop[..., ::-1], keypoints, f"quality {side.quality:.2f}")
+    return face_cell(side.crop[..., ::-1], side.crop_keypoints, f"quality {side.quality:.2f}")
